@@ -1,0 +1,111 @@
+"""Rows of question, solution and perhaps a reasoning trace, from a file, a folder or a hub data set."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+from data.formats import TagFormat
+from trainers.errors import ConfigError, Fault
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_rows(path: str, split: str, max_samples: int | None, options: Any, tags: TagFormat, key: str) -> Dataset:
+    """Return a data set with the columns question, solution and, where the source has one, reasoning_trace.
+
+    Args:
+        path: A .jsonl, .json, .parquet or .csv file, a folder, or a hub id.
+        split: Split to take from a folder or hub data set.
+        max_samples: Keep the first so many rows; None keeps all.
+        options: For the names of the columns.
+        tags: For data sets of whole `conversations`, whose texts hold the tags.
+        key: The option that named the data, for messages.
+
+    Raises:
+        ConfigError: If the data cannot be read, or lacks a column.
+    """
+    rows = _read(path, split, key)
+    if max_samples is not None:
+        rows = rows.select(range(min(max_samples, len(rows))))
+    if len(rows) == 0:
+        raise ConfigError(Fault(key, path, "the data set has no rows", "give a data set with at least one row"))
+    if "conversations" in rows.column_names and options.question_column not in rows.column_names:
+        return _from_conversations(rows, tags, key, path)
+    return _from_columns(rows, options, key, path)
+
+
+def _read(path: str, split: str, key: str) -> Dataset:
+    suffix = Path(path).suffix
+    try:
+        if suffix in READERS and Path(path).expanduser().exists():
+            return load_dataset(READERS[suffix], data_files=str(Path(path).expanduser()), split="train")
+        found = load_dataset(str(Path(path).expanduser()) if Path(path).expanduser().exists() else path)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        remedy = "a local .jsonl, .json, .parquet or .csv file works without a network; is it a local path?"
+        raise ConfigError(Fault(key, path, f"cannot be read: {reason}", remedy)) from error
+    assert isinstance(found, DatasetDict)
+    if split not in found:
+        raise ConfigError(Fault(key, path, f"has no split {split!r}", f"one of: {', '.join(found)}"))
+    return found[split]
+
+
+def _from_columns(rows: Dataset, options: Any, key: str, path: str) -> Dataset:
+    wanted = {
+        "question": options.question_column,
+        "solution": options.solution_column,
+        "reasoning_trace": options.reasoning_trace_column,
+    }
+    present = rows.column_names
+    missing = [name for name in ("question", "solution") if wanted[name] not in present]
+    if missing:
+        needed = " and ".join(f"{name} (as {wanted[name]!r})" for name in missing)
+        cause = f"its columns are {', '.join(present)}; it needs {needed}"
+        raise ConfigError(Fault(key, path, cause, " ".join(f"{name}_column=<your column>" for name in missing)))
+    kept = {column: name for name, column in wanted.items() if column in present}
+    rows = rows.select_columns(list(kept))
+    for column, name in kept.items():
+        if column != name:
+            rows = rows.rename_column(column, name)
+    return _with_texts(rows, key, path)
+
+
+def _with_texts(rows: Dataset, key: str, path: str) -> Dataset:
+    """Make every value text (a solution may be a number) and refuse rows that cannot be scored."""
+    rows = rows.map(lambda row: {name: "" if row[name] is None else str(row[name]) for name in row}, desc="Reading rows")
+    for name in ("question", "solution"):
+        empty = [i for i, text in enumerate(rows[name]) if not text.strip()]
+        if empty:
+            cause = f"{len(empty)} rows have no {name}, the first is row {empty[0]}"
+            raise ConfigError(Fault(key, path, cause, f"remove the rows without a {name}"))
+    return rows
+
+
+def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> Dataset:
+    """Split Bespoke-Stratos rows: `conversations` of user (human) and assistant (gpt), thought and solution in tags."""
+
+    def split(row: dict[str, Any]) -> dict[str, str]:
+        turns = {turn.get("from", turn.get("role")): turn.get("value", turn.get("content")) for turn in row["conversations"]}
+        question = turns.get("user", turns.get("human")) or ""
+        answer = turns.get("assistant", turns.get("gpt")) or ""
+        return {
+            "question": question,
+            "solution": _between(answer, tags.solution),
+            "reasoning_trace": _between(answer, tags.thought),
+        }
+
+    split_rows = rows.map(split, remove_columns=rows.column_names, desc="Splitting conversations")
+    whole = split_rows.filter(lambda row: bool(row["question"].strip() and row["solution"].strip()), desc="Checking tags")
+    if len(whole) == 0:
+        cause = f"no assistant turn has its solution between {tags.solution[0]} and {tags.solution[1]}"
+        raise ConfigError(Fault(key, path, cause, "tag_format=stratos or tag_format=r1, whichever the data uses"))
+    if len(whole) < len(split_rows):
+        print(f"data: {len(split_rows) - len(whole)} of {len(split_rows)} conversations have no tagged solution: left out")
+    return whole
+
+
+def _between(text: str, pair: tuple[str, str]) -> str:
+    found = re.search(f"{re.escape(pair[0])}(.*?){re.escape(pair[1])}", text, flags=re.DOTALL)
+    return found.group(1).removeprefix("\n\n") if found else ""

@@ -1,0 +1,103 @@
+"""Texts and token ids of one model: its chat template, its tokenizer, its end of turn."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from data.formats import Part, TagFormat, student_parts, teacher_parts
+from trainers.errors import ConfigError, Fault
+
+_MARK = "ASSISTANT TURN"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a text, the span `[start, end)` of each part, and which tokens the model itself writes."""
+
+    ids: list[int]
+    spans: dict[str, tuple[int, int]]
+    sampled: list[bool]
+
+
+class Renderer:
+    """Renders and encodes for one model. Teacher and student each have their own.
+
+    Args:
+        tokenizer: The model's tokenizer, with a chat template.
+        tags: Tags and system prompts.
+        template_kwargs: Extra variables for the chat template.
+        key: The option that named the model, for messages.
+
+    Raises:
+        ConfigError: If there is no chat template, or the template's end of turn is not the tokenizer's EOS.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tags: TagFormat, template_kwargs: dict[str, Any] | None, key: str
+    ) -> None:
+        self.tokenizer, self.tags, self.template_kwargs = tokenizer, tags, template_kwargs or {}
+        template_key = "student_chat_template" if key == "student_model" else "chat_template"
+        if not tokenizer.chat_template:
+            cause = "its tokenizer has no chat template (a base model?)"
+            remedy = f"take the Instruct version of the model, or give a template: {template_key}=<file.jinja>"
+            raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
+        self.turn_end = self._find_turn_end(key)
+
+    def _head(self, system_prompt: str, question: str) -> str:
+        """Render up to where the assistant's turn begins."""
+        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+        return self._apply(messages, add_generation_prompt=True)
+
+    def _apply(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
+        render = self.tokenizer.apply_chat_template
+        try:
+            return render(messages, tokenize=False, **kwargs, **self.template_kwargs)
+        except TemplateError:
+            # Some templates (Gemma, early Mistral) refuse a system role: their model cards put it before the question.
+            system, user, *rest = messages
+            merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+            return render([merged, *rest], tokenize=False, **kwargs, **self.template_kwargs)
+
+    def _find_turn_end(self, key: str) -> str:
+        """Return the text of the EOS token, once the template is seen to end the assistant's turn with it."""
+        eos = self.tokenizer.eos_token
+        turn = {"role": "assistant", "content": _MARK}
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, turn]
+        tail = self._apply(messages).rpartition(_MARK)[2]
+        if eos is None or not tail.lstrip().startswith(eos):
+            cause = f"the chat template ends a turn with {tail!r}, but the tokenizer's eos_token is {eos!r}"
+            remedy = f"eos_token={tail.strip().splitlines()[0]!r}" if tail.strip() else "give a chat_template that ends turns"
+            raise ConfigError(Fault("eos_token", eos, f"{key}: {cause}, so completions would never end", remedy))
+        return eos
+
+    def teacher(self, question: str, solution: str, explanation: str = "") -> list[Part]:
+        head = self._head(self.tags.teacher_system_prompt, question)
+        return teacher_parts(head, self.tags, solution, explanation, self.turn_end)
+
+    def student(self, question: str, explanation: str, solution: str) -> list[Part]:
+        head = self._head(self.tags.student_system_prompt, question)
+        return student_parts(head, self.tags, explanation, solution, self.turn_end)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a piece of text; templates bring their own BOS, so none is added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def encode(self, parts: list[Part], given_ids: dict[str, list[int]] | None = None) -> Encoded:
+        """Concatenate the parts' token ids.
+
+        Args:
+            parts: The text.
+            given_ids: Ids to use for a part in place of encoding its text, e.g. the ids that were sampled.
+        """
+        ids: list[int] = []
+        spans, sampled = {}, []
+        for part in parts:
+            part_ids = (given_ids or {}).get(part.name)
+            if part_ids is None:
+                part_ids = self.encode_text(part.text)
+            spans[part.name] = (len(ids), len(ids) + len(part_ids))
+            ids += part_ids
+            sampled += [part.sampled] * len(part_ids)
+        return Encoded(ids, spans, sampled)

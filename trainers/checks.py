@@ -1,0 +1,279 @@
+"""From a composed configuration to checked options: every fault at once, nothing loaded."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainers.batch import BatchPlan, check_batch
+from trainers.errors import ConfigError, Fault
+from trainers.hardware import num_cuda_devices
+from trainers.options import DERIVED, RENAMED, CommonOptions, options_class
+from trainers.trl_options import trl_options
+
+STAGES = ("sft", "rl")
+LOCAL_DATA = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def load_options(composed: Mapping[str, Any], num_devices: int = 1, repo: Path = Path()) -> CommonOptions:
+    """Check a composed configuration as a whole.
+
+    Args:
+        composed: Flat mapping of option to value, as Hydra composed it.
+        num_devices: Processes that train together.
+        repo: Folder against which `run:NAME` models are looked up.
+
+    Raises:
+        ConfigError: With every fault found; nothing was loaded or written.
+    """
+    stage = composed.get("stage", "rl")
+    if stage not in STAGES:
+        raise ConfigError(Fault("stage", stage, "there is no such stage", f"one of: {', '.join(STAGES)}"))
+    cls = options_class(stage)
+    known = {k: v for k, v in composed.items() if k in cls.model_fields}
+    faults = [_unknown(key, composed[key], stage) for key in composed if key not in known]
+    # A null means "not set": the default stands, whatever its type.
+    known = {k: v for k, v in known.items() if v is not None}
+    try:
+        options = cls(**known)
+    except ValidationError as error:
+        invalid = {str(e["loc"][0]) for e in error.errors()}
+        faults += _invalid(error)
+        options = cls.model_construct(**{k: v for k, v in known.items() if k not in invalid})
+    else:
+        invalid = set()
+    for needed, check in CHECKS:
+        if stage in needed[0] and not invalid & set(needed[1]):
+            faults += check(options, num_devices, repo)
+    if faults:
+        raise ConfigError(faults)
+    return options
+
+
+def _unknown(key: str, value: Any, stage: str) -> Fault:
+    if key in DERIVED and key in set(trl_options("grpo")) | set(trl_options("sft")):
+        return Fault(key, value, "this project sets it itself", DERIVED[key])
+    for other in STAGES:
+        if other != stage and key in options_class(other).model_fields:
+            return Fault(key, value, f"used by stage={other} only, this run is stage={stage}", "leave it out")
+    if key in RENAMED:
+        return Fault(key, value, "unknown under this name", f"use {RENAMED[key]}")
+    near = difflib.get_close_matches(key, options_class(stage).model_fields, n=2, cutoff=0.7)
+    remedy = f"did you mean {' or '.join(near)}?" if near else "python train.py --help lists every option"
+    return Fault(key, value, "unknown", remedy)
+
+
+def _invalid(error: ValidationError) -> list[Fault]:
+    """One fault per option; a union reports each of its members, of which the first says enough."""
+    first: dict[str, Any] = {}
+    for e in error.errors():
+        first.setdefault(str(e["loc"][0]), e)
+    faults = []
+    for key, e in first.items():
+        expected = " ".join(o["ctx"].get("expected", "") for o in error.errors() if o["loc"][0] == key and "ctx" in o)
+        near = difflib.get_close_matches(str(e["input"]), re.findall(r"'([^']+)'", expected))
+        remedy = f"did you mean {near[0]}?" if near else "python train.py --help tells what it takes"
+        faults.append(Fault(key, e["input"], e["msg"][0].lower() + e["msg"][1:], remedy))
+    return faults
+
+
+def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    faults = []
+    if options.device == "cuda" and num_cuda_devices() == 0:
+        faults.append(
+            Fault(
+                "device",
+                "cuda",
+                "this run needs an NVIDIA GPU and this machine shows none",
+                "start it where nvidia-smi lists a GPU; ./launch_mono.sh alone runs the small default on any machine",
+            )
+        )
+    on_cpu = options.device == "cpu" or num_cuda_devices() == 0
+    if on_cpu and options.precision == "fp16":
+        faults.append(Fault("precision", "fp16", "fp16 does not train on a CPU", "precision=fp32 or precision=auto"))
+    return faults
+
+
+def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    per_device = options.per_device_train_batch_size
+    if options.stage == "sft":
+        if options.train_batch_size % (per_device * num_devices) == 0:
+            return []
+        legal = [p for p in range(1, options.train_batch_size + 1) if options.train_batch_size % (p * num_devices) == 0]
+        near = min(legal, key=lambda p: abs(p - per_device), default=None)
+        remedy = f"per_device_train_batch_size={near}" if near else f"train_batch_size={per_device * num_devices}"
+        cause = f"train_batch_size {options.train_batch_size} is no multiple of it x {num_devices} device(s)"
+        return [Fault("per_device_train_batch_size", per_device, cause, remedy)]
+    faults = check_batch(batch_plan(options, num_devices))
+    generations = options.num_generations_eval or options.num_generations
+    if options.per_device_eval_batch_size % generations:
+        near = max(1, round(options.per_device_eval_batch_size / generations)) * generations
+        cause = f"holds no whole groups of {generations} (num_generations_eval, else num_generations)"
+        faults.append(
+            Fault("per_device_eval_batch_size", options.per_device_eval_batch_size, cause, f"per_device_eval_batch_size={near}")
+        )
+    return faults
+
+
+def batch_plan(options: Any, num_devices: int = 1) -> BatchPlan:
+    """The batch equation of an RL run; aggregation defaults to a whole optimizer step."""
+    per_device = options.per_device_train_batch_size
+    whole_step = max(1, options.train_batch_size // (per_device * num_devices))
+    aggregation = options.generation_aggregation_steps or whole_step
+    return BatchPlan(options.train_batch_size, per_device, options.num_generations, aggregation, num_devices)
+
+
+def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    faults = []
+    both = options.model_name_or_path is not None and options.model_init is not None
+    if both or (options.model_name_or_path is None and options.model_init is None):
+        cause = "set together with model_init" if both else "neither it nor model_init is set"
+        remedy = "name one: model_name_or_path=<folder or hub id>, or model_init={model_type: ..., ...}"
+        faults.append(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
+    faults += _check_model_path("model_name_or_path", options.model_name_or_path, repo)
+    if options.stage == "rl":
+        if options.student_model is None:
+            cause = "the reward needs a student"
+            faults.append(Fault("student_model", None, cause, "student_model=<folder, hub id or run:NAME>"))
+        faults += _check_model_path("student_model", options.student_model, repo)
+    return faults
+
+
+def _check_model_path(key: str, value: str | None, repo: Path) -> list[Fault]:
+    """A path that looks local must hold a model; a hub id can only be judged when it is loaded."""
+    if value is None:
+        return []
+    if value.startswith("run:"):
+        runs = sorted(p.stem for p in (repo / "cfgs/run_cfg").glob("*.yaml"))
+        if value[4:] in runs:
+            return []
+        near = difflib.get_close_matches(value[4:], runs, n=1)
+        remedy = f"did you mean run:{near[0]}?" if near else f"one of: {', '.join(runs)}"
+        return [Fault(key, value, f"there is no cfgs/run_cfg/{value[4:]}.yaml", remedy)]
+    path = Path(value).expanduser()
+    looks_local = value.startswith((".", "/", "~")) or value.count("/") > 1 or path.exists()
+    if not looks_local or (path / "config.json").is_file():
+        return []
+    if (path / "adapter_config.json").is_file():
+        cause = "the folder holds a LoRA adapter without its base model"
+        return [Fault(key, value, cause, "merge it first: peft's merge_and_unload(), then save_pretrained()")]
+    cause = "the folder has no config.json" if path.exists() else "there is no such folder"
+    return [Fault(key, value, cause, "give the folder that save_pretrained() wrote, or a hub id as owner/name")]
+
+
+def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    if options.dataset_id_or_path is None:
+        remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, a folder or a hub id>"
+        return [Fault("dataset_id_or_path", None, "no training data named", remedy)]
+    faults = []
+    for key in ("dataset_id_or_path", "eval_dataset_id_or_path"):
+        value = getattr(options, key)
+        if value is not None and value.endswith(LOCAL_DATA) and not Path(value).expanduser().is_file():
+            where = Path(value).expanduser().absolute().parent
+            cause = "there is no such file" if where.is_dir() else f"there is no folder {where}"
+            faults.append(Fault(key, value, cause, "paths are relative to the folder the launcher was started in"))
+    return faults
+
+
+def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    wants = options.report_before_after or options.eval_strategy != "no" or options.eval_on_start
+    has = options.eval_dataset_id_or_path or options.eval_dataset_split
+    if not wants or has:
+        return []
+    remedy = "name held-out data (eval_dataset_id_or_path or eval_dataset_split), or report_before_after=false"
+    return [Fault("eval_dataset_id_or_path", None, "held-out questions are to be scored, but none are named", remedy)]
+
+
+def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    faults = []
+    for key in ("use_vllm_server", "use_ray"):
+        if getattr(options, key):
+            cause = "the engine runs inside the trainer's process, there is no server and no Ray"
+            faults.append(Fault(key, True, cause, f"{key}=false"))
+    if num_devices > 1:
+        cause = "RL runs in one process on one GPU"
+        faults.append(Fault("num_processes", num_devices, cause, "./launch_mono.sh, or ./launch.sh 1"))
+    need = options.max_prompt_length + options.max_completion_length
+    given = options.vllm_max_model_length
+    if given is not None and given < need:
+        cause = f"shorter than max_prompt_length {options.max_prompt_length} + max_completion_length {options.max_completion_length}"
+        faults.append(Fault("vllm_max_model_length", given, cause, f"vllm_max_model_length={need}, or leave it out"))
+    if options.sync_ref_model and not options.beta:
+        cause = "there is no reference model while beta is 0"
+        faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false, or beta=0.04"))
+    return faults
+
+
+def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    faults = []
+    pairs = (
+        ("answer_log_prob_coeff", "reduction_log_prob_fn"),
+        ("kl_penalty_reward_coeff", "reduction_kl_fn"),
+    )
+    for coeff_key, reduction_key in pairs:
+        coeff, reduction = getattr(options, coeff_key), getattr(options, reduction_key)
+        num_coeff = len(coeff) if isinstance(coeff, list) else 1
+        num_reduction = len(reduction) if isinstance(reduction, list) else 1
+        if num_coeff != num_reduction:
+            cause = f"{num_coeff} coefficients for {num_reduction} reductions ({reduction_key}={reduction})"
+            faults.append(Fault(coeff_key, coeff, cause, f"give one {coeff_key} for each {reduction_key}"))
+    return faults
+
+
+def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    faults = []
+    for key in ("chat_template", "student_chat_template"):
+        value = getattr(options, key, None)
+        if value is not None and "{" not in value and not Path(value).expanduser().is_file():
+            cause = "neither a Jinja template nor a file"
+            faults.append(Fault(key, value, cause, f"give the template itself, or the path of a file: {key}=template.jinja"))
+    return faults
+
+
+# (stages, options that a check reads) and the check; one whose options are themselves invalid is left out.
+CHECKS = [
+    ((("sft", "rl"), ("device", "precision")), _check_device),
+    (
+        (
+            ("sft", "rl"),
+            (
+                "train_batch_size",
+                "per_device_train_batch_size",
+                "num_generations",
+                "generation_aggregation_steps",
+                "per_device_eval_batch_size",
+                "num_generations_eval",
+            ),
+        ),
+        _check_batch,
+    ),
+    ((("sft", "rl"), ("model_name_or_path", "model_init", "student_model")), _check_model),
+    ((("sft", "rl"), ("dataset_id_or_path", "eval_dataset_id_or_path")), _check_data),
+    ((("rl",), ("report_before_after", "eval_strategy", "eval_on_start", "eval_dataset_id_or_path")), _check_held_out),
+    (
+        (
+            ("rl",),
+            (
+                "use_ray",
+                "use_vllm_server",
+                "vllm_max_model_length",
+                "max_prompt_length",
+                "max_completion_length",
+                "beta",
+                "sync_ref_model",
+            ),
+        ),
+        _check_engine,
+    ),
+    (
+        (
+            ("rl",),
+            ("answer_log_prob_coeff", "reduction_log_prob_fn", "kl_penalty_reward_coeff", "reduction_kl_fn"),
+        ),
+        _check_reward,
+    ),
+    ((("sft", "rl"), ("chat_template", "student_chat_template")), _check_templates),
+]

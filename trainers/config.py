@@ -1,0 +1,67 @@
+"""From the command line to a composed configuration (Hydra)."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from trainers.errors import ConfigError, Fault
+
+REPO = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPO / "cfgs"
+GROUPS = ("run_cfg", "trainer_cfg", "reward_cfg", "model_cfg", "data_cfg")
+DEFAULT_RUN = "teacher_rlt_tiny"
+
+
+def find_run(name: str) -> str:
+    """Return the run configuration that `name` means: a bare name, a file name or a path under cfgs/run_cfg.
+
+    Raises:
+        ConfigError: If there is none, with the names that exist.
+    """
+    stem = Path(name).name.removesuffix(".yaml")
+    runs = sorted(p.stem for p in (CONFIG_DIR / "run_cfg").glob("*.yaml"))
+    parent = Path(name).parent
+    inside = parent == Path() or (Path.cwd() / parent).resolve() == CONFIG_DIR / "run_cfg"
+    inside = inside or (REPO / parent).resolve() == CONFIG_DIR / "run_cfg"
+    if inside and stem in runs:
+        return stem
+    near = difflib.get_close_matches(stem, runs, n=1)
+    remedy = f"did you mean {near[0]}.yaml?" if near else f"one of: {', '.join(runs)}"
+    raise ConfigError(Fault(name, ..., "no such run configuration in cfgs/run_cfg", remedy))
+
+
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """Turn what a user types into Hydra's grammar.
+
+    A word without `=` names the run. `key=value` becomes `++key=value`, so that a key which no YAML file mentions can be
+    set too; whether it exists is judged once, for the whole, by `load_options` (Hydra would ask for a `+`, and a
+    typo with a `+` would become a silent new key).
+    """
+    result, run, takes_value = [], None, False
+    for argument in arguments:
+        key = argument.split("=", 1)[0].lstrip("+~")
+        if takes_value or argument.startswith("-"):
+            takes_value = argument in ("--cfg", "-c", "--package", "-p", "--info", "-i")
+            result.append(argument)
+        elif "=" not in argument and not argument.startswith("~"):
+            run = find_run(argument)
+        elif key in GROUPS or key.startswith("hydra") or argument.startswith("~"):
+            if key == "run_cfg":
+                run = find_run(argument.split("=", 1)[1])
+            else:
+                result.append(argument.lstrip("+") if key in GROUPS else argument)
+        else:
+            result.append("++" + argument.lstrip("+"))
+    return [f"run_cfg={run or DEFAULT_RUN}", *result]
+
+
+def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Compose `cfgs/run_cfg/<name>.yaml` with overrides (`key=value`) into a flat mapping."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose("train", overrides=hydra_arguments([name, *(overrides or [])]))
+    return OmegaConf.to_container(config, resolve=True)

@@ -1,0 +1,179 @@
+"""Loading models and tokenizers, and making tiny ones from nothing."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from trainers.errors import ConfigError, Fault
+from trainers.hardware import num_cuda_devices
+
+logger = logging.getLogger(__name__)
+
+# Turns of ChatML, as Qwen models use them.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device that `auto`, `cuda` or `cpu` means here."""
+    return torch.device("cuda" if device != "cpu" and num_cuda_devices() > 0 else "cpu")
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the type of the weights: bf16 on a GPU that computes in it, else fp16; fp32 on a CPU."""
+    if precision == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        logger.warning("this GPU does not compute in bf16 (compute capability below 8.0): fp16 is used")
+        return torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def load_tokenizer(path: str, chat_template: str | None, eos_token: str | None, key: str, trust: bool) -> Any:
+    """Load a tokenizer with a chat template (if any), an EOS and a pad token that is not the EOS.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or `eos_token` is not in its vocabulary.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loadable(key, path, error)) from error
+    if chat_template is not None:
+        template_file = Path(chat_template).expanduser()
+        is_text = "{" in chat_template
+        tokenizer.chat_template = chat_template if is_text else template_file.read_text(encoding="utf-8")
+    if eos_token is not None:
+        if tokenizer.convert_tokens_to_ids(eos_token) in (None, tokenizer.unk_token_id):
+            cause = f"{path} has no such token"
+            raise ConfigError(Fault("eos_token", eos_token, cause, "name a token of its vocabulary"))
+        tokenizer.eos_token = eos_token
+    return tokenizer
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: str) -> None:
+    """Give the tokenizer a pad token that differs from its EOS (else the EOS would be masked with the padding).
+
+    A reserved token of the vocabulary is taken if there is one, else a new one if the model's embedding has a free row.
+
+    Args:
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        ConfigError: If neither is possible.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    names = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|fim_pad|>", "<unk>")
+    for name in names:
+        if name in vocabulary and vocabulary[name] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            tokenizer.pad_token = name
+            break
+    else:
+        if len(tokenizer) >= vocab_size:
+            cause = f"its only pad token is the EOS {tokenizer.eos_token!r} and its embedding has no free row"
+            remedy = "add a pad token to the model (tokenizer.add_special_tokens and model.resize_token_embeddings)"
+            raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    logger.info("%s: pad token %r (id %d)", key, tokenizer.pad_token, tokenizer.pad_token_id)
+
+
+def load_config(path: str, key: str, trust: bool) -> Any:
+    """Load a model's config and see that it is a decoder-only language model.
+
+    Raises:
+        ConfigError: If it cannot be loaded or is of another kind.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loadable(key, path, error)) from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        cause = f"{config.model_type} is not a decoder-only language model"
+        raise ConfigError(Fault(key, path, cause, "name a causal language model, e.g. of the Qwen, Llama or Gemma family"))
+    return config
+
+
+def _not_loadable(key: str, path: str, error: Exception) -> Fault:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    remedy = "give a local folder (is it one?), or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
+    return Fault(key, path, f"neither a model folder here nor to be had from the hub: {reason}", remedy)
+
+
+def load_model(path: str, dtype: torch.dtype, attention: str | None, key: str, trust: bool) -> PreTrainedModel:
+    """Load a causal language model on the CPU, in `dtype`."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention or "sdpa", trust_remote_code=trust
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(_not_loadable(key, path, error)) from error
+
+
+def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: torch.dtype, attention: str | None) -> Any:
+    """Make a model with fresh random weights from the keyword arguments of a transformers config.
+
+    Raises:
+        ConfigError: If transformers knows no such `model_type`, or the vocabulary is smaller than the tokenizer's.
+    """
+    arguments = dict(model_init)
+    model_type = arguments.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(model_type, **arguments)
+    except ValueError as error:
+        raise ConfigError(Fault("model_init", model_init, str(error).splitlines()[0], "set model_type, e.g. qwen2")) from error
+    if config.vocab_size < len(tokenizer):
+        cause = f"vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens"
+        raise ConfigError(Fault("model_init", model_init, cause, f"vocab_size of at least {len(tokenizer)}"))
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention or "sdpa")
+
+
+def make_tokenizer(texts: Iterable[str], tags: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with single-digit tokens, ChatML turns, and one token for each tag."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tags = list(tags)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(tags),
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Ordinary tokens, not special ones: a decoded completion must show its tags.
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,205 @@
+"""Every option of this project, declared once: its type, its default and what it means.
+
+TRL's own options (`learning_rate`, `beta`, `loss_type`, ...) keep TRL's names, types and defaults; they are read from
+TRL (see `trl_options`) and not repeated here. `RLOptions` and `SFTOptions` are what a composed configuration is checked
+against; importing this module loads neither torch nor vLLM.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from trainers.trl_options import trl_options
+
+Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
+Normalization = Literal["exp", "exp_norm"]
+
+
+def opt(default: Any, doc: str, **limits: Any) -> Any:
+    return Field(default=default, description=doc, **limits)
+
+
+class CommonOptions(BaseModel):
+    """Options of every stage."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    stage: Literal["sft", "rl"] = opt("rl", "what to run: `sft` (warm-up) or `rl` (GRPO with the student's reward)")
+    output_dir: str | None = opt(None, "folder of this run's files; default: results/<run>/<time>")
+    seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
+    device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; `cuda` refuses to start without a GPU")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt(
+        "auto", "type of the weights and of the arithmetic; auto: bf16 on a GPU, fp32 without one"
+    )
+    activate_debugging_logs: bool = opt(False, "log every library at debug level, and each scored explanation")
+
+    model_name_or_path: str | None = opt(
+        None, "the model to train: a folder, a hub id, or `run:NAME`, the result of cfgs/run_cfg/NAME.yaml"
+    )
+    model_init: dict[str, Any] | None = opt(
+        None, "instead of model_name_or_path: keyword arguments of a transformers config for a fresh random model"
+    )
+    attn_implementation: str | None = opt(None, "attention of the trained model and the student; default: sdpa")
+    trust_remote_code: bool = opt(False, "run Python code that a model repository brings along")
+    chat_template: str | None = opt(None, "Jinja chat template, or a file with one, for a tokenizer that has none")
+    chat_template_kwargs: dict[str, Any] | None = opt(None, "extra variables for the chat template")
+    eos_token: str | None = opt(None, "the token that ends a turn, where the tokenizer's own eos_token does not")
+
+    dataset_id_or_path: str | None = opt(None, "training data: a .jsonl/.json/.parquet/.csv file, a folder or a hub id")
+    dataset_split: str = opt("train", "split of a folder or hub data set")
+    eval_dataset_id_or_path: str | None = opt(None, "held-out data; default: eval_dataset_split of the training data")
+    eval_dataset_split: str | None = opt(None, "split of the held-out data")
+    max_samples: int | None = opt(None, "train on the first so many rows", ge=1)
+    max_eval_samples: int | None = opt(None, "hold out the first so many rows", ge=1)
+    question_column: str = opt("question", "column with the question")
+    solution_column: str = opt("solution", "column with the solution")
+    reasoning_trace_column: str = opt("reasoning_trace", "column with an explanation to imitate (SFT only)")
+    max_prompt_length: int = opt(1024, "tokens of question, solution and template together", ge=1)
+    overlong: Literal["filter", "truncate_left", "error"] = opt(
+        "filter", "a prompt over max_prompt_length: leave it out, cut its start, or stop"
+    )
+
+    tag_format: Literal["stratos", "r1"] = opt("stratos", "tags around explanation, thought and solution")
+    teacher_system_prompt: str | None = opt(None, "system prompt of the teacher; default: the tag format's")
+    student_system_prompt: str | None = opt(None, "system prompt of the student; default: the tag format's")
+
+    train_batch_size: int = opt(32, "completions (SFT: samples) per optimizer step, over all devices", ge=1)
+
+
+class SFTOptions(CommonOptions):
+    """Options of stage=sft: the warm-up that shows a model the format."""
+
+    sft_role: Literal["teacher", "student"] = opt(
+        "teacher", "format to learn: question and solution to explanation, or question to thought and solution"
+    )
+
+
+class RLOptions(CommonOptions):
+    """Options of stage=rl: GRPO on the student's reward."""
+
+    student_model: str | None = opt(None, "the frozen student: a folder, a hub id or `run:NAME`")
+    student_chat_template: str | None = opt(None, "as chat_template, for the student")
+    student_tokens_per_pass: int = opt(16384, "tokens, padding included, in one forward pass of the student", ge=1)
+    offload_untrained_models: bool = opt(
+        False, "keep the student and the reference in host memory; each is on the GPU only while it scores"
+    )
+    disable_student_offloading: bool = opt(False, "exempt the student from offload_untrained_models")
+
+    generation_aggregation_steps: int | None = opt(
+        None, "micro-batches generated at once; default: a whole optimizer step's", ge=1
+    )
+    use_vllm_server: bool = opt(False, "not in this project: the engine lives in the trainer's process")
+    use_ray: bool = opt(False, "not in this project: one process trains, generates and scores")
+    weight_bridge: Literal["shared", "copy"] = opt(
+        "shared", "how the engine gets new weights: one copy used by both, or copied after each update"
+    )
+    enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
+    enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
+    vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
+    report_before_after: bool = opt(True, "score the held-out questions before and after training, write result.json")
+
+    answer_log_prob_coeff: float | list[float] = opt([1.0, 0.01], "c: weight of each reduction of the solution's log-probs")
+    reduction_log_prob_fn: Reduction | list[Reduction] = opt(["mean", "min"], "reductions over the solution's tokens")
+    normalize_log_prob_fn: Normalization | None = opt(None, "transform of the solution's log-probs before reducing")
+    clip_log_prob: float | None = opt(None, "clip the solution's log-probs at minus this", gt=0)
+    kl_penalty_reward_coeff: float | list[float] = opt([3.0, 0.03], "lambda: weight of each reduction of the KL")
+    reduction_kl_fn: Reduction | list[Reduction] = opt(["mean", "max"], "reductions over the explanation's tokens")
+    normalize_kl_fn: Normalization | None = opt(None, "transform of the KL before reducing")
+    clip_kl: float | None = opt(None, "clip the KL at this", gt=0)
+    use_schulman_kl_estimation: bool = opt(False, "k - 1 + exp(-k) in place of the log-ratio k")
+    not_matched_penalty: float = opt(-1.0, "added where the closing explanation tag is missing")
+    student_temperature: float = opt(0.7, "temperature of the student's log-probs", gt=0)
+
+
+# Limits that TRL checks late or not at all.
+TRL_LIMITS: dict[str, dict[str, Any]] = {
+    "learning_rate": {"gt": 0},
+    "num_generations": {"ge": 2},
+    "num_generations_eval": {"ge": 1},
+    "max_completion_length": {"ge": 1},
+    "temperature": {"gt": 0},
+    "beta": {"ge": 0},
+    "per_device_train_batch_size": {"ge": 1},
+    "per_device_eval_batch_size": {"ge": 1},
+    "vllm_gpu_memory_utilization": {"gt": 0, "le": 1},
+    "num_iterations": {"ge": 1},
+    "warmup_steps": {"ge": 0},
+}
+STRATEGY = Literal["no", "steps", "epoch"]
+TRL_CHOICES: dict[str, Any] = {
+    "eval_strategy": STRATEGY,
+    "logging_strategy": STRATEGY,
+    "save_strategy": STRATEGY | Literal["best"],
+    "loss_type": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
+}
+
+# Options of TRL that this project sets itself, and the one to use instead.
+DERIVED = {
+    "gradient_accumulation_steps": "it follows from train_batch_size / per_device_train_batch_size",
+    "steps_per_generation": "use generation_aggregation_steps",
+    "generation_batch_size": "use generation_aggregation_steps",
+    "bf16": "use precision=bf16",
+    "fp16": "use precision=fp16",
+    "use_cpu": "use device=cpu",
+    "use_vllm": "generation always goes through the vLLM engine in this process",
+    "vllm_mode": "the engine is always in this process",
+    "vllm_server_base_url": "there is no vLLM server",
+    "vllm_server_host": "there is no vLLM server",
+    "vllm_server_port": "there is no vLLM server",
+    "vllm_server_timeout": "there is no vLLM server",
+    "vllm_group_port": "there is no vLLM server",
+    "vllm_tensor_parallel_size": "the engine runs on one GPU",
+    "vllm_enable_sleep_mode": "the weights are shared with the trainer and cannot sleep",
+    "vllm_model_impl": "use vllm_kwargs={model_impl: ...}",
+    "model_init_kwargs": "use precision, attn_implementation and trust_remote_code",
+    "auto_find_batch_size": "a smaller batch would tear prompt groups apart",
+    "remove_unused_columns": "the reward needs every column",
+    "deepspeed": "this project trains on one GPU without DeepSpeed",
+    "fsdp": "this project trains on one GPU without FSDP",
+    "resume_from_checkpoint": "resuming is not built yet",
+    "do_train": "use stage",
+    "do_eval": "use eval_strategy",
+    "do_predict": "there is no prediction stage",
+    "data_seed": "use seed",
+    "disable_tqdm": "a bar on a terminal, plain lines elsewhere, is chosen by itself",
+}
+
+# Names that users know from elsewhere.
+RENAMED = {
+    "warmup_ratio": "warmup_steps=<ratio>: below 1 it is a share of all steps",
+    "max_seq_length": "max_length",
+    "max_steps_per_generation": "generation_aggregation_steps",
+    "unbias_student_log_probs_temp": "student_temperature",
+    "system_prompt": "teacher_system_prompt or student_system_prompt",
+    "torch_dtype": "precision",
+    "dtype": "precision",
+}
+
+
+def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
+    """Add TRL's options of `kind`, all optional: what is not set stays TRL's default."""
+    fields: dict[str, Any] = {}
+    for name, option in trl_options(kind).items():
+        if name in base.model_fields or name in DERIVED:
+            continue
+        annotation = TRL_CHOICES.get(name, option.annotation)
+        if name in TRL_LIMITS:
+            annotation = Annotated[annotation, Field(**TRL_LIMITS[name])]
+        fields[name] = (annotation | None, Field(default=option.default))
+    return create_model(base.__name__, __base__=base, **fields)
+
+
+def options_class(stage: str) -> type[CommonOptions]:
+    """Return the class that holds every option of `stage`, TRL's included."""
+    return {"sft": lambda: _with_trl(SFTOptions, "sft"), "rl": lambda: _with_trl(RLOptions, "grpo")}[stage]()
+
+
+def own_options() -> set[str]:
+    """Names of the options that this project declares itself."""
+    return set(SFTOptions.model_fields) | set(RLOptions.model_fields)
+
+
+def trl_arguments(options: CommonOptions, kind: str) -> dict[str, Any]:
+    """Return the TRL options that were set, ready for TRL's configuration class."""
+    names = set(trl_options(kind)) - own_options() - set(DERIVED)
+    return {name: getattr(options, name) for name in options.model_fields_set & names}
