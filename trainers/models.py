@@ -33,15 +33,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the weights: bf16 on a GPU that computes in it, else fp16; fp32 on a CPU."""
+    """Return the type of the weights: bf16 on a GPU that computes in it, else fp32."""
     if precision == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        logger.warning("this GPU does not compute in bf16 (compute capability below 8.0): fp16 is used")
-        return torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 def load_tokenizer(path: str, chat_template: str | None, eos_token: str | None, key: str, trust: bool) -> Any:

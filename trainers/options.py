@@ -28,7 +28,7 @@ class CommonOptions(BaseModel):
     output_dir: str | None = opt(None, "folder of this run's files; default: results/<run>/<time>")
     seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; `cuda` refuses to start without a GPU")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt(
+    precision: Literal["auto", "bf16", "fp32"] = opt(
         "auto", "type of the weights and of the arithmetic; auto: bf16 on a GPU, fp32 without one"
     )
     activate_debugging_logs: bool = opt(False, "log every library at debug level, and each scored explanation")
@@ -139,7 +139,7 @@ DERIVED = {
     "steps_per_generation": "use generation_aggregation_steps",
     "generation_batch_size": "use generation_aggregation_steps",
     "bf16": "use precision=bf16",
-    "fp16": "use precision=fp16",
+    "fp16": "use precision=bf16 or precision=fp32",
     "use_cpu": "use device=cpu",
     "use_vllm": "generation always goes through the vLLM engine in this process",
     "vllm_mode": "the engine is always in this process",

@@ -1,0 +1,69 @@
+"""Train a reasoning teacher on one GPU.
+
+    python train.py [RUN] [key=value ...]     RUN: a name or file of cfgs/run_cfg (default: teacher_rlt_tiny)
+    python train.py RUN --cfg job             show the composed configuration
+    python train.py --help                    list every option
+
+./launch_mono.sh does the same after setting up .venv.
+"""
+
+import logging
+import os
+import sys
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from trainers.checks import load_options
+from trainers.config import CONFIG_DIR, REPO, hydra_arguments
+from trainers.errors import ConfigError
+
+
+def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
+    """Run the stage that the options ask for."""
+    from trainers.outputs import make_output_dir, save_config, start_logging, take_over_library_logs
+    from trainers.warmup import resolve_model, warmup_options
+
+    num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    for path in (options.model_name_or_path, getattr(options, "student_model", None)):
+        if path is not None and path.startswith("run:"):
+            warmup_options(path[4:], options)  # a fault there is told now, not after the first warm-up
+    output_dir = make_output_dir(options.output_dir, run_name)
+    start_logging(output_dir, options.activate_debugging_logs)
+    save_config(output_dir, composed, options.model_dump())
+    take_over_library_logs()
+    if options.stage == "sft":
+        from trainers.sft import run_sft
+
+        run_sft(options, output_dir, resolve_model(options.model_name_or_path, options), num_devices)
+        logging.getLogger(__name__).info("model saved to %s", output_dir)
+    else:
+        from trainers.rl import run_rl
+
+        run_rl(options, output_dir)
+
+
+@hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
+def main(config: DictConfig) -> None:
+    composed = OmegaConf.to_container(config, resolve=True)
+    try:
+        options = load_options(composed, int(os.environ.get("WORLD_SIZE", "1")), REPO)
+        run(options, composed, HydraConfig.get().runtime.choices["run_cfg"])
+    except ConfigError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        from trainers.help import print_help
+
+        print_help(__doc__)
+        sys.exit()
+    try:
+        sys.argv[1:] = hydra_arguments(arguments)
+    except ConfigError as error:
+        sys.exit(str(error))
+    main()

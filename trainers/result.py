@@ -1,0 +1,49 @@
+"""What training changed: held-out questions before and after, as a table and as result.json."""
+
+import json
+import logging
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+logger = logging.getLogger(__name__)
+
+# Name in result.json, name of TRL's evaluation metric, title of the table's row.
+ROWS = (
+    ("reward", "eval_reward", "reward"),
+    ("solution_log_prob_reward", "eval_solution_log_prob_reward", "  solution found likely (r_SS)"),
+    ("kl_reward", "eval_kl_reward", "  explanation natural (-r_KL)"),
+    ("match_reward", "eval_match_reward", "  closing tag (match)"),
+    ("explanation_length", "eval_explanation_length", "explanation length, tokens"),
+    ("truncated_fraction", "eval_completions/clipped_ratio", "cut at the length limit"),
+    ("student_accuracy", "eval_student_accuracy", "student's greedy accuracy"),
+)
+
+
+def write_result(output_dir: Path, before: dict[str, float], after: dict[str, float], num_questions: int) -> None:
+    """Write result.json and print the table with the paths of what the run left behind."""
+    result = {
+        moment: {name: metrics.get(metric) for name, metric, _ in ROWS}
+        for moment, metrics in (("before", before), ("after", after))
+    }
+    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    table = Table(title=f"{num_questions} held-out questions")
+    for column, justify in (("", "left"), ("before RL", "right"), ("after RL", "right"), ("change", "right")):
+        table.add_column(column, justify=justify)
+    for name, _, title in ROWS:
+        old, new = result["before"][name], result["after"][name]
+        if old is not None and new is not None:
+            table.add_row(title, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+    text = StringIO()
+    Console(file=text, width=100).print(table)
+    paths = {
+        "teacher": output_dir,
+        "result": output_dir / "result.json",
+        "metrics": output_dir / "metrics.jsonl",
+        "completions": output_dir / "completions",
+        "log": output_dir / "training.log",
+    }
+    listing = "\n".join(f"{name:12} {path}" for name, path in paths.items() if path.exists())
+    logger.info("\n%s%s", text.getvalue(), listing)

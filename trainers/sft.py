@@ -1,0 +1,122 @@
+"""Warm-up by supervised fine-tuning (TRL's SFTTrainer): a model learns the teacher's or the student's format."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from data.formats import Part
+from data.render import Renderer
+from trainers.errors import ConfigError, Fault
+from trainers.models import (
+    choose_pad_token,
+    load_config,
+    load_model,
+    load_tokenizer,
+    make_model,
+    make_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from trainers.options import trl_arguments
+from trainers.outputs import MetricsWriter, Progress
+from trainers.phases import PhaseTimer
+from trainers.texts import load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
+from trainers.trl_config import precision_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices: int = 1) -> Path:
+    """Train, and save the model with its tokenizer and template to `output_dir`.
+
+    Args:
+        options: SFT options.
+        output_dir: Where everything goes.
+        model_path: The model to start from; None makes the one of `options.model_init`.
+        num_devices: Processes that train together.
+
+    Returns:
+        The folder of the trained model.
+    """
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.precision, device)
+    rows = load_train_rows(options)
+    eval_rows = load_eval_rows(options) if options.eval_strategy != "no" else None
+    tokenizer, vocab_size = _tokenizer(options, model_path, rows)
+    renderer = Renderer(tokenizer, tag_format(options), options.chat_template_kwargs, "model_name_or_path")
+    train_set = sft_rows(rows, renderer, options, "training data")
+    eval_set = None if eval_rows is None else sft_rows(eval_rows, renderer, options, "held-out data")
+    first = next((row for row in rows if row["reasoning_trace"]), rows[0])
+    show_sample(f"first {options.sft_role} text", sft_parts(first, renderer, options.sft_role))
+    arguments = sft_config(options, output_dir, num_devices, dtype)
+    model = _model(options, model_path, tokenizer, dtype)
+    timer = PhaseTimer()
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        callbacks=[MetricsWriter(output_dir, timer), Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model(str(output_dir))
+    return output_dir
+
+
+def sft_config(options: Any, output_dir: Path, num_devices: int, dtype: Any) -> SFTConfig:
+    """TRL's arguments for these options; its own checks run here, before a model is loaded.
+
+    Raises:
+        ConfigError: If TRL refuses a value.
+    """
+    per_device = options.per_device_train_batch_size
+    arguments = trl_arguments(options, "sft") | precision_arguments(options, dtype)
+    try:
+        return SFTConfig(
+            **{
+                **arguments,
+                "output_dir": str(output_dir),
+                "seed": options.seed,
+                "gradient_accumulation_steps": options.train_batch_size // (per_device * num_devices),
+                "disable_tqdm": True,  # our own Progress takes its place
+            }
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(Fault("TRL's SFTConfig", ..., str(error), "correct the option it names")) from error
+
+
+def _tokenizer(options: Any, model_path: str | None, rows: Any) -> tuple[Any, int]:
+    """The tokenizer of the model to train, and the rows of its embedding."""
+    if model_path is not None:
+        trust = options.trust_remote_code
+        vocab_size = load_config(model_path, "model_name_or_path", trust).get_text_config().vocab_size
+        tokenizer = load_tokenizer(model_path, options.chat_template, options.eos_token, "model_name_or_path", trust)
+    else:
+        vocab_size = options.model_init.get("vocab_size", 0)
+        tags = tag_format(options)
+        plain = Renderer(make_tokenizer([], [], 512), tags, None, "model_init")
+        texts = (_text(plain.teacher(**_row(r))) + _text(plain.student(**_row(r))) for r in rows)
+        names = [tag for pair in (tags.explanation, tags.thought, tags.solution) for tag in pair]
+        tokenizer = make_tokenizer(texts, names, vocab_size)
+    choose_pad_token(tokenizer, vocab_size, "model_name_or_path")
+    return tokenizer, vocab_size
+
+
+def _row(row: dict[str, str]) -> dict[str, str]:
+    return {"question": row["question"], "solution": row["solution"], "explanation": row["reasoning_trace"]}
+
+
+def _text(parts: list[Part]) -> str:
+    return "".join(part.text for part in parts)
+
+
+def _model(options: Any, model_path: str | None, tokenizer: Any, dtype: Any) -> PreTrainedModel:
+    if model_path is None:
+        return make_model(options.model_init, tokenizer, options.seed, dtype, options.attn_implementation)
+    return load_model(model_path, dtype, options.attn_implementation, "model_name_or_path", options.trust_remote_code)

@@ -1,0 +1,121 @@
+"""Data sets ready for a trainer: rendered, encoded, measured against the length limits, and shown."""
+
+import logging
+from typing import Any
+
+from datasets import Dataset
+
+from data.formats import TAG_FORMATS, Part, TagFormat
+from data.load import load_rows
+from data.render import Renderer
+from trainers.errors import ConfigError, Fault
+
+logger = logging.getLogger(__name__)
+
+
+def tag_format(options: Any) -> TagFormat:
+    """The tags and system prompts that the options choose."""
+    return TAG_FORMATS[options.tag_format].with_prompts(options.teacher_system_prompt, options.student_system_prompt)
+
+
+def load_train_rows(options: Any) -> Dataset:
+    return load_rows(
+        options.dataset_id_or_path,
+        options.dataset_split,
+        options.max_samples,
+        options,
+        tag_format(options),
+        "dataset_id_or_path",
+    )
+
+
+def load_eval_rows(options: Any) -> Dataset | None:
+    """The held-out rows, or None where none are named."""
+    if options.eval_dataset_id_or_path is None and options.eval_dataset_split is None:
+        return None
+    return load_rows(
+        options.eval_dataset_id_or_path or options.dataset_id_or_path,
+        options.eval_dataset_split or options.dataset_split,
+        options.max_eval_samples,
+        options,
+        tag_format(options),
+        "eval_dataset_id_or_path",
+    )
+
+
+def apply_overlong(rows: Dataset, length_column: str, limit: int, overlong: str, what: str) -> Dataset:
+    """Deal with rows whose `length_column` exceeds `limit`, and say how many there are.
+
+    `filter` leaves them out, `error` stops; `truncate_left` leaves them to be cut where they are used.
+
+    Raises:
+        ConfigError: With overlong=error, or if nothing is left.
+    """
+    lengths = rows[length_column]
+    too_long = sum(length > limit for length in lengths)
+    logger.info("%s: %d rows, prompts of %d to %d tokens", what, len(rows), min(lengths), max(lengths))
+    if not too_long:
+        return rows
+    count = f"{too_long} of {len(rows)} prompts are longer than max_prompt_length {limit} (the longest: {max(lengths)})"
+    if overlong == "error":
+        remedy = f"max_prompt_length={max(lengths)}, or overlong=filter or overlong=truncate_left"
+        raise ConfigError(Fault("overlong", overlong, count, remedy))
+    if overlong == "truncate_left":
+        logger.warning("%s: %s: they lose their start", what, count)
+        return rows
+    if too_long == len(rows):
+        raise ConfigError(Fault("max_prompt_length", limit, f"{count}: nothing is left", f"max_prompt_length={max(lengths)}"))
+    logger.warning("%s: %s: left out", what, count)
+    return rows.filter(lambda row: row[length_column] <= limit)
+
+
+def show_sample(title: str, parts: list[Part]) -> None:
+    """Print a text with what the model itself writes set off from what it is given."""
+    given = "".join(p.text for p in parts if not p.sampled)
+    written = "".join(p.text for p in parts if p.sampled)
+    logger.info("\n--- %s: given (masked)\n%s\n--- %s: written by the model\n%s\n---", title, given, title, written)
+
+
+def rl_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Dataset:
+    """Add the teacher's prompt to rows of question and solution."""
+
+    def render(row: dict[str, str]) -> dict[str, Any]:
+        prompt = renderer.teacher(row["question"], row["solution"])[0].text
+        return {"prompt": prompt, "prompt_tokens": len(renderer.encode_text(prompt))}
+
+    rows = rows.select_columns(["question", "solution"]).map(render)
+    return apply_overlong(rows, "prompt_tokens", options.max_prompt_length, options.overlong, what)
+
+
+def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Dataset:
+    """Encode rows for TRL's SFTTrainer: `input_ids` and `labels`, -100 on what is given rather than written.
+
+    Raises:
+        ConfigError: If the data has no reasoning traces, or no row leaves a token to learn from.
+    """
+    if "reasoning_trace" not in rows.column_names or not any(rows["reasoning_trace"]):
+        cause = "the data set has no reasoning_trace to imitate (RL needs none, a warm-up does)"
+        raise ConfigError(
+            Fault("reasoning_trace_column", options.reasoning_trace_column, cause, "name the column: reasoning_trace_column=...")
+        )
+
+    role, limit = options.sft_role, options.max_prompt_length
+
+    def encode(row: dict[str, str]) -> dict[str, Any]:
+        encoded = renderer.encode(sft_parts(row, renderer, role))
+        given = len(encoded.sampled) - sum(encoded.sampled)
+        cut = max(0, given - limit)  # only with overlong=truncate_left
+        ids, sampled = encoded.ids[cut:], encoded.sampled[cut:]
+        labels = [token if own else -100 for token, own in zip(ids, sampled, strict=True)]
+        return {"input_ids": ids, "labels": labels, "prompt_tokens": given}
+
+    encoded = rows.filter(lambda row: bool(row["reasoning_trace"])).map(encode, remove_columns=rows.column_names)
+    encoded = apply_overlong(encoded, "prompt_tokens", limit, options.overlong, what)
+    return encoded.select_columns(["input_ids", "labels"])
+
+
+def sft_parts(row: dict[str, str], renderer: Renderer, role: str) -> list[Part]:
+    """The text that a row teaches."""
+    if role == "teacher":
+        return renderer.teacher(row["question"], row["solution"], row["reasoning_trace"])
+    return renderer.student(row["question"], row["reasoning_trace"], row["solution"])

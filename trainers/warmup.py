@@ -1,0 +1,77 @@
+"""Models named `run:NAME`: the result of another run configuration, trained when first needed and kept."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trainers.checks import load_options
+from trainers.config import REPO, compose_run
+from trainers.errors import ConfigError, Fault
+
+logger = logging.getLogger(__name__)
+
+# Options of the asking run that its warm-ups follow.
+INHERITED = ("seed", "device", "precision")
+# What the result depends on beside the configuration.
+CODE = ("data/formats.py", "data/render.py", "data/load.py", "trainers/sft.py", "trainers/texts.py", "trainers/models.py")
+PACKAGES = ("torch", "transformers", "trl", "tokenizers")
+
+
+def warmup_options(name: str, options: Any) -> tuple[dict[str, Any], Any]:
+    """Compose and check the warm-up `run:NAME` of a run.
+
+    Raises:
+        ConfigError: If it is not valid, or is no warm-up.
+    """
+    overrides = [f"{key}={getattr(options, key)}" for key in INHERITED]
+    composed = compose_run(name, overrides)
+    checked = load_options(composed, repo=REPO)
+    if checked.stage != "sft":
+        cause = f"cfgs/run_cfg/{name}.yaml has stage={checked.stage}"
+        raise ConfigError(Fault(f"run:{name}", ..., cause, "name a run with stage=sft"))
+    return composed, checked
+
+
+def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
+    """Where the result of a warm-up is kept: a folder named by everything it depends on."""
+    digest = hashlib.sha256(json.dumps(composed, sort_keys=True).encode())
+    for package in PACKAGES:
+        digest.update(f"{package}=={importlib.metadata.version(package)}".encode())
+    for file in CODE:
+        digest.update((REPO / file).read_bytes())
+    data = Path(composed["dataset_id_or_path"])
+    if data.is_file():
+        digest.update(data.read_bytes())
+    start = composed.get("model_name_or_path") or ""
+    if start.startswith("run:"):  # the warm-up it starts from
+        parent = compose_run(start[4:], [f"{key}={composed[key]}" for key in INHERITED if key in composed])
+        digest.update(cached_path(start[4:], parent, root).name.encode())
+    return root / "results" / "warmup" / f"{name}-{digest.hexdigest()[:12]}"
+
+
+def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | None:
+    """Return the folder of a model: `run:NAME` is trained if it is not in the cache; anything else stays as it is."""
+    if path is None or not path.startswith("run:"):
+        return path
+    name = path[4:]
+    composed, checked = warmup_options(name, options)
+    folder = cached_path(name, composed, root)
+    if (folder / "config.json").is_file():
+        logger.info("%s: kept from an earlier run in %s", path, folder)
+        return str(folder)
+    start = resolve_model(checked.model_name_or_path, checked, root)
+    from trainers.sft import run_sft
+
+    logger.info("%s: training it now, later runs find it in %s", path, folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    if partial.exists():  # an earlier warm-up was interrupted
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    run_sft(checked, partial, start)
+    if not folder.exists():
+        partial.rename(folder)
+    return str(folder)
