@@ -34,17 +34,18 @@ TAG_FORMATS = {
         thought=("<|begin_of_thought|>", "<|end_of_thought|>"),
         solution=("<|begin_of_solution|>", "<|end_of_solution|>"),
         teacher_system_prompt=(
-            "You teach. You are given a question together with its solution, and you write the explanation from which a "
-            "student who has only the question would find that solution. Work through the question step by step: say "
-            "what is asked, which idea helps and why, carry out every step with its intermediate results, and check "
-            "them. Every step must follow from what was said before, as if the solution were not yet known; never appeal "
-            "to the given solution. Put the explanation between <|begin_of_explanation|> and <|end_of_explanation|>."
+            "You teach. You are given a question together with its solution, and you write the explanation from "
+            "which a student who has only the question would find that solution. Work through the question step by "
+            "step: say what is asked, which idea helps and why, carry out every step with its intermediate results, "
+            "and check them. Every step must follow from what was said before, as if the solution were not yet known; "
+            "never appeal to the given solution. Put the explanation between <|begin_of_explanation|> and "
+            "<|end_of_explanation|>."
         ),
         student_system_prompt=(
             "You solve questions by thinking first. Think step by step between <|begin_of_thought|> and "
-            "<|end_of_thought|>: analyse the question, try out ideas, carry out each step with its intermediate results, "
-            "check them, and correct yourself where needed. Then give the final solution, with the steps that lead to "
-            "it, between <|begin_of_solution|> and <|end_of_solution|>."
+            "<|end_of_thought|>: analyse the question, try out ideas, carry out each step with its intermediate "
+            "results, check them, and correct yourself where needed. Then give the final solution, with the steps "
+            "that lead to it, between <|begin_of_solution|> and <|end_of_solution|>."
         ),
     ),
     "r1": TagFormat(

@@ -74,7 +74,9 @@ def _from_columns(rows: Dataset, options: Any, key: str, path: str) -> Dataset:
 
 def _with_texts(rows: Dataset, key: str, path: str) -> Dataset:
     """Make every value text (a solution may be a number) and refuse rows that cannot be scored."""
-    rows = rows.map(lambda row: {name: "" if row[name] is None else str(row[name]) for name in row}, desc="Reading rows")
+    rows = rows.map(
+        lambda row: {name: "" if row[name] is None else str(row[name]) for name in row}, desc="Reading rows"
+    )
     for name in ("question", "solution"):
         empty = [i for i, text in enumerate(rows[name]) if not text.strip()]
         if empty:
@@ -87,7 +89,9 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
     """Split Bespoke-Stratos rows: `conversations` of user (human) and assistant (gpt), thought and solution in tags."""
 
     def split(row: dict[str, Any]) -> dict[str, str]:
-        turns = {turn.get("from", turn.get("role")): turn.get("value", turn.get("content")) for turn in row["conversations"]}
+        turns = {
+            turn.get("from", turn.get("role")): turn.get("value", turn.get("content")) for turn in row["conversations"]
+        }
         question = turns.get("user", turns.get("human")) or ""
         answer = turns.get("assistant", turns.get("gpt")) or ""
         return {
@@ -97,12 +101,16 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
         }
 
     split_rows = rows.map(split, remove_columns=rows.column_names, desc="Splitting conversations")
-    whole = split_rows.filter(lambda row: bool(row["question"].strip() and row["solution"].strip()), desc="Checking tags")
+    whole = split_rows.filter(
+        lambda row: bool(row["question"].strip() and row["solution"].strip()), desc="Checking tags"
+    )
     if len(whole) == 0:
         cause = f"no assistant turn has its solution between {tags.solution[0]} and {tags.solution[1]}"
         raise ConfigError(Fault(key, path, cause, "tag_format=stratos or tag_format=r1, whichever the data uses"))
     if len(whole) < len(split_rows):
-        print(f"data: {len(split_rows) - len(whole)} of {len(split_rows)} conversations have no tagged solution: left out")
+        print(
+            f"data: {len(split_rows) - len(whole)} of {len(split_rows)} conversations have no tagged solution: left out"
+        )
     return whole
 
 

@@ -1,4 +1,4 @@
-"""Make the sample data set: sums of five small numbers, explained step by step, well or badly.
+"""Make the sample data set: sums of five digits, explained step by step, well or badly.
 
     python -m data.make_sums data
 
@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 NUM_TERMS = 5
-LARGEST_TERM = 19
+LARGEST_TERM = 9
 TALK = [
     "Add the numbers from left to right and keep the total in mind until the last one.",
-    "This is a sum of five numbers, so the answer is found by adding them up with care.",
+    "This is a sum of five digits, so the answer is found by adding them up with care.",
     "The order of the numbers does not matter, and the total can be found in the head.",
 ]
 KINDS = {"full": 0.4, "lines missing": 0.3, "talk": 0.3}

@@ -68,7 +68,11 @@ class Renderer:
         tail = self._apply(messages).rpartition(_MARK)[2]
         if eos is None or not tail.lstrip().startswith(eos):
             cause = f"the chat template ends a turn with {tail!r}, but the tokenizer's eos_token is {eos!r}"
-            remedy = f"eos_token={tail.strip().splitlines()[0]!r}" if tail.strip() else "give a chat_template that ends turns"
+            remedy = (
+                f"eos_token={tail.strip().splitlines()[0]!r}"
+                if tail.strip()
+                else "give a chat_template that ends turns"
+            )
             raise ConfigError(Fault("eos_token", eos, f"{key}: {cause}, so completions would never end", remedy))
         return eos
 

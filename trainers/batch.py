@@ -8,6 +8,7 @@ batches. Other projects check this late and name one divisor; `nearest_legal` of
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainers.errors import Fault
 
@@ -46,6 +47,14 @@ class BatchPlan:
             f"steps x {self.devices} device(s); {self.generation_batch} generated at once "
             f"({self.aggregation} micro-batches)"
         )
+
+
+def batch_plan(options: Any, num_devices: int = 1) -> BatchPlan:
+    """The batch equation of an RL run; aggregation defaults to a whole optimizer step."""
+    per_device = options.per_device_train_batch_size
+    whole_step = max(1, options.train_batch_size // (per_device * num_devices))
+    aggregation = options.generation_aggregation_steps or whole_step
+    return BatchPlan(options.train_batch_size, per_device, options.num_generations, aggregation, num_devices)
 
 
 def legal_aggregations(batch: int, per_device: int, generations: int, devices: int) -> list[int]:

@@ -2,19 +2,44 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from trainers.batch import BatchPlan, check_batch
+from trainers.batch import batch_plan, check_batch
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
 from trainers.options import DERIVED, RENAMED, CommonOptions, options_class
 from trainers.trl_options import trl_options
 
 STAGES = ("sft", "rl")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of options that concern each other; it is left out where one that it reads is itself invalid."""
+
+    stages: tuple[str, ...]
+    reads: tuple[str, ...]
+    run: Callable[[Any, int, Path], list[Fault]]
+
+
+CHECKS: list[Check] = []
+
+
+def check(*reads: str, stages: tuple[str, ...] = STAGES) -> Callable:
+    """Register a check of `stages` that reads these options."""
+
+    def register(function: Callable[[Any, int, Path], list[Fault]]) -> Callable:
+        CHECKS.append(Check(stages, reads, function))
+        return function
+
+    return register
+
+
 LOCAL_DATA = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -45,9 +70,9 @@ def load_options(composed: Mapping[str, Any], num_devices: int = 1, repo: Path =
         options = cls.model_construct(**{k: v for k, v in known.items() if k not in invalid})
     else:
         invalid = set()
-    for needed, check in CHECKS:
-        if stage in needed[0] and not invalid & set(needed[1]):
-            faults += check(options, num_devices, repo)
+    for check in CHECKS:
+        if stage in check.stages and not invalid & set(check.reads):
+            faults += check.run(options, num_devices, repo)
     if faults:
         raise ConfigError(faults)
     return options
@@ -80,6 +105,7 @@ def _invalid(error: ValidationError) -> list[Fault]:
     return faults
 
 
+@check("device")
 def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if options.device != "cuda" or num_cuda_devices() > 0:
         return []
@@ -88,6 +114,14 @@ def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return [Fault("device", "cuda", cause, remedy)]
 
 
+@check(
+    "train_batch_size",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "num_generations",
+    "num_generations_eval",
+    "generation_aggregation_steps",
+)
 def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     per_device = options.per_device_train_batch_size
     if options.stage == "sft":
@@ -104,19 +138,17 @@ def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         near = max(1, round(options.per_device_eval_batch_size / generations)) * generations
         cause = f"holds no whole groups of {generations} (num_generations_eval, else num_generations)"
         faults.append(
-            Fault("per_device_eval_batch_size", options.per_device_eval_batch_size, cause, f"per_device_eval_batch_size={near}")
+            Fault(
+                "per_device_eval_batch_size",
+                options.per_device_eval_batch_size,
+                cause,
+                f"per_device_eval_batch_size={near}",
+            )
         )
     return faults
 
 
-def batch_plan(options: Any, num_devices: int = 1) -> BatchPlan:
-    """The batch equation of an RL run; aggregation defaults to a whole optimizer step."""
-    per_device = options.per_device_train_batch_size
-    whole_step = max(1, options.train_batch_size // (per_device * num_devices))
-    aggregation = options.generation_aggregation_steps or whole_step
-    return BatchPlan(options.train_batch_size, per_device, options.num_generations, aggregation, num_devices)
-
-
+@check("model_name_or_path", "model_init", "student_model")
 def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     both = options.model_name_or_path is not None and options.model_init is not None
@@ -155,6 +187,7 @@ def _check_model_path(key: str, value: str | None, repo: Path) -> list[Fault]:
     return [Fault(key, value, cause, "give the folder that save_pretrained() wrote, or a hub id as owner/name")]
 
 
+@check("dataset_id_or_path", "eval_dataset_id_or_path")
 def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if options.dataset_id_or_path is None:
         remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, a folder or a hub id>"
@@ -169,6 +202,7 @@ def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
+@check("report_before_after", "eval_strategy", "eval_on_start", "eval_dataset_id_or_path", stages=("rl",))
 def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     wants = options.report_before_after or options.eval_strategy != "no" or options.eval_on_start
     has = options.eval_dataset_id_or_path or options.eval_dataset_split
@@ -178,6 +212,16 @@ def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return [Fault("eval_dataset_id_or_path", None, "held-out questions are to be scored, but none are named", remedy)]
 
 
+@check(
+    "use_ray",
+    "use_vllm_server",
+    "vllm_max_model_length",
+    "max_prompt_length",
+    "max_completion_length",
+    "beta",
+    "sync_ref_model",
+    stages=("rl",),
+)
 def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     for key in ("use_vllm_server", "use_ray"):
@@ -190,7 +234,10 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     need = options.max_prompt_length + options.max_completion_length
     given = options.vllm_max_model_length
     if given is not None and given < need:
-        cause = f"shorter than max_prompt_length {options.max_prompt_length} + max_completion_length {options.max_completion_length}"
+        lengths = (
+            f"max_prompt_length {options.max_prompt_length} + max_completion_length {options.max_completion_length}"
+        )
+        cause = f"shorter than {lengths}"
         faults.append(Fault("vllm_max_model_length", given, cause, f"vllm_max_model_length={need}, or leave it out"))
     if options.sync_ref_model and not options.beta:
         cause = "there is no reference model while beta is 0"
@@ -198,6 +245,13 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
+@check(
+    "answer_log_prob_coeff",
+    "reduction_log_prob_fn",
+    "kl_penalty_reward_coeff",
+    "reduction_kl_fn",
+    stages=("rl",),
+)
 def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     pairs = (
@@ -214,57 +268,14 @@ def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
+@check("chat_template", "student_chat_template")
 def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     for key in ("chat_template", "student_chat_template"):
         value = getattr(options, key, None)
         if value is not None and "{" not in value and not Path(value).expanduser().is_file():
             cause = "neither a Jinja template nor a file"
-            faults.append(Fault(key, value, cause, f"give the template itself, or the path of a file: {key}=template.jinja"))
+            faults.append(
+                Fault(key, value, cause, f"give the template itself, or the path of a file: {key}=template.jinja")
+            )
     return faults
-
-
-# (stages, options that a check reads) and the check; one whose options are themselves invalid is left out.
-CHECKS = [
-    ((("sft", "rl"), ("device",)), _check_device),
-    (
-        (
-            ("sft", "rl"),
-            (
-                "train_batch_size",
-                "per_device_train_batch_size",
-                "num_generations",
-                "generation_aggregation_steps",
-                "per_device_eval_batch_size",
-                "num_generations_eval",
-            ),
-        ),
-        _check_batch,
-    ),
-    ((("sft", "rl"), ("model_name_or_path", "model_init", "student_model")), _check_model),
-    ((("sft", "rl"), ("dataset_id_or_path", "eval_dataset_id_or_path")), _check_data),
-    ((("rl",), ("report_before_after", "eval_strategy", "eval_on_start", "eval_dataset_id_or_path")), _check_held_out),
-    (
-        (
-            ("rl",),
-            (
-                "use_ray",
-                "use_vllm_server",
-                "vllm_max_model_length",
-                "max_prompt_length",
-                "max_completion_length",
-                "beta",
-                "sync_ref_model",
-            ),
-        ),
-        _check_engine,
-    ),
-    (
-        (
-            ("rl",),
-            ("answer_log_prob_coeff", "reduction_log_prob_fn", "kl_penalty_reward_coeff", "reduction_kl_fn"),
-        ),
-        _check_reward,
-    ),
-    ((("sft", "rl"), ("chat_template", "student_chat_template")), _check_templates),
-]

@@ -37,9 +37,9 @@ def find_run(name: str) -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Turn what a user types into Hydra's grammar.
 
-    A word without `=` names the run. `key=value` becomes `++key=value`, so that a key which no YAML file mentions can be
-    set too; whether it exists is judged once, for the whole, by `load_options` (Hydra would ask for a `+`, and a
-    typo with a `+` would become a silent new key).
+    A word without `=` names the run. `key=value` becomes `++key=value`, so that a key which no YAML file mentions
+    can be set too; whether it exists is judged once, for the whole, by `load_options` (Hydra would ask for a `+`,
+    and a typo with a `+` would become a silent new key).
     """
     result, run, takes_value = [], None, False
     for argument in arguments:

@@ -65,8 +65,7 @@ class Engine:
             "load_format": "dummy",  # the weights are the trainer's
             "dtype": str(dtype).removeprefix("torch."),
             "seed": options.seed,
-            "max_model_len": options.vllm_max_model_length
-            or options.max_prompt_length + options.max_completion_length,
+            "max_model_len": options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length,
             "enforce_eager": options.enforce_eager or device.type == "cpu",
             "enable_prefix_caching": options.enable_prefix_caching,
             "logprobs_mode": "processed_logprobs",

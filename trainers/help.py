@@ -23,7 +23,7 @@ def print_help(usage: str) -> None:
                 head = f"  {name} = {field.default!r}  ({kind})"
                 print(head)
                 print(textwrap.fill(field.description, 110, initial_indent="      ", subsequent_indent="      "))
-    for kind in ("grpo", "sft"):
+    for kind, title in (("grpo", "GRPOConfig (stage=rl)"), ("sft", "SFTConfig (stage=sft)")):
         names = sorted(set(trl_options(kind)) - own_options() - set(DERIVED))
-        print(f"\nOptions of TRL's {'GRPOConfig (stage=rl)' if kind == 'grpo' else 'SFTConfig (stage=sft)'}, as TRL documents them:")
+        print(f"\nOptions of TRL's {title}, as TRL documents them:")
         print(textwrap.fill(", ".join(names), 116, initial_indent="  ", subsequent_indent="  "))

@@ -101,7 +101,9 @@ def load_config(path: str, key: str, trust: bool) -> Any:
         raise ConfigError(_not_loadable(key, path, error)) from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         cause = f"{config.model_type} is not a decoder-only language model"
-        raise ConfigError(Fault(key, path, cause, "name a causal language model, e.g. of the Qwen, Llama or Gemma family"))
+        raise ConfigError(
+            Fault(key, path, cause, "name a causal language model, e.g. of the Qwen, Llama or Gemma family")
+        )
     return config
 
 
@@ -132,7 +134,9 @@ def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: tor
     try:
         config = AutoConfig.for_model(model_type, **arguments)
     except ValueError as error:
-        raise ConfigError(Fault("model_init", model_init, str(error).splitlines()[0], "set model_type, e.g. qwen2")) from error
+        raise ConfigError(
+            Fault("model_init", model_init, str(error).splitlines()[0], "set model_type, e.g. qwen2")
+        ) from error
     if config.vocab_size < len(tokenizer):
         cause = f"vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens"
         raise ConfigError(Fault("model_init", model_init, cause, f"vocab_size of at least {len(tokenizer)}"))

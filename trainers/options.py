@@ -98,7 +98,9 @@ class RLOptions(CommonOptions):
     vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
     report_before_after: bool = opt(True, "score the held-out questions before and after training, write result.json")
 
-    answer_log_prob_coeff: float | list[float] = opt([1.0, 0.01], "c: weight of each reduction of the solution's log-probs")
+    answer_log_prob_coeff: float | list[float] = opt(
+        [1.0, 0.01], "c: weight of each reduction of the solution's log-probs"
+    )
     reduction_log_prob_fn: Reduction | list[Reduction] = opt(["mean", "min"], "reductions over the solution's tokens")
     normalize_log_prob_fn: Normalization | None = opt(None, "transform of the solution's log-probs before reducing")
     clip_log_prob: float | None = opt(None, "clip the solution's log-probs at minus this", gt=0)

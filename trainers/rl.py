@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.checks import batch_plan
+from trainers.batch import batch_plan
 from trainers.errors import ConfigError, Fault
 from trainers.models import (
     choose_pad_token,
@@ -49,7 +49,10 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
     teacher_path = resolve_model(options.model_name_or_path, options)
     student_path = resolve_model(options.student_model, options)
-    teacher, student = _renderer(options, teacher_path, "model_name_or_path"), _renderer(options, student_path, "student_model")
+    teacher, student = (
+        _renderer(options, teacher_path, "model_name_or_path"),
+        _renderer(options, student_path, "student_model"),
+    )
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(rows[0]["question"], rows[0]["solution"], "..."))

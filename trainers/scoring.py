@@ -87,7 +87,11 @@ class StudentReward:
                 if not math.isfinite(rewards[i]):
                     self._stop(i, rewards[i], parts, question[i], explanations[i])
                 logger.debug("reward %.4f %s for %r", rewards[i], parts, explanations[i].text)
-                seen = {**parts, "student_accuracy": float(score.solves), "explanation_length": len(explanations[i].ids)}
+                seen = {
+                    **parts,
+                    "student_accuracy": float(score.solves),
+                    "explanation_length": len(explanations[i].ids),
+                }
                 for name, value in seen.items():
                     metrics.setdefault(name, []).append(float(value))
             for name, values in metrics.items():
@@ -121,7 +125,7 @@ class StudentReward:
     def _stop(i: int, reward: float, parts: dict[str, float], question: str, explanation: Explanation) -> None:
         bad = {name: value for name, value in parts.items() if not math.isfinite(value)}
         raise FloatingPointError(
-            f"the reward of completion {i} is {reward}: {bad}\n  question: {question!r}\n  explanation: "
-            f"{explanation.text!r}\n  -> a log-probability of teacher or student is not finite; check their weights and "
-            "precision (fp16 overflows: precision=bf16 or fp32)"
+            f"the reward of completion {i} is {reward}: {bad}\n  question: {question!r}\n"
+            f"  explanation: {explanation.text!r}\n  -> a log-probability of teacher or student is not finite: "
+            "look at their weights, and try precision=fp32"
         )

@@ -85,7 +85,11 @@ class TeacherGRPOTrainer(GRPOTrainer):
         if self.model.training and "step" in seconds and steps:
             generate, score = seconds.get("generate", 0.0), seconds.get("score", 0.0)
             update = seconds["step"] - generate - score
-            logs |= {"seconds/generate": generate / steps, "seconds/score": score / steps, "seconds/update": update / steps}
+            logs |= {
+                "seconds/generate": generate / steps,
+                "seconds/score": score / steps,
+                "seconds/update": update / steps,
+            }
         elif not self.model.training:
             logs |= {f"eval_seconds/{phase}": value for phase, value in seconds.items()}
         super().log(logs, start_time)

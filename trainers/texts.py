@@ -64,7 +64,9 @@ def apply_overlong(rows: Dataset, length_column: str, limit: int, overlong: str,
         logger.warning("%s: %s: they lose their start", what, count)
         return rows
     if too_long == len(rows):
-        raise ConfigError(Fault("max_prompt_length", limit, f"{count}: nothing is left", f"max_prompt_length={max(lengths)}"))
+        raise ConfigError(
+            Fault("max_prompt_length", limit, f"{count}: nothing is left", f"max_prompt_length={max(lengths)}")
+        )
     logger.warning("%s: %s: left out", what, count)
     return rows.filter(lambda row: row[length_column] <= limit)
 
@@ -96,7 +98,12 @@ def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Data
     if "reasoning_trace" not in rows.column_names or not any(rows["reasoning_trace"]):
         cause = "the data set has no reasoning_trace to imitate (RL needs none, a warm-up does)"
         raise ConfigError(
-            Fault("reasoning_trace_column", options.reasoning_trace_column, cause, "name the column: reasoning_trace_column=...")
+            Fault(
+                "reasoning_trace_column",
+                options.reasoning_trace_column,
+                cause,
+                "name the column: reasoning_trace_column=...",
+            )
         )
 
     role, limit = options.sft_role, options.max_prompt_length

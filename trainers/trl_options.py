@@ -49,7 +49,7 @@ def _annotation(node: ast.expr) -> Any:
 
 
 def _default(call: ast.expr | None) -> Any:
-    """The literal in `field(default=...)`, `field(default_factory=...)` or a bare value; None where it is no literal."""
+    """The literal in `field(default=...)` or a bare value; None where it is no literal."""
     if isinstance(call, ast.Call):
         call = next((k.value for k in call.keywords if k.arg == "default"), None)
     try:

@@ -17,7 +17,14 @@ logger = logging.getLogger(__name__)
 # Options of the asking run that its warm-ups follow.
 INHERITED = ("seed", "device", "precision")
 # What the result depends on beside the configuration.
-CODE = ("data/formats.py", "data/render.py", "data/load.py", "trainers/sft.py", "trainers/texts.py", "trainers/models.py")
+CODE = (
+    "data/formats.py",
+    "data/render.py",
+    "data/load.py",
+    "trainers/sft.py",
+    "trainers/texts.py",
+    "trainers/models.py",
+)
 PACKAGES = ("torch", "transformers", "trl", "tokenizers")
 
 

@@ -1,0 +1,220 @@
+"""Composition and checks: nothing heavy is loaded, every fault is told. Run: ./run_tests.sh tests/test_config.py"""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import REPO
+
+from trainers import checks
+from trainers.checks import load_options
+from trainers.config import CONFIG_DIR, compose_run, find_run, hydra_arguments
+from trainers.errors import ConfigError
+from trainers.options import DERIVED, own_options
+from trainers.trl_options import trl_options
+
+RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").rglob("*.yaml"))
+
+
+def faults(run, *overrides):
+    with pytest.raises(ConfigError) as error:
+        load_options(compose_run(run, list(overrides)), repo=REPO)
+    return {fault.key: fault for fault in error.value.faults}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_composes_and_is_valid_where_a_gpu_is(run, monkeypatch):
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    options = load_options(compose_run(run), repo=REPO)
+    assert options.stage in ("sft", "rl")
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "tiny" not in run])
+def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
+    found = faults(run)
+    assert list(found) == ["device"]
+    assert "needs an NVIDIA GPU" in found["device"].cause
+
+
+def test_founding_presets_keep_their_values():
+    mono = compose_run("teacher_rlt_mono")
+    assert (mono["train_batch_size"], mono["num_generations"], mono["max_completion_length"]) == (32, 8, 4096)
+    assert (mono["vllm_gpu_memory_utilization"], mono["offload_untrained_models"]) == (0.7, True)
+    big = compose_run("teacher_rlt_mono_85gb")
+    assert (big["train_batch_size"], big["per_device_train_batch_size"], big["num_generations"]) == (96, 3, 24)
+    assert (big["max_prompt_length"], big["max_completion_length"]) == (6144, 6144)
+    assert big["vllm_gpu_memory_utilization"] == 0.55
+    assert big["student_model"] == "bespokelabs/Bespoke-Stratos-7B"
+    biggest = compose_run("teacher_rlt_mono_96gb")
+    assert (biggest["train_batch_size"], biggest["per_device_train_batch_size"]) == (128, 4)
+    assert (biggest["num_generations"], biggest["max_completion_length"]) == (32, 8192)
+
+
+def test_all_faults_are_told_at_once_with_remedies():
+    found = faults(
+        "teacher_rlt_tiny",
+        "num_generation=3",
+        "+invented=1",
+        "learning_rate=abc",
+        "loss_type=dapoo",
+        "bf16=true",
+        "max_length=3",
+        "generation_aggregation_steps=3",
+        "use_ray=true",
+        "sync_ref_model=true",
+        "kl_penalty_reward_coeff=[1,2,3]",
+        "student_model=run:student_sft_tinny",
+        "dataset_id_or_path=nowhere.jsonl",
+        "vllm_max_model_length=10",
+        "warmup_ratio=0.1",
+    )
+    assert "num_generations" in found["num_generation"].remedy
+    assert found["invented"].cause == "unknown"
+    assert "valid number" in found["learning_rate"].cause
+    assert found["loss_type"].remedy == "did you mean dapo?"
+    assert found["bf16"].remedy == "use precision=bf16"
+    assert "stage=sft only" in found["max_length"].cause
+    assert "generation_aggregation_steps=1" in found["generation_aggregation_steps"].remedy
+    assert found["use_ray"].remedy == "use_ray=false"
+    assert "beta=0.04" in found["sync_ref_model"].remedy
+    assert "3 coefficients for 2 reductions" in found["kl_penalty_reward_coeff"].cause
+    assert found["student_model"].remedy == "did you mean run:student_sft_tiny?"
+    assert "no such file" in found["dataset_id_or_path"].cause
+    assert "vllm_max_model_length=192" in found["vllm_max_model_length"].remedy
+    assert "warmup_steps" in found["warmup_ratio"].remedy
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "cause", "remedy"),
+    [
+        ("num_generations=1", "num_generations", "greater than or equal to 2", "--help"),
+        ("model_name_or_path=./nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
+        ("model_init={model_type: qwen2}", "model_name_or_path", "together with model_init", "name one"),
+        ("student_model=null", "student_model", "needs a student", "student_model="),
+        ("eval_dataset_id_or_path=null", "eval_dataset_id_or_path", "none are named", "report_before_after=false"),
+        (
+            "per_device_eval_batch_size=12 num_generations_eval=8",
+            "per_device_eval_batch_size",
+            "no whole groups",
+            "=16",
+        ),
+        ("chat_template=nowhere.jinja", "chat_template", "neither", "template"),
+        ("temperature=0", "temperature", "greater than 0", "--help"),
+        ("overlong=filtre", "overlong", "'filter'", "did you mean filter?"),
+        ("gradient_accumulation_steps=2", "gradient_accumulation_steps", "sets it itself", "train_batch_size"),
+        ("stage=rll", "stage", "no such stage", "sft, rl"),
+        ("system_prompt=x", "system_prompt", "unknown under this name", "teacher_system_prompt"),
+    ],
+)
+def test_each_fault_has_cause_and_remedy(override, key, cause, remedy):
+    words = [override] if override.startswith("model_init") else override.split()
+    found = faults("teacher_rlt_tiny", *words)
+    assert cause in found[key].cause
+    assert remedy in found[key].remedy
+
+
+def test_adapter_folder_is_recognised(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    found = faults("teacher_rlt_tiny", f"model_name_or_path={tmp_path}")
+    assert "LoRA adapter" in found["model_name_or_path"].cause
+
+
+@pytest.mark.parametrize("words", ["teacher_rlt_mono.yaml", "cfgs/run_cfg/teacher_rlt_mono.yaml", "teacher_rlt_mono"])
+def test_run_is_named_by_bare_name_file_or_path(words):
+    assert hydra_arguments([words]) == ["run_cfg=teacher_rlt_mono"]
+
+
+def test_misspelt_run_gets_a_suggestion():
+    with pytest.raises(ConfigError, match=r"did you mean teacher_rlt_mono_85gb\.yaml"):
+        find_run("teacher_rlt_mono_85g.yaml")
+
+
+def test_overrides_may_set_keys_that_no_yaml_mentions():
+    arguments = hydra_arguments(["max_steps=5", "+epsilon_high=0.28", "trainer_cfg=grpo_tiny", "--cfg", "job"])
+    assert arguments == [
+        "run_cfg=teacher_rlt_tiny",
+        "++max_steps=5",
+        "++epsilon_high=0.28",
+        "trainer_cfg=grpo_tiny",
+        "--cfg",
+        "job",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_trl_options_read_from_source_are_trl_s_fields_and_defaults(kind):
+    import trl
+
+    real = {f.name: f for f in dataclasses.fields({"grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[kind]) if f.init}
+    read = trl_options(kind)
+    assert set(read) == set(real)
+    for name, field in real.items():
+        if field.default is not dataclasses.MISSING and name != "optim":  # computed in the source
+            assert read[name].default == field.default, name
+
+
+def test_every_option_is_read_by_something():
+    """TRL's options go to TRL's own configuration class; each of ours must be an attribute read outside options.py."""
+    read = set()
+    for path in [REPO / "train.py", *(REPO / "trainers").glob("*.py"), *(REPO / "data").glob("*.py")]:
+        if path.name in ("options.py", "checks.py"):  # a check alone does not make an option do something
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options":
+                read.add(node.attr)
+    from rewards.teacher_logprob_kl import TeacherLogprobKL
+
+    read |= set(TeacherLogprobKL.__dataclass_fields__)  # trainers/rl.py hands each of these to the reward
+    refused_only = {"use_ray", "use_vllm_server"}  # promises of the founding documents: must be false
+    assert own_options() - read - refused_only == set()
+
+
+def test_derived_options_name_options_that_exist():
+    trl = set(trl_options("grpo")) | set(trl_options("sft"))
+    gone = {name for name in DERIVED if name not in trl}
+    assert gone <= {"data_seed", "resume_from_checkpoint"}, gone
+
+
+def test_yaml_files_declare_nothing_twice():
+    for path in CONFIG_DIR.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        for key, value in (yaml.safe_load(text) or {}).items():
+            assert value != f"${{{key}}}", f"{path.name}: {key} passes itself on"
+
+
+def run_train(*arguments):
+    return subprocess.run(
+        [sys.executable, str(REPO / "train.py"), *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_errors_and_cfg_import_neither_torch_nor_vllm():
+    code = (
+        "import sys; sys.argv=['train.py']; sys.path.insert(0, '.');"
+        "import train, trainers.help, trainers.config, trainers.checks;"
+        "trainers.checks.load_options(trainers.config.compose_run('teacher_rlt_tiny'));"
+        "trainers.help.print_help('');"
+        "print({'torch', 'vllm', 'transformers', 'trl', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert done.stdout.strip().splitlines()[-1] == "set()", done.stderr
+
+
+def test_cfg_job_prints_the_composed_configuration():
+    done = run_train("teacher_rlt_mono.yaml", "max_steps=7", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)
+    assert shown["max_steps"] == 7
+    assert shown["student_model"] == "bespokelabs/Bespoke-Stratos-7B"
+
+
+def test_faults_end_the_program_with_a_message_and_no_traceback(tmp_path):
+    done = run_train("teacher_rlt_tiny", "num_generation=3", f"output_dir={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert "did you mean num_generations" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

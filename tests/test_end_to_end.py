@@ -1,0 +1,213 @@
+"""Whole runs through the command line, with the real engine. Run: ./run_tests.sh tests/test_end_to_end.py"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import REPO, TINY_MODEL
+
+RESULT_KEYS = {
+    "reward",
+    "solution_log_prob_reward",
+    "kl_reward",
+    "match_reward",
+    "explanation_length",
+    "truncated_fraction",
+    "student_accuracy",
+}
+
+
+def train(*arguments, cwd=REPO):
+    command = [sys.executable, str(REPO / "train.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A student from random weights and a teacher from the student, through the SFT stage."""
+    folder = tmp_path_factory.mktemp("warm")
+    model = "{" + ", ".join(f"{key}: {value}" for key, value in TINY_MODEL.items()) + "}"
+    common = [
+        "max_steps=3",
+        "max_samples=200",
+        "logging_steps=1",
+        "train_batch_size=8",
+        "per_device_train_batch_size=4",
+    ]
+    train("student_sft_tiny", f"model_init={model}", f"output_dir={folder}/student", *common)
+    train("teacher_sft_tiny", f"model_name_or_path={folder}/student", f"output_dir={folder}/teacher", *common)
+    return folder
+
+
+def rl(warm, out, *overrides, cwd=REPO):
+    return train(
+        "teacher_rlt_tiny.yaml",
+        f"model_name_or_path={warm}/teacher",
+        f"student_model={warm}/student",
+        f"output_dir={out}",
+        "max_samples=64",
+        "max_eval_samples=8",
+        "max_steps=3",
+        "train_batch_size=16",
+        "per_device_train_batch_size=8",
+        "num_generations=4",
+        "generation_aggregation_steps=2",
+        "per_device_eval_batch_size=8",
+        "max_completion_length=16",
+        "logging_steps=1",
+        "save_steps=2",
+        *overrides,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def first_run(warm, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, rl(warm, out, "seed=1")
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def completions(out, step):
+    return pd.read_parquet(out / "completions" / f"completions_{step:05d}.parquet")
+
+
+def test_warm_up_leaves_a_loadable_model(warm):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(warm / "teacher")
+    assert tokenizer.chat_template
+    assert AutoModelForCausalLM.from_pretrained(warm / "teacher").config.model_type == "qwen2"
+    losses = [line["loss"] for line in lines(warm / "student") if "loss" in line]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+
+def test_run_obeys_its_overrides(first_run):
+    out, _ = first_run
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["seed"], config["max_steps"], config["num_generations"]) == (1, 3, 4)
+    assert config["not_matched_penalty"] == -1.0  # defaults are written too
+    assert max(line["step"] for line in lines(out)) == 3
+
+
+def test_result_has_every_figure_before_and_after(first_run):
+    out, printed = first_run
+    result = json.loads((out / "result.json").read_text())
+    assert set(result) == {"before", "after"}
+    for moment in result.values():
+        assert set(moment) == RESULT_KEYS
+        assert all(isinstance(value, float) for value in moment.values())
+        parts = moment["solution_log_prob_reward"] + moment["kl_reward"] + moment["match_reward"]
+        assert moment["reward"] == pytest.approx(parts, abs=1e-4)
+    assert "8 held-out questions" in printed
+    assert str(out / "metrics.jsonl") in printed
+
+
+def test_metrics_have_trl_s_names_and_the_seconds_of_each_phase(first_run):
+    out, _ = first_run
+    steps = [line for line in lines(out) if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        for name in ("reward_std", "completions/mean_length", "completions/clipped_ratio", "entropy", "kl_reward"):
+            assert name in line, name
+        assert line["seconds/generate"] > 0 and line["seconds/score"] > 0 and line["seconds/update"] > 0
+
+
+def test_trainer_and_engine_agree_after_training_steps(first_run):
+    out, _ = first_run
+    differences = [line["sampling/sampling_logp_difference/max"] for line in lines(out) if "reward" in line]
+    assert len(differences) == 3
+    assert max(differences) < 1e-5
+
+
+def test_start_shows_batch_texts_and_mask(first_run):
+    _, printed = first_run
+    assert "16 completions per step = 4 questions x 4 generations" in printed
+    assert "first teacher prompt: given (masked)" in printed
+    assert "first student text: written by the model" in printed
+    assert "eta" in printed
+
+
+def test_checkpoints_and_final_model_load_with_tokenizer(first_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = first_run
+    for folder in (out / "checkpoint-2", out):
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert "model.layers.0.self_attn.q_proj.weight" in model.state_dict()
+
+
+def test_log_is_found_at_the_root(first_run):
+    out, _ = first_run
+    log = (out / "training.log").read_text()
+    assert "batch: 16 completions" in log
+    assert (REPO / "logs" / "training.log").is_symlink()
+
+
+def test_same_seed_repeats_the_run_and_another_does_not(warm, first_run, tmp_path):
+    out, _ = first_run
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    rl(warm, "again", "seed=1", "report_before_after=false", cwd=elsewhere)  # a relative path, from another folder
+    again = elsewhere / "again"
+    for step in (1, 2, 3):
+        assert completions(again, step)["completion"].tolist() == completions(out, step)["completion"].tolist()
+    rl(warm, tmp_path / "other", "seed=2", "report_before_after=false", "max_steps=1")
+    assert completions(tmp_path / "other", 1)["completion"].tolist() != completions(out, 1)["completion"].tolist()
+
+
+def test_reference_model_and_trl_options_work(warm, tmp_path):
+    """KL to a reference that follows the teacher, several updates per rollout, the copying bridge, another loss."""
+    rl(
+        warm,
+        tmp_path / "out",
+        "beta=0.04",
+        "sync_ref_model=true",
+        "ref_model_sync_steps=1",
+        "num_iterations=2",
+        "loss_type=dr_grpo",
+        "epsilon_high=0.28",
+        "scale_rewards=batch",
+        "mask_truncated_completions=true",
+        "weight_bridge=copy",
+        "report_before_after=false",
+        "max_completion_length=32",
+    )
+    steps = [line for line in lines(tmp_path / "out") if "reward" in line]
+    assert all("kl" in line for line in steps)
+    assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
+
+
+def test_wandb_works_offline(warm, tmp_path):
+    command_env = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(REPO / "train.py"),
+            "student_sft_tiny",
+            f"model_name_or_path={warm}/student",
+            "model_init=null",
+            "max_steps=1",
+            "max_samples=64",
+            "report_to=wandb",
+            f"output_dir={tmp_path}/out",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env=command_env,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(tmp_path.glob("wandb/offline-run-*"))

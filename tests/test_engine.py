@@ -1,0 +1,129 @@
+"""The real vLLM engine on the trainer's weights. Run: ./run_tests.sh tests/test_engine.py
+
+One engine serves all tests of this file: vLLM allows one in a process at a time.
+"""
+
+import pytest
+import torch
+from conftest import ROWS
+
+from trainers.engine import Engine, request_seed
+from trainers.models import load_model
+from trainers.options import options_class
+
+SAMPLING = {"temperature": 1.0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def engine_and_model(model_dir, renderer):
+    options = options_class("rl")(
+        max_prompt_length=128, max_completion_length=32, seed=7, vllm_kwargs={"max_num_seqs": 16}
+    )
+    model = load_model(str(model_dir), torch.float32, None, "model_name_or_path", False)
+    original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine = Engine(model, str(model_dir), options, torch.float32, [renderer.tokenizer.eos_token_id])
+    return engine, model, original
+
+
+@pytest.fixture(scope="module")
+def prompts(renderer):
+    return [renderer.encode(renderer.teacher(r["question"], r["solution"])[:1]).ids for r in ROWS for _ in range(4)]
+
+
+def trainer_logprobs(model, prompt_ids, completion_ids, temperature=1.0):
+    """Log-probability of each sampled token by a plain forward pass of the trainer's model."""
+    result = []
+    for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0] / temperature
+        positions = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        result.append(logits.log_softmax(-1)[list(positions), completion].tolist())
+    return result
+
+
+def largest_difference(a, b):
+    return max(abs(x - y) for row_a, row_b in zip(a, b, strict=True) for x, y in zip(row_a, row_b, strict=True))
+
+
+def train_some(model, prompts, steps=5):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(steps):
+        loss = sum(model(torch.tensor([p]), labels=torch.tensor([p])).loss for p in prompts[::4])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_sharing_keeps_the_weights_and_holds_them_once(engine_and_model):
+    engine, model, original = engine_and_model
+    storages = {p.untyped_storage().data_ptr() for p in engine.engine_model.parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, original[name]), name
+        assert parameter.untyped_storage().data_ptr() in storages, name
+    q = dict(model.named_parameters())["model.layers.0.self_attn.q_proj.weight"]
+    qkv = dict(engine.engine_model.named_parameters())["model.layers.0.self_attn.qkv_proj.weight"]
+    assert q.data_ptr() == qkv.data_ptr()
+    assert q.shape[0] < qkv.shape[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_engine_and_trainer_agree_before_and_after_training(engine_and_model, prompts, temperature):
+    engine, model, _ = engine_and_model
+    sampling = {**SAMPLING, "temperature": temperature}
+    before = engine.generate(prompts, sampling, step=0)
+    expected = trainer_logprobs(model, prompts, before.completion_ids, temperature)
+    assert largest_difference(before.logprobs, expected) < 1e-5
+    train_some(model, prompts)
+    stale = largest_difference(before.logprobs, trainer_logprobs(model, prompts, before.completion_ids, temperature))
+    assert stale > 0.01  # the training did change the model
+    engine.sync_weights()
+    after = engine.generate(prompts, sampling, step=1)
+    expected = trainer_logprobs(model, prompts, after.completion_ids, temperature)
+    assert largest_difference(after.logprobs, expected) < 1e-5
+
+
+def test_same_seed_samples_the_same_tokens_and_another_seed_does_not(engine_and_model, prompts):
+    engine, _, _ = engine_and_model
+    first = engine.generate(prompts, SAMPLING, step=3)
+    engine.llm.reset_prefix_cache()
+    again = engine.generate(prompts, SAMPLING, step=3)
+    assert first.completion_ids == again.completion_ids
+    # alone in its batch, a completion is the same: its seed depends on nothing else
+    assert engine.generate(prompts[:1], SAMPLING, step=3).completion_ids == first.completion_ids[:1]
+    assert engine.generate(prompts, SAMPLING, step=4).completion_ids != first.completion_ids
+    engine.seed += 1
+    other = engine.generate(prompts, SAMPLING, step=3)
+    engine.seed -= 1
+    assert other.completion_ids != first.completion_ids
+
+
+def test_completions_of_one_prompt_differ(engine_and_model, prompts):
+    engine, _, _ = engine_and_model
+    completions = engine.generate(prompts[:4], SAMPLING, step=0).completion_ids
+    assert len({tuple(c) for c in completions}) > 1
+
+
+def test_limits_are_kept(engine_and_model, prompts, renderer):
+    engine, _, _ = engine_and_model
+    rollout = engine.generate(prompts, {**SAMPLING, "max_tokens": 5}, step=0)
+    assert max(map(len, rollout.completion_ids)) <= 5
+    eos = renderer.tokenizer.eos_token_id
+    assert all(eos not in completion[:-1] for completion in rollout.completion_ids)
+
+
+def test_options_reach_the_engine(engine_and_model):
+    engine, _, _ = engine_and_model
+    config = engine.llm.llm_engine.vllm_config
+    assert config.model_config.max_model_len == 160
+    assert config.model_config.seed == 7
+    assert config.model_config.dtype == torch.float32
+    assert config.model_config.enforce_eager
+    assert config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.max_num_seqs == 16
+
+
+def test_request_seed_depends_on_every_part():
+    base = request_seed(0, 1, [5, 6], 2)
+    others = [request_seed(1, 1, [5, 6], 2), request_seed(0, 2, [5, 6], 2), request_seed(0, 1, [5, 7], 2)]
+    assert base not in [*others, request_seed(0, 1, [5, 6], 3)]
+    assert 0 <= base < 2**63

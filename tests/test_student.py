@@ -1,0 +1,132 @@
+"""The student's scores against a plain forward pass. Run: ./run_tests.sh tests/test_student.py"""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import ROWS
+
+from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.models import load_model
+from trainers.phases import PhaseTimer
+from trainers.scoring import StudentReward
+from trainers.student import Student
+
+
+def make_student(model_dir, renderer, tokens_per_pass=4096, temperature=0.7):
+    model = load_model(str(model_dir), torch.float32, None, "student_model", False)
+    return Student(model, renderer, torch.device("cpu"), temperature, tokens_per_pass, offload=True)
+
+
+def texts(renderer):
+    return [renderer.encode(renderer.student(r["question"], r["reasoning_trace"], r["solution"])) for r in ROWS]
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 100, 4096])
+def test_scores_equal_a_plain_forward_of_each_text(model_dir, renderer, tokens_per_pass):
+    scores = make_student(model_dir, renderer, tokens_per_pass).score(texts(renderer))
+    plain = load_model(str(model_dir), torch.float32, "eager", "student_model", False)
+    for text, score in zip(texts(renderer), scores, strict=True):
+        with torch.no_grad():
+            logits = plain(torch.tensor([text.ids])).logits[0]
+        logprobs = (logits / 0.7).log_softmax(-1)
+        for name, got in (("explanation", score.explanation_logprobs), ("solution", score.solution_logprobs)):
+            start, end = text.spans[name]
+            expected = torch.stack([logprobs[t - 1, text.ids[t]] for t in range(start, end)])
+            assert torch.allclose(got, expected, atol=1e-5), name
+        start = text.spans["solution"][0]
+        closing = text.spans["end"][0]
+        greedy = all(logits[t - 1].argmax() == text.ids[t] for t in range(start, closing + 1))
+        assert score.solves == greedy
+
+
+def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
+    """Force the student's own greedy continuation to be the solution: it must count as solved, a changed one not."""
+    student = make_student(model_dir, renderer)
+    parts = renderer.student("What is 2+3?", "2+3=5", "")
+    prefix = renderer.encode(parts[:4]).ids
+    ids = torch.tensor([prefix])
+    for _ in range(3):
+        ids = torch.cat([ids, student.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    greedy = ids[0, len(prefix) :].tolist()
+    solved = renderer.encode(parts, {"solution": greedy[:2], "end": greedy[2:]})
+    missed = renderer.encode(parts, {"solution": greedy[:2], "end": [(greedy[2] + 1) % 400]})
+    assert [s.solves for s in student.score([solved, missed])] == [True, False]
+
+
+def make_reward(student, tokenizer, **options):
+    eos = [tokenizer.eos_token_id]
+    return StudentReward(student, TeacherLogprobKL(**options), tokenizer, eos, 512, PhaseTimer())
+
+
+def call(reward, completion_ids, logprobs, rows=ROWS[:1]):
+    metrics = {}
+    rewards = reward(
+        completion_ids=completion_ids,
+        question=[r["question"] for r in rows],
+        solution=[r["solution"] for r in rows],
+        teacher_logprobs=logprobs,
+        log_metric=metrics.__setitem__,
+        log_extra=lambda *_: None,
+    )
+    return rewards, metrics
+
+
+def test_reward_of_a_completion_by_hand(model_dir, renderer):
+    tokenizer = renderer.tokenizer
+    student = make_student(model_dir, renderer)
+    explanation = renderer.encode_text("2+3=5")
+    completion = explanation + renderer.encode_text("<|end_of_explanation|>") + [tokenizer.eos_token_id]
+    teacher = [-0.1 * i for i in range(len(completion))]
+    (reward,), metrics = call(make_reward(student, tokenizer), [completion], [teacher])
+    (score,) = student.score(texts(renderer)[:1])
+    kl = torch.tensor(teacher[:5]) - score.explanation_logprobs
+    expected = score.solution_logprobs.mean() + 0.01 * score.solution_logprobs.min() - 3 * kl.mean() - 0.03 * kl.max()
+    assert reward == pytest.approx(expected.item(), abs=1e-5)
+    assert metrics["explanation_length"] == 5
+    assert metrics["match_reward"] == 0
+
+
+def test_poisoned_score_stops_with_the_sample_named(model_dir, renderer):
+    reward = make_reward(make_student(model_dir, renderer), renderer.tokenizer)
+    with pytest.raises(FloatingPointError, match=r"What is 2\+3[\s\S]*precision"):
+        call(reward, [renderer.encode_text("2+3")], [[math.nan] * 3])
+
+
+def test_text_longer_than_the_student_reads_is_none_and_counted(model_dir, renderer):
+    reward = make_reward(make_student(model_dir, renderer), renderer.tokenizer)
+    reward.max_student_tokens = 10
+    rewards, metrics = call(reward, [renderer.encode_text("2+3")], [[-1.0] * 3])
+    assert rewards == [None]
+    assert metrics["unscorable_fraction"] == 1.0
+
+
+def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_dir, renderer, tags):
+    from trainers.models import make_tokenizer
+
+    other = make_tokenizer(
+        ["2+3=5 " * 5], [t for pair in (tags.explanation, tags.thought, tags.solution) for t in pair], 300
+    )
+    other.add_tokens(["2+3"])  # one token where the student has three
+    student = make_student(model_dir, renderer)
+    explanation = other("2+3=5", add_special_tokens=False)["input_ids"]
+    assert len(explanation) == 3
+    completion = explanation + other(tags.explanation[1], add_special_tokens=False)["input_ids"]
+    reward = make_reward(student, other)
+    assert not reward.same_tokenizer
+    (total,), metrics = call(reward, [completion], [[-0.5, -0.25, -0.125, -1.0]])
+    (score,) = student.score(texts(renderer)[:1])
+    lp = score.explanation_logprobs  # of 2 + 3 = 5
+    kl = torch.stack([-0.5 - lp[:3].sum(), -0.25 - lp[3], -0.125 - lp[4]])
+    solution = score.solution_logprobs
+    expected = solution.mean() + 0.01 * solution.min() - 3 * kl.mean() - 0.03 * kl.max()
+    assert total == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_student_is_frozen(model_dir, renderer):
+    student = make_student(model_dir, renderer)
+    before = copy.deepcopy(student.model.state_dict())
+    student.score(texts(renderer))
+    assert not any(p.requires_grad for p in student.model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in student.model.state_dict().items())

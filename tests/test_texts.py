@@ -1,0 +1,239 @@
+"""Texts, tokens and spans. Run: ./run_tests.sh tests/test_texts.py"""
+
+import json
+
+import pytest
+from conftest import ROWS
+
+from data.explanation import read_explanation
+from data.formats import TAG_FORMATS
+from data.load import load_rows
+from data.offsets import token_ends
+from data.render import Renderer
+from trainers.errors import ConfigError
+from trainers.models import choose_pad_token, make_tokenizer
+from trainers.options import options_class
+
+GOLDEN_TEACHER = """<|im_start|>system
+Explain.<|im_end|>
+<|im_start|>user
+What is 2+3?<|im_end|>
+<|im_start|>assistant
+<|begin_of_solution|>5<|end_of_solution|>
+
+<|begin_of_explanation|>
+
+2+3=5<|end_of_explanation|><|im_end|>"""
+
+GOLDEN_STUDENT = """<|im_start|>system
+Solve.<|im_end|>
+<|im_start|>user
+What is 2+3?<|im_end|>
+<|im_start|>assistant
+<|begin_of_thought|>
+
+2+3=5<|end_of_thought|>
+
+<|begin_of_solution|>5<|end_of_solution|><|im_end|>"""
+
+GOLDEN_R1_TEACHER = """<|im_start|>system
+{system}<|im_end|>
+<|im_start|>user
+What is 2+3?<|im_end|>
+<|im_start|>assistant
+<answer>5</answer>
+
+<explanation>
+
+2+3=5</explanation><|im_end|>"""
+
+
+def text_of(parts):
+    return "".join(part.text for part in parts)
+
+
+def sft_options(**values):
+    return options_class("sft")(**values)
+
+
+def test_teacher_text_is_laid_out_as_designed(renderer):
+    parts = renderer.teacher("What is 2+3?", "5", "2+3=5")
+    assert text_of(parts) == GOLDEN_TEACHER
+    assert "".join(p.text for p in parts if p.sampled) == "2+3=5<|end_of_explanation|><|im_end|>"
+
+
+def test_student_text_is_laid_out_as_designed(renderer):
+    parts = renderer.student("What is 2+3?", "2+3=5", "5")
+    assert text_of(parts) == GOLDEN_STUDENT
+    assert text_of([p for p in parts if not p.sampled]).endswith("assistant\n")
+
+
+def test_r1_tags_and_their_own_system_prompt(tokenizer):
+    tags = TAG_FORMATS["r1"]
+    renderer = Renderer(tokenizer, tags, None, "model_name_or_path")
+    expected = GOLDEN_R1_TEACHER.format(system=tags.teacher_system_prompt)
+    assert text_of(renderer.teacher("What is 2+3?", "5", "2+3=5")) == expected
+
+
+def test_spans_cut_out_exactly_the_parts(renderer):
+    parts = renderer.student("What is 2+3?", "What is 2+3?", "5")  # an explanation equal to the question
+    encoded = renderer.encode(parts)
+    for part in parts:
+        start, end = encoded.spans[part.name]
+        assert renderer.tokenizer.decode(encoded.ids[start:end]) == part.text
+    assert len(encoded.sampled) == len(encoded.ids)
+
+
+def test_given_ids_replace_the_encoding_of_a_part(renderer):
+    ids = renderer.encode_text("2") + renderer.encode_text("+") + renderer.encode_text("3=5")
+    encoded = renderer.encode(renderer.student("q", "2+3=5", "5"), {"explanation": ids})
+    start, end = encoded.spans["explanation"]
+    assert encoded.ids[start:end] == ids
+
+
+def test_template_without_system_role_gets_it_with_the_question(tokenizer, tags):
+    import copy
+
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    renderer = Renderer(refusing, tags, None, "model_name_or_path")
+    assert "<|im_start|>user\nExplain.\n\nWhat is 2+3?<|im_end|>" in text_of(renderer.teacher("What is 2+3?", "5", ""))
+
+
+def test_model_without_template_is_refused_with_a_remedy(tokenizer, tags):
+    import copy
+
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    with pytest.raises(ConfigError, match=r"no chat template[\s\S]*student_chat_template="):
+        Renderer(base, tags, None, "student_model")
+
+
+def test_eos_that_is_not_the_turn_end_is_refused(tokenizer, tags):
+    import copy
+
+    wrong = copy.deepcopy(tokenizer)
+    wrong.eos_token = "<|endoftext|>"
+    with pytest.raises(ConfigError, match=r"never end[\s\S]*eos_token='<\|im_end\|>'"):
+        Renderer(wrong, tags, None, "model_name_or_path")
+
+
+def test_pad_token_is_never_the_eos(tokenizer):
+    import copy
+
+    padless = copy.deepcopy(tokenizer)
+    padless.pad_token = padless.eos_token
+    choose_pad_token(padless, 512, "model_name_or_path")
+    assert padless.pad_token == "<|endoftext|>"
+
+    full = copy.deepcopy(tokenizer)
+    full.pad_token = full.eos_token = "<|endoftext|>"
+    choose_pad_token(full, len(full) + 1, "model_name_or_path")  # nothing reserved: a new token in a free row
+    assert full.pad_token_id == len(tokenizer)
+
+    no_room = copy.deepcopy(tokenizer)
+    no_room.pad_token = no_room.eos_token = "<|endoftext|>"
+    with pytest.raises(ConfigError, match="no free row"):
+        choose_pad_token(no_room, len(no_room), "model_name_or_path")
+
+
+@pytest.mark.parametrize("text", ["2+3=5", "naïve café ☕ 𝒳²", "tab\there\n\nlines", "日本語のテキスト"])
+def test_token_ends_follow_the_text_character_by_character(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    decoded, ends = token_ends(tokenizer, ids)
+    assert decoded == text
+    assert ends[-1] == len(text)
+    assert ends == sorted(ends)
+    for count, end in enumerate(ends, 1):
+        prefix = tokenizer.decode(ids[:count])
+        if not prefix.endswith("\ufffd"):
+            assert prefix == text[:end]
+
+
+def test_explanation_ends_at_the_first_closing_tag(tokenizer, tags):
+    tag = tags.explanation[1]
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    ids = encode("2+3=5") + encode(tag) + encode("more" + tag) + [tokenizer.eos_token_id]
+    read = read_explanation(tokenizer, ids, tag, {tokenizer.eos_token_id})
+    assert (read.text, read.closed, read.ids) == ("2+3=5", True, encode("2+3=5"))
+    assert read.ends == [1, 2, 3, 4, 5]
+
+
+def test_missing_closing_tag_and_empty_explanation(tokenizer, tags):
+    tag = tags.explanation[1]
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    cut = read_explanation(tokenizer, encode("2+3"), tag, {tokenizer.eos_token_id})
+    assert (cut.text, cut.closed) == ("2+3", False)
+    empty = read_explanation(tokenizer, encode(tag), tag, {tokenizer.eos_token_id})
+    assert (empty.text, empty.ids, empty.closed) == ("", [], True)
+
+
+def test_closing_tag_split_over_plain_tokens_is_found(tags):
+    """With a tokenizer that has no token for the tag, its first token may hold the end of the explanation."""
+    plain = make_tokenizer(["a.<|end_of_explanation|> b.<|end"] * 50, [], 512)
+    tag = tags.explanation[1]
+    ids = plain("a b." + tag, add_special_tokens=False)["input_ids"]
+    read = read_explanation(plain, ids, tag, {plain.eos_token_id})
+    assert (read.text, read.closed) == ("a b.", True)
+    assert plain.decode(read.ids) == "a b."[: len(plain.decode(read.ids))]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_columns_are_mapped(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": 2}])
+    options = sft_options(question_column="problem", solution_column="answer")
+    rows = load_rows(path, "train", None, options, tags, "dataset_id_or_path")
+    assert rows[0] == {"question": "1+1?", "solution": "2"}
+
+
+def test_missing_columns_are_named_with_those_that_exist(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": 2}])
+    with pytest.raises(ConfigError, match=r"columns are problem, answer[\s\S]*question_column=<your column>"):
+        load_rows(path, "train", None, sft_options(), tags, "dataset_id_or_path")
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_every_file_format_gives_the_same_rows(tmp_path, tags, suffix):
+    from datasets import Dataset
+
+    path = tmp_path / f"d.{suffix}"
+    getattr(Dataset.from_list(ROWS), f"to_{suffix}")(str(path))
+    rows = load_rows(str(path), "train", 3, sft_options(), tags, "dataset_id_or_path")
+    assert rows.to_list() == ROWS[:3]
+
+
+def test_bespoke_stratos_conversations_are_split(tmp_path, tags):
+    answer = (
+        "<|begin_of_thought|>\n\nAdd them.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n5\n\n<|end_of_solution|>"
+    )
+    turns = [{"from": "user", "value": "2+3?"}, {"from": "assistant", "value": answer}]
+    untagged = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "no tags"}]
+    path = write(tmp_path / "d.jsonl", [{"system": "s", "conversations": c} for c in (turns, untagged)])
+    rows = load_rows(path, "train", None, sft_options(), tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "2+3?", "solution": "5\n\n", "reasoning_trace": "Add them.\n\n"}]
+
+
+def test_empty_solutions_are_refused_by_row(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"question": "a", "solution": "1"}, {"question": "b", "solution": " "}])
+    with pytest.raises(ConfigError, match="1 rows have no solution, the first is row 1"):
+        load_rows(path, "train", None, sft_options(), tags, "dataset_id_or_path")
+
+
+def test_shipped_data_is_right_and_apart():
+    from conftest import REPO
+
+    def rows(name):
+        return [json.loads(line) for line in (REPO / "data" / name).read_text().splitlines()]
+
+    train, test = rows("sums_train.jsonl"), rows("sums_test.jsonl")
+    assert not {r["question"] for r in train} & {r["question"] for r in test}
+    for row in train[:500] + test:
+        terms = row["question"].removeprefix("What is ").removesuffix("?").split("+")
+        assert sum(map(int, terms)) == int(row["solution"])
