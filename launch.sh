@@ -10,10 +10,13 @@ processes=$1
 shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/scripts/setup.sh"
-if ((processes == 1)); then exec "$PYTHON" "$here/train.py" "$@"; fi
-# A mistake in the configuration is told once, by one process, before the others start.
-"$PYTHON" "$here/train.py" "$@" --check "$processes"
+for word in "$@"; do
+  case $word in --help | -h | --cfg | --check) exec "$PYTHON" "$here/train.py" "$@" ;; esac
+done
+# A mistake in the configuration is told once, at once, before any process starts.
+WORLD_SIZE=$processes "$PYTHON" "$here/train.py" "$@" --check >/dev/null
 kind=()
-if [[ ! -e /proc/driver/nvidia/version ]]; then kind=(--cpu); fi
-exec "$PYTHON" -m accelerate.commands.launch "${kind[@]}" --multi_gpu --num_processes "$processes" --num_machines 1 \
+if ((processes > 1)); then kind=(--multi_gpu); fi
+if [[ ! -e /proc/driver/nvidia/version ]]; then kind+=(--cpu); fi
+exec "$PYTHON" -m accelerate.commands.launch "${kind[@]}" --num_processes "$processes" --num_machines 1 \
   --mixed_precision no --dynamo_backend no "$here/train.py" "$@"

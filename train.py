@@ -2,6 +2,7 @@
 
     python train.py [RUN] [key=value ...]     RUN: a name or file of cfgs/run_cfg (default: teacher_rlt_tiny)
     python train.py RUN --cfg job             show the composed configuration
+    python train.py RUN --check               check it and stop
     python train.py --help                    list every option
 
 ./launch_mono.sh does the same after setting up .venv.
@@ -17,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from trainers.checks import load_options
-from trainers.config import CONFIG_DIR, REPO, hydra_arguments
+from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments
 from trainers.errors import ConfigError
 
 
@@ -30,9 +31,11 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     for path in (options.model_name_or_path, getattr(options, "student_model", None)):
         if path is not None and path.startswith("run:"):
             warmup_options(path[4:], options)  # a fault there is told now, not after the first warm-up
-    output_dir = make_output_dir(options.output_dir, run_name)
-    start_logging(output_dir, options.activate_debugging_logs)
-    save_config(output_dir, composed, options.model_dump())
+    rank = int(os.environ.get("RANK", "0"))
+    output_dir = make_output_dir(options.output_dir, run_name, num_devices)
+    start_logging(output_dir, options.activate_debugging_logs, rank)
+    if rank == 0:
+        save_config(output_dir, composed, options.model_dump())
     take_over_library_logs()
     if options.stage == "sft":
         from trainers.sft import run_sft
@@ -55,6 +58,13 @@ def main(config: DictConfig) -> None:
         sys.exit(str(error))
 
 
+def check(arguments: list[str]) -> None:
+    """Compose and check a run, and start nothing."""
+    composed = compose_run("", arguments)
+    load_options(composed, int(os.environ.get("WORLD_SIZE", "1")), REPO)
+    print("this configuration is valid")
+
+
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
@@ -63,6 +73,10 @@ if __name__ == "__main__":
         print_help(__doc__)
         sys.exit()
     try:
+        if "--check" in arguments:
+            arguments.remove("--check")
+            check(arguments)
+            sys.exit()
         sys.argv[1:] = hydra_arguments(arguments)
     except ConfigError as error:
         sys.exit(str(error))

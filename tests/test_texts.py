@@ -134,10 +134,20 @@ def test_pad_token_is_never_the_eos(tokenizer):
     choose_pad_token(full, len(full) + 1, "model_name_or_path")  # nothing reserved: a new token in a free row
     assert full.pad_token_id == len(tokenizer)
 
-    no_room = copy.deepcopy(tokenizer)
+    no_room = copy.deepcopy(tokenizer)  # as GPT-2 and DialoGPT are
     no_room.pad_token = no_room.eos_token = "<|endoftext|>"
+    choose_pad_token(no_room, len(no_room), "model_name_or_path")
+    assert no_room.decode([no_room.pad_token_id]) == "\x00"
+
+
+def test_tokenizer_without_any_spare_token_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "word": 1}, unk_token="</s>"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
     with pytest.raises(ConfigError, match="no free row"):
-        choose_pad_token(no_room, len(no_room), "model_name_or_path")
+        choose_pad_token(bare, 2, "model_name_or_path")
 
 
 @pytest.mark.parametrize("text", ["2+3=5", "naïve café ☕ 𝒳²", "tab\there\n\nlines", "日本語のテキスト"])
@@ -232,8 +242,10 @@ def test_shipped_data_is_right_and_apart():
     def rows(name):
         return [json.loads(line) for line in (REPO / "data" / name).read_text().splitlines()]
 
-    train, test = rows("sums_train.jsonl"), rows("sums_test.jsonl")
+    train, test = rows("distances_train.jsonl"), rows("distances_test.jsonl")
     assert not {r["question"] for r in train} & {r["question"] for r in test}
     for row in train[:500] + test:
-        terms = row["question"].removeprefix("What is ").removesuffix("?").split("+")
-        assert sum(map(int, terms)) == int(row["solution"])
+        left, *digits = map(int, row["question"].removeprefix("What is left of ").removesuffix("?").split("~"))
+        for digit in digits:
+            left = abs(left - digit)
+        assert left == int(row["solution"])

@@ -156,20 +156,25 @@ def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         cause = "set together with model_init" if both else "neither it nor model_init is set"
         remedy = "name one: model_name_or_path=<folder or hub id>, or model_init={model_type: ..., ...}"
         faults.append(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
-    faults += _check_model_path("model_name_or_path", options.model_name_or_path, repo)
+    faults += _check_model_path("model_name_or_path", options.model_name_or_path, num_devices, repo)
     if options.stage == "rl":
         if options.student_model is None:
             cause = "the reward needs a student"
             faults.append(Fault("student_model", None, cause, "student_model=<folder, hub id or run:NAME>"))
-        faults += _check_model_path("student_model", options.student_model, repo)
+        faults += _check_model_path("student_model", options.student_model, num_devices, repo)
     return faults
 
 
-def _check_model_path(key: str, value: str | None, repo: Path) -> list[Fault]:
+def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path) -> list[Fault]:
     """A path that looks local must hold a model; a hub id can only be judged when it is loaded."""
     if value is None:
         return []
     if value.startswith("run:"):
+        if num_devices > 1:
+            cause = "a warm-up that is trained on demand takes one process"
+            return [
+                Fault(key, value, cause, f"train it first (./launch_mono.sh {value[4:]}.yaml), then name its folder")
+            ]
         runs = sorted(p.stem for p in (repo / "cfgs/run_cfg").glob("*.yaml"))
         if value[4:] in runs:
             return []

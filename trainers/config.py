@@ -15,6 +15,9 @@ CONFIG_DIR = REPO / "cfgs"
 GROUPS = ("run_cfg", "trainer_cfg", "reward_cfg", "model_cfg", "data_cfg")
 DEFAULT_RUN = "teacher_rlt_tiny"
 
+# `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
+OmegaConf.register_new_resolver("repo", lambda path: str(REPO / path), replace=True)
+
 
 def find_run(name: str) -> str:
     """Return the run configuration that `name` means: a bare name, a file name or a path under cfgs/run_cfg.
@@ -60,8 +63,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
 
 
 def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Compose `cfgs/run_cfg/<name>.yaml` with overrides (`key=value`) into a flat mapping."""
+    """Compose `cfgs/run_cfg/<name>.yaml` with overrides into a flat mapping; an empty name is the default run."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("train", overrides=hydra_arguments([name, *(overrides or [])]))
+        config = compose("train", overrides=hydra_arguments([*([name] if name else []), *(overrides or [])]))
     return OmegaConf.to_container(config, resolve=True)

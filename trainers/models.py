@@ -64,7 +64,8 @@ def load_tokenizer(path: str, chat_template: str | None, eos_token: str | None, 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: str) -> None:
     """Give the tokenizer a pad token that differs from its EOS (else the EOS would be masked with the padding).
 
-    A reserved token of the vocabulary is taken if there is one, else a new one if the model's embedding has a free row.
+    A reserved token of the vocabulary is taken if there is one, else a new one if the model's embedding has a free row,
+    else the token of the zero byte (`<0x00>`, or U+0100 in byte-level vocabularies), which no text holds.
 
     Args:
         vocab_size: Rows of the model's embedding.
@@ -75,14 +76,15 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: s
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     vocabulary = tokenizer.get_vocab()
-    names = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|fim_pad|>", "<unk>")
+    reserved = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|fim_pad|>", "<unk>")
+    names = (*reserved, *(("<0x00>", "\u0100") if len(tokenizer) >= vocab_size else ()))
     for name in names:
         if name in vocabulary and vocabulary[name] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             tokenizer.pad_token = name
             break
     else:
         if len(tokenizer) >= vocab_size:
-            cause = f"its only pad token is the EOS {tokenizer.eos_token!r} and its embedding has no free row"
+            cause = f"it has no token to pad with but the EOS {tokenizer.eos_token!r}, and its embedding no free row"
             remedy = "add a pad token to the model (tokenizer.add_special_tokens and model.resize_token_embeddings)"
             raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from transformers import ProgressCallback, TrainerCallback
 
@@ -22,7 +23,7 @@ SECRETS = ("token", "key", "password", "secret")
 LIBRARIES = ("vllm", "transformers", "datasets", "trl", "accelerate", "torch", "httpx", "urllib3", "filelock", "fsspec")
 
 
-def make_output_dir(output_dir: str | None, run: str, root: Path = REPO) -> Path:
+def make_output_dir(output_dir: str | None, run: str, num_processes: int = 1, root: Path = REPO) -> Path:
     """Create the folder of a run: the one asked for, or results/<run>/<time> with a `latest` link beside it.
 
     Raises:
@@ -32,7 +33,7 @@ def make_output_dir(output_dir: str | None, run: str, root: Path = REPO) -> Path
         path = Path(output_dir).expanduser().absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
+            probe = path / f".writable-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -40,14 +41,21 @@ def make_output_dir(output_dir: str | None, run: str, root: Path = REPO) -> Path
             raise ConfigError(Fault("output_dir", output_dir, cause, "name a folder you may write to")) from error
         return path
     base = root / "results" / run
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    path, count = base / stamp, 1
-    while path.exists():  # two runs in one second
+    stamp, count = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(launch_time())), 1
+    path = base / stamp
+    while num_processes == 1 and path.exists():  # two runs in one second
         count += 1
         path = base / f"{stamp}-{count}"
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     replace_link(base / "latest", path)
     return path
+
+
+def launch_time() -> float:
+    """Now; for one of several processes the start of their common launcher, so that all name the same folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return time.time()
+    return psutil.Process(os.getppid()).create_time()
 
 
 def replace_link(link: Path, target: Path) -> None:
@@ -64,13 +72,19 @@ class _Quiet(logging.Filter):
     """Libraries speak on the terminal only when something is wrong."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.name.startswith("vllm"):  # it warns of its own defaults at every start
+        if record.name.startswith(("vllm", "py.warnings")):  # vLLM warns of its own defaults at every start
             return record.levelno >= logging.ERROR
         return record.levelno >= logging.WARNING or not record.name.startswith(LIBRARIES)
 
 
-def start_logging(output_dir: Path, debug: bool, root: Path = REPO) -> None:
-    """Send our lines to the terminal, everything to training.log, and lead logs/training.log there."""
+def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REPO) -> None:
+    """Send our lines to the terminal, everything to training.log, and lead logs/training.log there.
+
+    Of several processes the first writes the log; the others only speak up when something is wrong.
+    """
+    if rank > 0:
+        logging.basicConfig(level=logging.WARNING, force=True)
+        return
     log_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal = logging.StreamHandler(sys.stdout)
@@ -85,6 +99,8 @@ def start_logging(output_dir: Path, debug: bool, root: Path = REPO) -> None:
         base.addHandler(handler)
     for name in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used on purpose, at a pinned version
     replace_link(root / "logs" / "training.log", output_dir / "training.log")
 
 

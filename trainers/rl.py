@@ -111,7 +111,6 @@ def grpo_config(options: Any, output_dir: Path, dtype: torch.dtype) -> GRPOConfi
         "remove_unused_columns": False,  # the reward reads question and solution
         "use_vllm": False,  # TeacherGRPOTrainer brings its own engine
         "disable_tqdm": True,  # our own Progress takes its place
-        "model_init_kwargs": {"dtype": dtype, "attn_implementation": options.attn_implementation or "sdpa"},
         "trust_remote_code": options.trust_remote_code,
     }
     try:
