@@ -24,7 +24,7 @@ from trainers.errors import ConfigError
 
 def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     """Run the stage that the options ask for."""
-    from trainers.outputs import make_output_dir, save_config, start_logging, take_over_library_logs
+    from trainers.outputs import make_output_dir, prepare_wandb, save_config, start_logging, take_over_library_logs
     from trainers.warmup import resolve_model, warmup_options
 
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
@@ -36,6 +36,7 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     start_logging(output_dir, options.activate_debugging_logs, rank)
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
+    prepare_wandb(options.report_to)
     take_over_library_logs()
     if options.stage == "sft":
         from trainers.sft import run_sft

@@ -1,13 +1,16 @@
 """Rows of question, solution and perhaps a reasoning trace, from a file, a folder or a hub data set."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
 from data.formats import TagFormat
 from trainers.errors import ConfigError, Fault
+
+logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -75,7 +78,9 @@ def _from_columns(rows: Dataset, options: Any, key: str, path: str) -> Dataset:
 def _with_texts(rows: Dataset, key: str, path: str) -> Dataset:
     """Make every value text (a solution may be a number) and refuse rows that cannot be scored."""
     rows = rows.map(
-        lambda row: {name: "" if row[name] is None else str(row[name]) for name in row}, desc="Reading rows"
+        lambda row: {name: "" if row[name] is None else str(row[name]) for name in row},
+        features=Features({name: Value("string") for name in rows.column_names}),
+        desc="Reading rows",
     )
     for name in ("question", "solution"):
         empty = [i for i, text in enumerate(rows[name]) if not text.strip()]
@@ -108,9 +113,8 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
         cause = f"no assistant turn has its solution between {tags.solution[0]} and {tags.solution[1]}"
         raise ConfigError(Fault(key, path, cause, "tag_format=stratos or tag_format=r1, whichever the data uses"))
     if len(whole) < len(split_rows):
-        print(
-            f"data: {len(split_rows) - len(whole)} of {len(split_rows)} conversations have no tagged solution: left out"
-        )
+        count = len(split_rows) - len(whole)
+        logger.warning("%d of %d conversations have no tagged solution: left out", count, len(split_rows))
     return whole
 
 

@@ -4,8 +4,8 @@
 
 writes `distances_train.jsonl` and `distances_test.jsonl` (no question of one is in the other). `a~b` is the distance
 between two digits, and a chain is worked out from left to right: 7~3~9 = 4~9 = 5. A good explanation writes one
-distance per line, each starting from the result of the line before; 60 % of the reasoning traces are spoiled, by
-missing lines or by empty talk, as traces gathered in the wild are. Solutions are always right.
+distance per line, each starting from the result of the line before; 60 % of the reasoning traces are spoiled, since
+they break off half-way or are empty talk, as traces gathered in the wild are. Solutions are always right.
 """
 
 import json
@@ -19,7 +19,7 @@ TALK = [
     "Only the distance of two digits matters here, so it is found by counting with care.",
     "The order of two digits does not matter, and the end can be found in the head.",
 ]
-KINDS = {"full": 0.4, "lines missing": 0.3, "talk": 0.3}
+KINDS = {"full": 0.4, "broken off": 0.3, "talk": 0.3}
 
 
 def work_out(digits: list[int]) -> tuple[list[str], int]:
@@ -34,9 +34,8 @@ def work_out(digits: list[int]) -> tuple[list[str], int]:
 def make_trace(lines: list[str], kind: str, rng: random.Random) -> str:
     if kind == "talk":
         return rng.choice(TALK)
-    if kind == "lines missing":
-        kept = sorted(rng.sample(range(len(lines)), k=rng.randint(1, len(lines) - 2)))
-        lines = [lines[i] for i in kept]
+    if kind == "broken off":
+        lines = lines[: rng.randint(1, len(lines) - 2)]
     return "\n".join(lines)
 
 

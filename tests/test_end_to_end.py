@@ -159,7 +159,7 @@ def test_same_seed_repeats_the_run_and_another_does_not(warm, first_run, tmp_pat
     out, _ = first_run
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    rl(warm, "again", "seed=1", "report_before_after=false", cwd=elsewhere)  # a relative path, from another folder
+    rl(warm, "again", "seed=1", cwd=elsewhere)  # a relative path, from another folder
     again = elsewhere / "again"
     for step in (1, 2, 3):
         assert completions(again, step)["completion"].tolist() == completions(out, step)["completion"].tolist()
@@ -181,12 +181,16 @@ def test_reference_model_and_trl_options_work(warm, tmp_path):
         "scale_rewards=batch",
         "mask_truncated_completions=true",
         "weight_bridge=copy",
+        "eval_strategy=steps",
+        "eval_steps=2",
         "report_before_after=false",
         "max_completion_length=32",
     )
     steps = [line for line in lines(tmp_path / "out") if "reward" in line]
     assert all("kl" in line for line in steps)
     assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
+    (evaluation,) = [line for line in lines(tmp_path / "out") if "eval_reward" in line]
+    assert evaluation["step"] == 2
 
 
 def test_wandb_works_offline(warm, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import netrc
 import os
 import sys
 import time
@@ -114,6 +115,18 @@ def take_over_library_logs() -> None:
     datasets.utils.logging.enable_propagation()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+
+
+def prepare_wandb(report_to: str | list[str]) -> None:
+    """Let wandb log offline where it has no account to log to, rather than fail after the models are loaded."""
+    if "wandb" not in report_to and report_to != "all":
+        return
+    logged_in = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+    with suppress(FileNotFoundError, netrc.NetrcParseError):
+        logged_in = logged_in or any("wandb" in host for host in netrc.netrc().hosts)
+    if not logged_in:
+        os.environ["WANDB_MODE"] = "offline"
+        logger.warning("wandb: not logged in, so it logs offline (`wandb login`, or `wandb sync` the run afterwards)")
 
 
 def save_config(output_dir: Path, composed: dict[str, Any], resolved: dict[str, Any]) -> None:

@@ -14,6 +14,30 @@ from trainers.phases import PhaseTimer
 EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
 
 
+def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]:
+    """Sample one completion for each prompt (a prompt comes once for each completion wanted of it)."""
+    limit = trainer.options.max_prompt_length
+    prompt_ids = [trainer.renderer.encode_text(prompt)[-limit:] for prompt in prompts]
+    sampling = {
+        "temperature": trainer.temperature,
+        "top_p": trainer.top_p,
+        "top_k": trainer.top_k,
+        "min_p": trainer.min_p or 0.0,
+        "repetition_penalty": trainer.repetition_penalty,
+        "max_tokens": trainer.max_completion_length,
+        **(trainer.args.generation_kwargs or {}),
+    }
+    step = trainer._step if trainer.model.training else EVAL_STEP
+    with trainer.timer("generate"):
+        sampled = trainer.engine.generate(prompt_ids, sampling, step)
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": sampled.completion_ids,
+        "logprobs": sampled.logprobs,
+        "teacher_logprobs": sampled.logprobs,  # reaches the reward function as a column
+    }
+
+
 class TeacherGRPOTrainer(GRPOTrainer):
     """TRL's trainer, generating with an engine in this process.
 
@@ -29,8 +53,8 @@ class TeacherGRPOTrainer(GRPOTrainer):
 
     def __init__(self, options: Any, renderer: Renderer, timer: PhaseTimer, **kwargs: Any) -> None:
         self.options, self.renderer, self.timer = options, renderer, timer
-        self.seconds_updating = 0.0
-        super().__init__(rollout_func=TeacherGRPOTrainer.rollout, **kwargs)
+        self._logged_step = 0
+        super().__init__(rollout_func=rollout, **kwargs)
         self.offload_reference = options.offload_untrained_models and self.accelerator.device.type != "cpu"
         if self.ref_model is not None and self.offload_reference:
             self._offload_reference()
@@ -39,29 +63,6 @@ class TeacherGRPOTrainer(GRPOTrainer):
         # From here on TRL treats the rollouts as vLLM's: it calls sync_weights before each and corrects for the
         # difference between the sampling and the training log-probabilities.
         self.use_vllm, self.vllm_generation, self._last_loaded_step = True, self.engine, -1
-
-    def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]:  # noqa: N805 - TRL's signature
-        """Sample one completion for each prompt (a prompt comes once for each completion wanted of it)."""
-        limit = trainer.options.max_prompt_length
-        prompt_ids = [trainer.renderer.encode_text(prompt)[-limit:] for prompt in prompts]
-        sampling = {
-            "temperature": trainer.temperature,
-            "top_p": trainer.top_p,
-            "top_k": trainer.top_k,
-            "min_p": trainer.min_p or 0.0,
-            "repetition_penalty": trainer.repetition_penalty,
-            "max_tokens": trainer.max_completion_length,
-            **(trainer.args.generation_kwargs or {}),
-        }
-        step = trainer._step if trainer.model.training else EVAL_STEP
-        with trainer.timer("generate"):
-            rollout = trainer.engine.generate(prompt_ids, sampling, step)
-        return {
-            "prompt_ids": prompt_ids,
-            "completion_ids": rollout.completion_ids,
-            "logprobs": rollout.logprobs,
-            "teacher_logprobs": rollout.logprobs,  # reaches the reward function as a column
-        }
 
     def _offload_reference(self) -> None:
         self.ref_model.to("cpu")
@@ -81,24 +82,17 @@ class TeacherGRPOTrainer(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of each phase: per optimizer step while training, in total for an evaluation."""
         seconds = self.timer.take()
-        steps = self.timer_steps()
-        if self.model.training and "step" in seconds and steps:
-            generate, score = seconds.get("generate", 0.0), seconds.get("score", 0.0)
-            update = seconds["step"] - generate - score
-            logs |= {
-                "seconds/generate": generate / steps,
-                "seconds/score": score / steps,
-                "seconds/update": update / steps,
-            }
-        elif not self.model.training:
+        steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
+        if not self.model.training:
             logs |= {f"eval_seconds/{phase}": value for phase, value in seconds.items()}
+        elif steps:
+            phases = {phase: seconds.get(phase, 0.0) for phase in ("generate", "score")}
+            phases["update"] = seconds["step"] - sum(phases.values())
+            logs |= {f"seconds/{phase}": value / steps for phase, value in phases.items()}
+        # TRL names the file of completions by the step alone: an evaluation would overwrite the training step's.
+        keep, self.log_completions = self.log_completions, self.log_completions and self.model.training
         super().log(logs, start_time)
-
-    def timer_steps(self) -> int:
-        """Optimizer steps since the last log."""
-        steps = self.state.global_step - getattr(self, "_logged_step", 0)
-        self._logged_step = self.state.global_step
-        return steps
+        self.log_completions = keep
 
 
 class _OffloadedSync(SyncRefModelCallback):

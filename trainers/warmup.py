@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,18 @@ def warmup_options(name: str, options: Any) -> tuple[dict[str, Any], Any]:
     return composed, checked
 
 
+@cache
+def _code() -> bytes:
+    """The code that the result depends on, as it was when this process first asked."""
+    return b"".join((REPO / file).read_bytes() for file in CODE)
+
+
 def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
     """Where the result of a warm-up is kept: a folder named by everything it depends on."""
     digest = hashlib.sha256(json.dumps(composed, sort_keys=True).encode())
     for package in PACKAGES:
         digest.update(f"{package}=={importlib.metadata.version(package)}".encode())
-    for file in CODE:
-        digest.update((REPO / file).read_bytes())
+    digest.update(_code())
     data = Path(composed["dataset_id_or_path"])
     if data.is_file():
         digest.update(data.read_bytes())
