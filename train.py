@@ -3,6 +3,7 @@
     python train.py [RUN] [key=value ...]     RUN: a name or file of cfgs/run_cfg (default: teacher_rlt_tiny)
     python train.py RUN --cfg job             show the composed configuration
     python train.py RUN --check               check it and stop
+    python train.py stage=score dataset_id_or_path=FILE model_name_or_path=TEACHER student_model=STUDENT
     python train.py --help                    list every option
 
 ./launch_mono.sh does the same after setting up .venv.
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments
 from trainers.errors import ConfigError
+from trainers.hardware import num_cuda_devices
 
 
 def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
@@ -36,13 +38,17 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     start_logging(output_dir, options.activate_debugging_logs, rank)
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
-    prepare_wandb(options.report_to)
+    prepare_wandb(getattr(options, "report_to", "none"))
     take_over_library_logs()
     if options.stage == "sft":
         from trainers.sft import run_sft
 
         run_sft(options, output_dir, resolve_model(options.model_name_or_path, options), num_devices)
         logging.getLogger(__name__).info("model saved to %s", output_dir)
+    elif options.stage == "score":
+        from trainers.score import run_score
+
+        run_score(options, output_dir)
     else:
         from trainers.rl import run_rl
 
@@ -59,6 +65,13 @@ def main(config: DictConfig) -> None:
         sys.exit(str(error))
 
 
+def use_one_gpu() -> None:
+    """A single process sees the first GPU only: with several, transformers would spread one model over all."""
+    if "WORLD_SIZE" not in os.environ and num_cuda_devices() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        num_cuda_devices.cache_clear()
+
+
 def check(arguments: list[str]) -> None:
     """Compose and check a run, and start nothing."""
     composed = compose_run("", arguments)
@@ -68,6 +81,7 @@ def check(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    use_one_gpu()
     if "--help" in arguments or "-h" in arguments:
         from trainers.help import print_help
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets.exceptions import DatasetsError
 
 from data.formats import TagFormat
 from trainers.errors import ConfigError, Fault
@@ -15,28 +16,43 @@ logger = logging.getLogger(__name__)
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_rows(path: str, split: str, max_samples: int | None, options: Any, tags: TagFormat, key: str) -> Dataset:
-    """Return a data set with the columns question, solution and, where the source has one, reasoning_trace.
+def read_rows(path: str, split: str, max_samples: int | None, key: str) -> Dataset:
+    """Read a data set as it is.
 
     Args:
         path: A .jsonl, .json, .parquet or .csv file, a folder, or a hub id.
         split: Split to take from a folder or hub data set.
         max_samples: Keep the first so many rows; None keeps all.
-        options: For the names of the columns.
-        tags: For data sets of whole `conversations`, whose texts hold the tags.
         key: The option that named the data, for messages.
 
     Raises:
-        ConfigError: If the data cannot be read, or lacks a column.
+        ConfigError: If the data cannot be read or has no rows.
     """
     rows = _read(path, split, key)
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
     if len(rows) == 0:
         raise ConfigError(Fault(key, path, "the data set has no rows", "give a data set with at least one row"))
-    if "conversations" in rows.column_names and options.question_column not in rows.column_names:
+    return rows
+
+
+def load_rows(
+    path: str, split: str, max_samples: int | None, columns: dict[str, str], tags: TagFormat, key: str
+) -> Dataset:
+    """Return a data set with the columns question, solution and, where the source has one, reasoning_trace.
+
+    Args:
+        path, split, max_samples, key: As in `read_rows`.
+        columns: The source's name for each column.
+        tags: For data sets of whole `conversations`, whose texts hold the tags.
+
+    Raises:
+        ConfigError: If the data cannot be read, or lacks a column.
+    """
+    rows = read_rows(path, split, max_samples, key)
+    if "conversations" in rows.column_names and columns["question"] not in rows.column_names:
         return _from_conversations(rows, tags, key, path)
-    return _from_columns(rows, options, key, path)
+    return select_texts(rows, columns, key, path)
 
 
 def _read(path: str, split: str, key: str) -> Dataset:
@@ -45,7 +61,7 @@ def _read(path: str, split: str, key: str) -> Dataset:
         if suffix in READERS and Path(path).expanduser().exists():
             return load_dataset(READERS[suffix], data_files=str(Path(path).expanduser()), split="train")
         found = load_dataset(str(Path(path).expanduser()) if Path(path).expanduser().exists() else path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         remedy = "a local .jsonl, .json, .parquet or .csv file works without a network; is it a local path?"
         raise ConfigError(Fault(key, path, f"cannot be read: {reason}", remedy)) from error
@@ -55,19 +71,19 @@ def _read(path: str, split: str, key: str) -> Dataset:
     return found[split]
 
 
-def _from_columns(rows: Dataset, options: Any, key: str, path: str) -> Dataset:
-    wanted = {
-        "question": options.question_column,
-        "solution": options.solution_column,
-        "reasoning_trace": options.reasoning_trace_column,
-    }
+def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) -> Dataset:
+    """Keep the named columns, under our names, as text.
+
+    Raises:
+        ConfigError: If question or solution is missing, as a column or in a row.
+    """
     present = rows.column_names
-    missing = [name for name in ("question", "solution") if wanted[name] not in present]
+    missing = [name for name in ("question", "solution") if columns[name] not in present]
     if missing:
-        needed = " and ".join(f"{name} (as {wanted[name]!r})" for name in missing)
+        needed = " and ".join(f"{name} (as {columns[name]!r})" for name in missing)
         cause = f"its columns are {', '.join(present)}; it needs {needed}"
         raise ConfigError(Fault(key, path, cause, " ".join(f"{name}_column=<your column>" for name in missing)))
-    kept = {column: name for name, column in wanted.items() if column in present}
+    kept = {column: name for name, column in columns.items() if column in present}
     rows = rows.select_columns(list(kept))
     for column, name in kept.items():
         if column != name:
@@ -102,7 +118,8 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
         return {
             "question": question,
             "solution": _between(answer, tags.solution),
-            "reasoning_trace": _between(answer, tags.thought),
+            # the layout writes the padding before a thought itself
+            "reasoning_trace": _between(answer, tags.thought).removeprefix(tags.padding),
         }
 
     split_rows = rows.map(split, remove_columns=rows.column_names, desc="Splitting conversations")
@@ -120,4 +137,4 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
 
 def _between(text: str, pair: tuple[str, str]) -> str:
     found = re.search(f"{re.escape(pair[0])}(.*?){re.escape(pair[1])}", text, flags=re.DOTALL)
-    return found.group(1).removeprefix("\n\n") if found else ""
+    return found.group(1) if found else ""

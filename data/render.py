@@ -29,15 +29,23 @@ class Renderer:
         tags: Tags and system prompts.
         template_kwargs: Extra variables for the chat template.
         key: The option that named the model, for messages.
+        end_ids: Further tokens that end what the model generates, beside the tokenizer's EOS.
 
     Raises:
-        ConfigError: If there is no chat template, or the template's end of turn is not the tokenizer's EOS.
+        ConfigError: If there is no chat template, or the model generates and would not stop at the template's end of
+            turn.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, tags: TagFormat, template_kwargs: dict[str, Any] | None, key: str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tags: TagFormat,
+        template_kwargs: dict[str, Any] | None,
+        key: str,
+        end_ids: tuple[int, ...] = (),
     ) -> None:
         self.tokenizer, self.tags, self.template_kwargs = tokenizer, tags, template_kwargs or {}
+        self.end_ids = tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *end_ids) if i is not None))
         template_key = "student_chat_template" if key == "student_model" else "chat_template"
         if not tokenizer.chat_template:
             cause = "its tokenizer has no chat template (a base model?)"
@@ -61,20 +69,21 @@ class Renderer:
             return render([merged, *rest], tokenize=False, **kwargs, **self.template_kwargs)
 
     def _find_turn_end(self, key: str) -> str:
-        """Return the text of the EOS token, once the template is seen to end the assistant's turn with it."""
-        eos = self.tokenizer.eos_token
+        """Return the text of the token that ends an assistant's turn in the template."""
         turn = {"role": "assistant", "content": _MARK}
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, turn]
-        tail = self._apply(messages).rpartition(_MARK)[2]
-        if eos is None or not tail.lstrip().startswith(eos):
-            cause = f"the chat template ends a turn with {tail!r}, but the tokenizer's eos_token is {eos!r}"
-            remedy = (
-                f"eos_token={tail.strip().splitlines()[0]!r}"
-                if tail.strip()
-                else "give a chat_template that ends turns"
-            )
-            raise ConfigError(Fault("eos_token", eos, f"{key}: {cause}, so completions would never end", remedy))
-        return eos
+        tail = self._apply(messages).rpartition(_MARK)[2].lstrip()
+        ids = self.encode_text(tail)
+        if ids and ids[0] in self.end_ids:
+            return self.tokenizer.decode(ids[:1])
+        if key == "student_model":  # it reads, it never generates: what the template writes is right
+            return self.tokenizer.decode(ids[:1]) if ids else ""
+        eos = self.tokenizer.eos_token
+        cause = (
+            f"the chat template ends a turn with {tail!r}, but the model stops at {eos!r}: completions would never end"
+        )
+        remedy = f"eos_token={self.tokenizer.decode(ids[:1])!r}" if ids else "a chat_template that ends turns"
+        raise ConfigError(Fault("eos_token", eos, f"{key}: {cause}", remedy))
 
     def teacher(self, question: str, solution: str, explanation: str = "") -> list[Part]:
         head = self._head(self.tags.teacher_system_prompt, question)

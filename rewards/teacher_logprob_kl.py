@@ -46,6 +46,7 @@ class TeacherLogprobKL:
     clip_kl: float | None = None
     use_schulman_kl_estimation: bool = False
     not_matched_penalty: float = -1.0
+    include_teacher_think_entropy: bool = True
 
     def __call__(self, scored: ScoredExplanation) -> tuple[float, dict[str, float]]:
         """Return the reward and its parts: solution_log_prob_reward + kl_reward + match_reward is the reward.
@@ -71,8 +72,10 @@ class TeacherLogprobKL:
 
     def _kl(self, teacher: Tensor, student: Tensor) -> tuple[float, dict[str, float]]:
         """An empty explanation has no token that could be unnatural: its KL is 0."""
-        log_ratio = teacher - student
-        if self.use_schulman_kl_estimation:  # http://joschu.net/blog/kl-approx.html, k3
+        log_ratio = teacher - student if self.include_teacher_think_entropy else -student
+        if (
+            self.use_schulman_kl_estimation and self.include_teacher_think_entropy
+        ):  # http://joschu.net/blog/kl-approx.html, k3
             log_ratio = log_ratio - 1 + torch.exp(-log_ratio)
         values = normalize(log_ratio, self.normalize_kl_fn, clip_max=self.clip_kl)
         return _weighted(values, self.kl_penalty_reward_coeff, self.reduction_kl_fn, "reasoning_kl")
@@ -82,6 +85,6 @@ def _weighted(values: Tensor, coefficients: object, reductions: object, name: st
     total, parts = 0.0, {}
     for coefficient, reduction in zip(as_list(coefficients), as_list(reductions), strict=True):
         reduced = REDUCTIONS[reduction](values).item() if values.numel() else 0.0
-        parts[f"{name}/{reduction}"] = reduced
+        parts[f"{name}_{reduction}"] = reduced
         total += coefficient * reduced
     return total, parts

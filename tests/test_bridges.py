@@ -1,10 +1,13 @@
 """Weight bridges without an engine. Run: ./run_tests.sh tests/test_bridges.py"""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
 
 from trainers.bridges import engine_tensors, share_weights
+from trainers.errors import ConfigError
 
 
 class Fused(nn.Module):
@@ -32,17 +35,35 @@ class TrainerModel(nn.Module):
         self.embed_tokens = nn.Embedding(6, 4)
 
 
-def prefixed(model):
-    """Put a module under a name, as models are."""
-    outer = nn.Module()
-    outer.model = model
-    return outer
+class Outer(nn.Module):
+    """A module under a name, as models are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return None
+
+
+class OuterEngine(Outer):
+    packed_modules_mapping = EngineModel.packed_modules_mapping
+    repack = staticmethod(lambda tensor: tensor)
+
+    def load_weights(self, weights):
+        """As vLLM's: each tensor to its rows; what it has no place for is passed over here."""
+        for name, tensor in weights:
+            with suppress(KeyError):
+                ((_, target),) = engine_tensors(self, [name])
+                if target.shape[1:] == tensor.shape[1:] and target.shape[0] >= tensor.shape[0]:
+                    target[: tensor.shape[0]] = self.repack(tensor)
 
 
 def make_pair(rows=8):
-    trainer, engine = prefixed(TrainerModel()), prefixed(EngineModel(rows))
-    engine.packed_modules_mapping = EngineModel.packed_modules_mapping
-    return trainer, engine
+    return Outer(TrainerModel()), OuterEngine(EngineModel(rows))
 
 
 def test_parts_of_a_fused_layer_are_row_slices_in_order():
@@ -67,19 +88,27 @@ def test_shared_parameters_see_updates_on_both_sides_and_padding_is_zero():
 def test_parameter_that_the_engine_lacks_is_named():
     trainer, engine = make_pair()
     trainer.model.c = nn.Linear(4, 1, bias=False)
-    with pytest.raises(ValueError, match=r"model\.c\.weight"):
+    with pytest.raises(ConfigError, match=r"model\.c\.weight"):
         share_weights(trainer, engine)
 
 
 def test_engine_weight_that_nobody_trains_is_named():
     trainer, engine = make_pair()
     engine.model.extra = nn.Linear(4, 4, bias=False)
-    with pytest.raises(ValueError, match=r"model\.extra\.weight"):
+    with pytest.raises(ConfigError, match=r"model\.extra\.weight"):
         share_weights(trainer, engine)
 
 
 def test_other_shape_is_refused():
     trainer, engine = make_pair()
     trainer.model.a = nn.Linear(4, 1, bias=False)
-    with pytest.raises(ValueError, match=r"model\.a\.weight is \(1, 4\)"):
+    with pytest.raises(ConfigError, match=r"model\.a\.weight is \(1, 4\)"):
+        share_weights(trainer, engine)
+
+
+def test_weights_that_the_engine_repacks_are_refused_with_the_copying_bridge_as_remedy():
+    """GPT-NeoX and Bloom have the same names and shapes on both sides, and another order of rows."""
+    trainer, engine = make_pair()
+    engine.repack = lambda tensor: tensor.flip(0)
+    with pytest.raises(ConfigError, match=r"another layout[\s\S]*weight_bridge=copy"):
         share_weights(trainer, engine)

@@ -28,11 +28,14 @@ def faults(run, *overrides):
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_composes_and_is_valid_where_a_gpu_is(run, monkeypatch):
     monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
-    options = load_options(compose_run(run), repo=REPO)
-    assert options.stage in ("sft", "rl")
+    missing = (
+        ["dataset_id_or_path=hub/id", "model_name_or_path=hub/id", "student_model=hub/id"] if run == "score" else []
+    )
+    options = load_options(compose_run(run, missing), repo=REPO)
+    assert options.stage in ("sft", "rl", "score")
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if "tiny" not in run])
+@pytest.mark.parametrize("run", [run for run in RUNS if "tiny" not in run and run != "score"])
 def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
     monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
     found = faults(run)
@@ -93,9 +96,14 @@ def test_all_faults_are_told_at_once_with_remedies():
     [
         ("num_generations=1", "num_generations", "greater than or equal to 2", "--help"),
         ("model_name_or_path=./nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
-        ("model_init={model_type: qwen2}", "model_name_or_path", "together with model_init", "name one"),
+        ("model_init={model_type: qwen2}", "model_init", "stage=sft only", "leave it out"),
+        ("optim=adamw_trch", "optim", "'adamw_torch'", "did you mean adamw_torch?"),
+        ("scale_rewards=grup", "scale_rewards", "", "did you mean group?"),
+        ("loss_type=vespo", "vllm_importance_sampling_mode", "token by token", "token_mask"),
+        ("reward_weights=[1,2]", "reward_weights", "2 weights for 1 reward", "[1.0]"),
+        ("bf16_full_eval=true", "bf16_full_eval", "sets it itself", "as they are"),
         ("student_model=null", "student_model", "needs a student", "student_model="),
-        ("eval_dataset_id_or_path=null", "eval_dataset_id_or_path", "none are named", "report_before_after=false"),
+        ("eval_dataset_id_or_path=null", "eval_dataset_id_or_path", "none is named", "report_before_after=false"),
         (
             "per_device_eval_batch_size=12 num_generations_eval=8",
             "per_device_eval_batch_size",
@@ -115,6 +123,33 @@ def test_each_fault_has_cause_and_remedy(override, key, cause, remedy):
     found = faults("teacher_rlt_tiny", *words)
     assert cause in found[key].cause
     assert remedy in found[key].remedy
+
+
+def test_fresh_model_and_named_model_exclude_each_other():
+    found = faults("student_sft_tiny", "model_name_or_path=run:student_sft_tiny")
+    assert found["model_name_or_path"].cause == "set together with model_init"
+
+
+def test_evaluation_batch_is_checked_only_where_something_is_evaluated(monkeypatch):
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    emergency = ["train_batch_size=64", "per_device_train_batch_size=2", "num_generations=16"]
+    options = load_options(compose_run("teacher_rlt_mono_85gb", emergency), repo=REPO)
+    assert options.generation_aggregation_steps == 8
+    found = faults("teacher_rlt_mono_85gb", *emergency, "eval_strategy=steps", "eval_dataset_split=test")
+    assert "per_device_eval_batch_size=32" in found["per_device_eval_batch_size"].remedy
+
+
+def test_null_is_a_value_where_trl_s_type_has_it():
+    kept = load_options(compose_run("teacher_rlt_tiny", ["vllm_importance_sampling_clip_max=null"]), repo=REPO)
+    assert kept.vllm_importance_sampling_clip_max is None
+    dropped = load_options(compose_run("teacher_rlt_tiny", ["learning_rate=null"]), repo=REPO)
+    assert dropped.learning_rate == 1e-6  # TRL's default
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    with pytest.raises(ConfigError, match=r"num_processes=2[\s\S]*launch\.sh 1"):
+        load_options(compose_run("teacher_sft"), num_devices=2, repo=REPO)
 
 
 def test_adapter_folder_is_recognised(tmp_path):

@@ -134,7 +134,7 @@ def test_start_shows_batch_texts_and_mask(first_run):
     _, printed = first_run
     assert "16 completions per step = 4 questions x 4 generations" in printed
     assert "first teacher prompt: given (masked)" in printed
-    assert "first student text: written by the model" in printed
+    assert "first student text, with the teacher's explanation as its thought: written by the model" in printed
     assert "eta" in printed
 
 
@@ -152,7 +152,14 @@ def test_log_is_found_at_the_root(first_run):
     out, _ = first_run
     log = (out / "training.log").read_text()
     assert "batch: 16 completions" in log
-    assert (REPO / "logs" / "training.log").is_symlink()
+    assert "step 3/3" in log
+    assert (out / "runs").is_dir()  # tensorboard's files
+
+
+def test_log_link_leads_to_the_last_run(warm, tmp_path):
+    out = tmp_path / "out"
+    rl(warm, out, "max_steps=1", "report_before_after=false")
+    assert (REPO / "logs" / "training.log").resolve() == (out / "training.log").resolve()
 
 
 def test_same_seed_repeats_the_run_and_another_does_not(warm, first_run, tmp_path):
@@ -193,8 +200,10 @@ def test_reference_model_and_trl_options_work(warm, tmp_path):
     assert evaluation["step"] == 2
 
 
-def test_wandb_works_offline(warm, tmp_path):
-    command_env = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+def test_wandb_without_an_account_logs_offline(warm, tmp_path):
+    hidden = ("WANDB_API_KEY", "WANDB_MODE", "NETRC")
+    command_env = {name: value for name, value in os.environ.items() if name not in hidden}
+    command_env |= {"WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}  # no account to be found
     done = subprocess.run(
         [
             sys.executable,
@@ -214,4 +223,64 @@ def test_wandb_works_offline(warm, tmp_path):
         env=command_env,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "wandb: not logged in, so it logs offline" in done.stdout
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def score(warm, out, file, *overrides):
+    train(
+        "stage=score",
+        f"dataset_id_or_path={file}",
+        f"model_name_or_path={warm}/teacher",
+        f"student_model={warm}/student",
+        f"output_dir={out}",
+        "teacher_system_prompt=Explain how to find the solution.",
+        "student_system_prompt=Think, then solve.",
+        *overrides,
+    )
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+def test_score_gives_the_rewards_that_training_gave(warm, first_run, tmp_path):
+    """The explanations of the first step, scored as texts: the same rewards to 1e-4."""
+    out, _ = first_run
+    sampled = completions(out, 1)
+    tag = "<|end_of_explanation|>"
+    rows, expected = [], []
+    for prompt, completion, reward in zip(
+        sampled["prompt"], sampled["completion"], sampled["teacher_logprob_kl"], strict=True
+    ):
+        if "\ufffd" in completion:  # bytes that are no text: the tokens cannot be had back from it
+            continue
+        question = prompt.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        solution = prompt.split("<|begin_of_solution|>")[1].split("<|end_of_solution|>")[0]
+        explanation, closed, _ = completion.partition(tag)
+        rows.append({"question": question, "solution": solution, "explanation": explanation, "closed": bool(closed)})
+        expected.append(reward)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = score(warm, tmp_path / "scores", file, "temperature=1.0")
+    assert len(scored) == len(rows)
+    same = [abs(line["reward"] - reward) < 1e-4 for line, reward in zip(scored, expected, strict=True)]
+    # A random model also samples token sequences that its tokenizer would not write for their text.
+    assert sum(same) >= 1
+
+
+def test_score_has_every_part_and_obeys_the_reward_options(warm, tmp_path):
+    rows = [
+        {"question": "What is left of 7~3~9?", "solution": "5", "explanation": "7~3=4\n4~9=5"},
+        {"question": "What is left of 7~3~9?", "solution": "5", "explanation": "", "closed": False},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    default = score(warm, tmp_path / "a", file)
+    for line in default:
+        total = line["solution_log_prob_reward"] + line["kl_reward"] + line["match_reward"]
+        assert line["reward"] == pytest.approx(total)
+        assert {"answer_log_prob_mean", "answer_log_prob_min", "reasoning_kl_mean", "reasoning_kl_max"} <= set(line)
+    assert [line["match_reward"] for line in default] == [0.0, -1.0]
+    assert default[1]["kl_reward"] == 0.0  # nothing was written
+    changed = score(
+        warm, tmp_path / "b", file, "answer_log_prob_coeff=[2,0]", "kl_penalty_reward_coeff=0", "reduction_kl_fn=mean"
+    )
+    assert changed[0]["reward"] == pytest.approx(2 * default[0]["answer_log_prob_mean"], abs=1e-5)

@@ -22,8 +22,8 @@ def test_defaults_by_hand():
     assert parts["kl_reward"] == pytest.approx(-4.56)
     assert parts["match_reward"] == 0.0
     assert total == pytest.approx(-2.03 - 4.56)
-    assert parts["answer_log_prob/min"] == -3.0
-    assert parts["reasoning_kl/max"] == pytest.approx(2.0)
+    assert parts["answer_log_prob_min"] == -3.0
+    assert parts["reasoning_kl_max"] == pytest.approx(2.0)
 
 
 def test_missing_closing_tag_costs_the_penalty():
@@ -55,7 +55,15 @@ def test_zero_coefficients_switch_a_term_off(coefficient):
 def test_schulman_estimate_by_hand():
     # k = (1, 2): k - 1 + e^-k = (e^-1, 1 + e^-2); mean = (0.36788 + 1.13534) / 2 = 0.75161
     _, parts = TeacherLogprobKL(use_schulman_kl_estimation=True)(scored())
-    assert parts["reasoning_kl/mean"] == pytest.approx((math.exp(-1) + 1 + math.exp(-2)) / 2)
+    assert parts["reasoning_kl_mean"] == pytest.approx((math.exp(-1) + 1 + math.exp(-2)) / 2)
+
+
+def test_without_the_teacher_s_entropy_the_student_s_surprise_is_charged():
+    # -log p_student = (1.5, 2.1): mean 1.8, max 2.1, whatever the teacher thought and whatever the estimator
+    for schulman in (False, True):
+        reward = TeacherLogprobKL(include_teacher_think_entropy=False, use_schulman_kl_estimation=schulman)
+        _, parts = reward(scored())
+        assert parts["kl_reward"] == pytest.approx(-(3 * 1.8 + 0.03 * 2.1))
 
 
 def test_clips_bound_single_tokens():
@@ -81,7 +89,7 @@ def test_reductions_by_hand():
         "sum": 10,
         "min": 1,
         "max": 4,
-        "median": 2.5,
+        "median": 2.0,
         "first_quartile": 1.75,
         "last_quartile": 3.25,
     }

@@ -12,7 +12,7 @@ from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
 from trainers.sft import sft_config
-from trainers.texts import sft_rows
+from trainers.texts import check_traces, sft_rows
 
 
 def options(**values):
@@ -67,10 +67,10 @@ def test_labels_cover_what_the_model_writes_and_nothing_before(renderer, role, l
     assert kept[-1] == renderer.tokenizer.eos_token_id
 
 
-def test_data_without_traces_cannot_warm_up(renderer):
+def test_data_without_traces_cannot_warm_up():
     rows = Dataset.from_list([{"question": r["question"], "solution": r["solution"]} for r in ROWS])
     with pytest.raises(ConfigError, match=r"no reasoning_trace to imitate[\s\S]*reasoning_trace_column="):
-        sft_rows(rows, renderer, options(), "data")
+        check_traces(rows, options())
 
 
 def test_overlong_prompts_are_filtered_cut_or_refused(renderer, caplog):
@@ -87,9 +87,19 @@ def test_overlong_prompts_are_filtered_cut_or_refused(renderer, caplog):
         sft_rows(rows, renderer, options(max_prompt_length=3), "data")
 
 
+def test_max_length_that_leaves_nothing_to_learn_is_refused(renderer):
+    with pytest.raises(ConfigError, match="cut before what the model is to learn"):
+        sft_rows(Dataset.from_list(ROWS), renderer, options(max_length=20), "data")
+
+
 def test_trl_s_own_refusal_is_told_as_a_fault(tmp_path):
     with pytest.raises(ConfigError, match="SFTConfig"):
-        sft_config(options(lr_scheduler_type="cosinus"), tmp_path, 1, torch.float32)
+        sft_config(
+            options(load_best_model_at_end=True),
+            tmp_path,
+            1,
+            torch.float32,
+        )
 
 
 def test_fresh_model_needs_room_for_the_tokenizer(tokenizer):

@@ -10,13 +10,13 @@ from conftest import ROWS
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.models import load_model
 from trainers.phases import PhaseTimer
-from trainers.scoring import StudentReward
-from trainers.student import Student
+from trainers.scoring import ExplanationScorer, StudentReward
+from trainers.student import FrozenModel, Student
 
 
 def make_student(model_dir, renderer, tokens_per_pass=4096, temperature=0.7):
     model = load_model(str(model_dir), torch.float32, None, "student_model", False)
-    return Student(model, renderer, torch.device("cpu"), temperature, tokens_per_pass, offload=True)
+    return Student(FrozenModel(model, torch.device("cpu"), temperature, tokens_per_pass, offload=True), renderer, 512)
 
 
 def texts(renderer):
@@ -48,7 +48,7 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
     prefix = renderer.encode(parts[:4]).ids
     ids = torch.tensor([prefix])
     for _ in range(3):
-        ids = torch.cat([ids, student.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        ids = torch.cat([ids, student.frozen.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     greedy = ids[0, len(prefix) :].tolist()
     solved = renderer.encode(parts, {"solution": greedy[:2], "end": greedy[2:]})
     missed = renderer.encode(parts, {"solution": greedy[:2], "end": [(greedy[2] + 1) % 400]})
@@ -56,8 +56,8 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
 
 
 def make_reward(student, tokenizer, **options):
-    eos = [tokenizer.eos_token_id]
-    return StudentReward(student, TeacherLogprobKL(**options), tokenizer, eos, 512, PhaseTimer())
+    scorer = ExplanationScorer(student, TeacherLogprobKL(**options), tokenizer)
+    return StudentReward(scorer, [tokenizer.eos_token_id], PhaseTimer())
 
 
 def call(reward, completion_ids, logprobs, rows=ROWS[:1]):
@@ -96,7 +96,7 @@ def test_poisoned_score_stops_with_the_sample_named(model_dir, renderer):
 
 def test_text_longer_than_the_student_reads_is_none_and_counted(model_dir, renderer):
     reward = make_reward(make_student(model_dir, renderer), renderer.tokenizer)
-    reward.max_student_tokens = 10
+    reward.scorer.student.max_tokens = 10
     rewards, metrics = call(reward, [renderer.encode_text("2+3")], [[-1.0] * 3])
     assert rewards == [None]
     assert metrics["unscorable_fraction"] == 1.0
@@ -114,7 +114,7 @@ def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_di
     assert len(explanation) == 3
     completion = explanation + other(tags.explanation[1], add_special_tokens=False)["input_ids"]
     reward = make_reward(student, other)
-    assert not reward.same_tokenizer
+    assert not reward.scorer.same_tokenizer
     (total,), metrics = call(reward, [completion], [[-0.5, -0.25, -0.125, -1.0]])
     (score,) = student.score(texts(renderer)[:1])
     lp = score.explanation_logprobs  # of 2 + 3 = 5
@@ -126,7 +126,7 @@ def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_di
 
 def test_student_is_frozen(model_dir, renderer):
     student = make_student(model_dir, renderer)
-    before = copy.deepcopy(student.model.state_dict())
+    before = copy.deepcopy(student.frozen.model.state_dict())
     student.score(texts(renderer))
-    assert not any(p.requires_grad for p in student.model.parameters())
-    assert all(torch.equal(before[name], value) for name, value in student.model.state_dict().items())
+    assert not any(p.requires_grad for p in student.frozen.model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in student.frozen.model.state_dict().items())

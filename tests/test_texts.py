@@ -12,7 +12,6 @@ from data.offsets import token_ends
 from data.render import Renderer
 from trainers.errors import ConfigError
 from trainers.models import choose_pad_token, make_tokenizer
-from trainers.options import options_class
 
 GOLDEN_TEACHER = """<|im_start|>system
 Explain.<|im_end|>
@@ -52,8 +51,7 @@ def text_of(parts):
     return "".join(part.text for part in parts)
 
 
-def sft_options(**values):
-    return options_class("sft")(**values)
+COLUMNS = {"question": "question", "solution": "solution", "reasoning_trace": "reasoning_trace"}
 
 
 def test_teacher_text_is_laid_out_as_designed(renderer):
@@ -198,15 +196,15 @@ def write(path, rows):
 
 def test_columns_are_mapped(tmp_path, tags):
     path = write(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": 2}])
-    options = sft_options(question_column="problem", solution_column="answer")
-    rows = load_rows(path, "train", None, options, tags, "dataset_id_or_path")
+    columns = {"question": "problem", "solution": "answer"}
+    rows = load_rows(path, "train", None, columns, tags, "dataset_id_or_path")
     assert rows[0] == {"question": "1+1?", "solution": "2"}
 
 
 def test_missing_columns_are_named_with_those_that_exist(tmp_path, tags):
     path = write(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": 2}])
     with pytest.raises(ConfigError, match=r"columns are problem, answer[\s\S]*question_column=<your column>"):
-        load_rows(path, "train", None, sft_options(), tags, "dataset_id_or_path")
+        load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
@@ -215,7 +213,7 @@ def test_every_file_format_gives_the_same_rows(tmp_path, tags, suffix):
 
     path = tmp_path / f"d.{suffix}"
     getattr(Dataset.from_list(ROWS), f"to_{suffix}")(str(path))
-    rows = load_rows(str(path), "train", 3, sft_options(), tags, "dataset_id_or_path")
+    rows = load_rows(str(path), "train", 3, COLUMNS, tags, "dataset_id_or_path")
     assert rows.to_list() == ROWS[:3]
 
 
@@ -226,14 +224,14 @@ def test_bespoke_stratos_conversations_are_split(tmp_path, tags):
     turns = [{"from": "user", "value": "2+3?"}, {"from": "assistant", "value": answer}]
     untagged = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "no tags"}]
     path = write(tmp_path / "d.jsonl", [{"system": "s", "conversations": c} for c in (turns, untagged)])
-    rows = load_rows(path, "train", None, sft_options(), tags, "dataset_id_or_path")
-    assert rows.to_list() == [{"question": "2+3?", "solution": "5\n\n", "reasoning_trace": "Add them.\n\n"}]
+    rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "2+3?", "solution": "\n\n5\n\n", "reasoning_trace": "Add them.\n\n"}]
 
 
 def test_empty_solutions_are_refused_by_row(tmp_path, tags):
     path = write(tmp_path / "d.jsonl", [{"question": "a", "solution": "1"}, {"question": "b", "solution": " "}])
     with pytest.raises(ConfigError, match="1 rows have no solution, the first is row 1"):
-        load_rows(path, "train", None, sft_options(), tags, "dataset_id_or_path")
+        load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
 
 
 def test_shipped_data_is_right_and_apart():

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from trainers.errors import ConfigError, Fault
+
 logger = logging.getLogger(__name__)
 
 
@@ -48,39 +50,47 @@ def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[
 
 
 def share_weights(model: nn.Module, engine_model: nn.Module) -> int:
-    """Copy the trainer's weights into the engine's tensors and make the trainer's parameters views of them.
+    """Load the trainer's weights into the engine and make the trainer's parameters views of the engine's tensors.
+
+    The engine loads them its own way; only what then stands in it value by value as in the trainer can be shared.
 
     Returns:
         Bytes held by the shared weights.
 
     Raises:
-        ValueError: If a parameter has no counterpart of its shape and type, or the engine holds weights that no
-            parameter of the trainer covers: these would never be trained.
+        ConfigError: If a parameter has no such counterpart (some architectures are repacked), or the engine holds
+            weights that no parameter of the trainer covers: these would never be trained.
     """
+    copy_weights(model, engine_model)
     owners = dict(model.named_parameters())
     try:
         targets = dict(engine_tensors(engine_model, list(owners)))
     except KeyError as error:
-        raise ValueError(f"the engine has no tensor for the trainer's parameter {error.args[0]}") from None
+        raise _unshareable(f"the engine has no tensor for the parameter {error.args[0]}") from None
     covered: dict[int, int] = {}
+    embeddings = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer]
     for name, parameter in owners.items():
         target = targets[name]
-        if target.shape != parameter.shape and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        if target.shape != parameter.shape and any(parameter is e for e in embeddings):
             target[parameter.shape[0] :].zero_()  # rows that vLLM adds to round the vocabulary up
             covered[target.untyped_storage().data_ptr()] = target[parameter.shape[0] :].nbytes
             target = target[: parameter.shape[0]]
         if target.shape != parameter.shape or target.dtype != parameter.dtype:
             ours, theirs = f"{tuple(parameter.shape)} {parameter.dtype}", f"{tuple(target.shape)} {target.dtype}"
-            raise ValueError(f"{name} is {ours} in the trainer and {theirs} in the engine")
-        with torch.no_grad():
-            target.copy_(parameter)
+            raise _unshareable(f"{name} is {ours} in the trainer and {theirs} in the engine")
+        if not torch.equal(target, parameter):
+            raise _unshareable(f"the engine holds {name} in another layout")
         parameter.data = target
         key = target.untyped_storage().data_ptr()
         covered[key] = covered.get(key, 0) + target.nbytes
     for name, tensor in engine_model.named_parameters():
         if covered.get(tensor.untyped_storage().data_ptr(), 0) != tensor.nbytes:
-            raise ValueError(f"the engine's weight {name} is not covered by the trainer's parameters")
+            raise _unshareable(f"the engine's weight {name} is not covered by the trainer's parameters")
     return sum(covered.values())
+
+
+def _unshareable(cause: str) -> ConfigError:
+    return ConfigError(Fault("weight_bridge", "shared", cause, "weight_bridge=copy"))
 
 
 def copy_weights(model: nn.Module, engine_model: nn.Module) -> None:

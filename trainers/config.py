@@ -59,7 +59,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
                 result.append(argument.lstrip("+") if key in GROUPS else argument)
         else:
             result.append("++" + argument.lstrip("+"))
-    return [f"run_cfg={run or DEFAULT_RUN}", *result]
+    default = "score" if any(word.lstrip("+") == "stage=score" for word in result) else DEFAULT_RUN
+    return [f"run_cfg={run or default}", *result]
 
 
 def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]:

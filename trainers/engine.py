@@ -82,6 +82,7 @@ class Engine:
         if self.bridge == "shared":
             held = share_weights(model, self.engine_model)
             logger.info("one copy of the weights for trainer and engine: %.1f MiB", held / 2**20)
+            self._shared = {name: p.data_ptr() for name, p in model.named_parameters()}
         else:
             self.sync_weights()
 
@@ -94,6 +95,10 @@ class Engine:
         """Make the engine see the trainer's current weights; keys and values cached under older ones are dropped."""
         if self.bridge == "copy":
             copy_weights(self.model, self.engine_model)
+        else:
+            for name, parameter in self.model.named_parameters():
+                if parameter.data_ptr() != self._shared[name]:
+                    raise RuntimeError(f"{name} was moved away from the engine's weights: updates must be in place")
         self.llm.reset_prefix_cache()
 
     def generate(self, prompt_ids: list[list[int]], sampling: dict[str, Any], step: int) -> Rollout:

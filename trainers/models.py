@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -29,7 +30,16 @@ CHATML = (
 
 def resolve_device(device: str) -> torch.device:
     """Return the device that `auto`, `cuda` or `cpu` means here."""
-    return torch.device("cuda" if device != "cpu" and num_cuda_devices() > 0 else "cpu")
+    if device == "cpu" or num_cuda_devices() == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if device == "cuda":
+            cause = "there is a GPU, but the torch that is installed is the CPU build"
+            raise ConfigError(
+                Fault("device", "cuda", cause, "set up the CUDA packages: rm -r .venv, then ./launch_mono.sh")
+            )
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -91,6 +101,15 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: s
     logger.info("%s: pad token %r (id %d)", key, tokenizer.pad_token, tokenizer.pad_token_id)
 
 
+def generation_end_ids(path: str, trust: bool) -> tuple[int, ...]:
+    """Tokens that the model's generation_config.json names as ends, e.g. an end of turn beside the EOS."""
+    try:
+        ends = GenerationConfig.from_pretrained(path, trust_remote_code=trust).eos_token_id
+    except OSError:  # many models have none
+        return ()
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
 def load_config(path: str, key: str, trust: bool) -> Any:
     """Load a model's config and see that it is a decoder-only language model.
 
@@ -131,7 +150,7 @@ def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: tor
     Raises:
         ConfigError: If transformers knows no such `model_type`, or the vocabulary is smaller than the tokenizer's.
     """
-    arguments = dict(model_init)
+    arguments = {"vocab_size": len(tokenizer), **model_init}
     model_type = arguments.pop("model_type", None)
     try:
         config = AutoConfig.for_model(model_type, **arguments)

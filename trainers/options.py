@@ -5,11 +5,11 @@ TRL (see `trl_options`) and not repeated here. `RLOptions` and `SFTOptions` are 
 against; importing this module loads neither torch nor vLLM.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from trainers.trl_options import trl_options
+from trainers.trl_options import enum_values, trl_options
 
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
 Normalization = Literal["exp", "exp_norm"]
@@ -24,79 +24,74 @@ class CommonOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    stage: Literal["sft", "rl"] = opt("rl", "what to run: `sft` (warm-up) or `rl` (GRPO with the student's reward)")
+    stage: Literal["sft", "rl", "score"] = opt(
+        "rl", "what to run: `sft` (warm-up), `rl` (GRPO with the student's reward) or `score` (reward of given texts)"
+    )
     output_dir: str | None = opt(None, "folder of this run's files; default: results/<run>/<time>")
     seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
-    device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; `cuda` refuses to start without a GPU")
+    device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to compute; `cuda` refuses to start without a GPU")
     precision: Literal["auto", "bf16", "fp32"] = opt(
         "auto", "type of the weights and of the arithmetic; auto: bf16 on a GPU, fp32 without one"
     )
     activate_debugging_logs: bool = opt(False, "log every library at debug level, and each scored explanation")
 
     model_name_or_path: str | None = opt(
-        None, "the model to train: a folder, a hub id, or `run:NAME`, the result of cfgs/run_cfg/NAME.yaml"
+        None,
+        "the teacher (the model to train): a folder, a hub id, or `run:NAME`, the result of cfgs/run_cfg/NAME.yaml",
     )
-    model_init: dict[str, Any] | None = opt(
-        None, "instead of model_name_or_path: keyword arguments of a transformers config for a fresh random model"
-    )
-    attn_implementation: str | None = opt(None, "attention of the trained model and the student; default: sdpa")
+    attn_implementation: str | None = opt(None, "attention of the teacher and the student; default: sdpa")
     trust_remote_code: bool = opt(False, "run Python code that a model repository brings along")
     chat_template: str | None = opt(None, "Jinja chat template, or a file with one, for a tokenizer that has none")
     chat_template_kwargs: dict[str, Any] | None = opt(None, "extra variables for the chat template")
     eos_token: str | None = opt(None, "the token that ends a turn, where the tokenizer's own eos_token does not")
 
-    dataset_id_or_path: str | None = opt(None, "training data: a .jsonl/.json/.parquet/.csv file, a folder or a hub id")
+    dataset_id_or_path: str | None = opt(None, "the data: a .jsonl/.json/.parquet/.csv file, a folder or a hub id")
     dataset_split: str = opt("train", "split of a folder or hub data set")
-    eval_dataset_id_or_path: str | None = opt(None, "held-out data; default: eval_dataset_split of the training data")
-    eval_dataset_split: str | None = opt(None, "split of the held-out data")
-    max_samples: int | None = opt(None, "train on the first so many rows", ge=1)
-    max_eval_samples: int | None = opt(None, "hold out the first so many rows", ge=1)
+    max_samples: int | None = opt(None, "use the first so many rows", ge=1)
     question_column: str = opt("question", "column with the question")
     solution_column: str = opt("solution", "column with the solution")
-    reasoning_trace_column: str = opt("reasoning_trace", "column with an explanation to imitate (SFT only)")
-    max_prompt_length: int = opt(1024, "tokens of question, solution and template together", ge=1)
-    overlong: Literal["filter", "truncate_left", "error"] = opt(
-        "filter", "a prompt over max_prompt_length: leave it out, cut its start, or stop"
-    )
 
     tag_format: Literal["stratos", "r1"] = opt("stratos", "tags around explanation, thought and solution")
     teacher_system_prompt: str | None = opt(None, "system prompt of the teacher; default: the tag format's")
     student_system_prompt: str | None = opt(None, "system prompt of the student; default: the tag format's")
 
+
+class TrainOptions(CommonOptions):
+    """Options of the stages that train."""
+
+    eval_dataset_id_or_path: str | None = opt(None, "held-out data; default: eval_dataset_split of the training data")
+    eval_dataset_split: str | None = opt(None, "split of the held-out data")
+    max_eval_samples: int | None = opt(None, "hold out the first so many rows", ge=1)
+    max_prompt_length: int = opt(1024, "tokens of question, solution and template together", ge=1)
+    overlong: Literal["filter", "truncate_left", "error"] = opt(
+        "filter", "a prompt over max_prompt_length: leave it out, cut its start, or stop"
+    )
     train_batch_size: int = opt(32, "completions (SFT: samples) per optimizer step, over all devices", ge=1)
 
 
-class SFTOptions(CommonOptions):
+class SFTOptions(TrainOptions):
     """Options of stage=sft: the warm-up that shows a model the format."""
 
+    model_init: dict[str, Any] | None = opt(
+        None, "instead of model_name_or_path: keyword arguments of a transformers config for a fresh random model"
+    )
+    reasoning_trace_column: str = opt("reasoning_trace", "column with an explanation to imitate")
     sft_role: Literal["teacher", "student"] = opt(
         "teacher", "format to learn: question and solution to explanation, or question to thought and solution"
     )
 
 
-class RLOptions(CommonOptions):
-    """Options of stage=rl: GRPO on the student's reward."""
+class RewardOptions(BaseModel):
+    """The student and the reward's formula."""
 
     student_model: str | None = opt(None, "the frozen student: a folder, a hub id or `run:NAME`")
     student_chat_template: str | None = opt(None, "as chat_template, for the student")
+    student_chat_template_kwargs: dict[str, Any] | None = opt(None, "as chat_template_kwargs, for the student")
     student_tokens_per_pass: int = opt(16384, "tokens, padding included, in one forward pass of the student", ge=1)
     offload_untrained_models: bool = opt(
         False, "keep the student and the reference in host memory; each is on the GPU only while it scores"
     )
     disable_student_offloading: bool = opt(False, "exempt the student from offload_untrained_models")
-
-    generation_aggregation_steps: int | None = opt(
-        None, "micro-batches generated at once; default: a whole optimizer step's", ge=1
-    )
-    use_vllm_server: bool = opt(False, "not in this project: the engine lives in the trainer's process")
-    use_ray: bool = opt(False, "not in this project: one process trains, generates and scores")
-    weight_bridge: Literal["shared", "copy"] = opt(
-        "shared", "how the engine gets new weights: one copy used by both, or copied after each update"
-    )
-    enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
-    enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
-    vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
-    report_before_after: bool = opt(True, "score the held-out questions before and after training, write result.json")
 
     answer_log_prob_coeff: float | list[float] = opt(
         [1.0, 0.01], "c: weight of each reduction of the solution's log-probs"
@@ -111,6 +106,34 @@ class RLOptions(CommonOptions):
     use_schulman_kl_estimation: bool = opt(False, "k - 1 + exp(-k) in place of the log-ratio k")
     not_matched_penalty: float = opt(-1.0, "added where the closing explanation tag is missing")
     student_temperature: float = opt(0.7, "temperature of the student's log-probs", gt=0)
+    include_teacher_think_entropy: bool = opt(
+        True, "compare with the teacher's log-probs; false: charge the student's surprise alone, -log p_student"
+    )
+
+
+class RLOptions(TrainOptions, RewardOptions):
+    """Options of stage=rl: GRPO on the student's reward."""
+
+    generation_aggregation_steps: int | None = opt(
+        None, "micro-batches generated at once; default: a whole optimizer step's", ge=1
+    )
+    use_vllm_server: bool = opt(False, "not in this project: the engine lives in the trainer's process")
+    use_ray: bool = opt(False, "not in this project: one process trains, generates and scores")
+    weight_bridge: Literal["shared", "copy"] = opt(
+        "shared", "how the engine gets new weights: one copy used by both, or copied after each update"
+    )
+    enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
+    enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
+    vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
+    report_before_after: bool = opt(True, "score the held-out questions before and after training, write result.json")
+
+
+class ScoreOptions(CommonOptions, RewardOptions):
+    """Options of stage=score: the reward of explanations from anywhere."""
+
+    temperature: float = opt(1.0, "temperature of the teacher's log-probs", gt=0)
+    explanation_column: str = opt("explanation", "column with the explanation to score")
+    closed_column: str = opt("closed", "column that is false where the closing explanation tag is missing, if any")
 
 
 # Limits that TRL checks late or not at all.
@@ -128,10 +151,17 @@ TRL_LIMITS: dict[str, dict[str, Any]] = {
     "warmup_steps": {"ge": 0},
 }
 STRATEGY = Literal["no", "steps", "epoch"]
+NOT_HERE = "it has no effect with this project's engine and rendering"
 TRL_CHOICES: dict[str, Any] = {
     "eval_strategy": STRATEGY,
     "logging_strategy": STRATEGY,
     "save_strategy": STRATEGY | Literal["best"],
+    "optim": Literal[enum_values("training_args.py", "OptimizerNames")],
+    "lr_scheduler_type": Literal[enum_values("trainer_utils.py", "SchedulerType")],
+    "scale_rewards": bool | Literal["group", "batch", "none"],
+    "importance_sampling_level": Literal["token", "sequence"],
+    "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
+    "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
     "loss_type": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
 }
 
@@ -163,6 +193,20 @@ DERIVED = {
     "do_eval": "use eval_strategy",
     "do_predict": "there is no prediction stage",
     "data_seed": "use seed",
+    "bf16_full_eval": "evaluation uses the weights as they are",
+    "fp16_full_eval": "evaluation uses the weights as they are",
+    "vllm_structured_outputs_regex": NOT_HERE,
+    "use_transformers_continuous_batching": NOT_HERE,
+    "use_transformers_paged": NOT_HERE,
+    "transformers_continuous_batching_config": NOT_HERE,
+    "cache_implementation": NOT_HERE,
+    "max_tool_calling_iterations": "a teacher calls no tools",
+    "label_smoothing_factor": NOT_HERE,
+    "train_sampling_strategy": NOT_HERE,
+    "completion_only_loss": "the loss covers what the model writes, nothing before",
+    "assistant_only_loss": "the loss covers what the model writes, nothing before",
+    "dataset_text_field": "use question_column, solution_column and reasoning_trace_column",
+    "chat_template_path": "use chat_template",
     "disable_tqdm": "a bar on a terminal, plain lines elsewhere, is chosen by itself",
 }
 
@@ -193,15 +237,30 @@ def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
 
 def options_class(stage: str) -> type[CommonOptions]:
     """Return the class that holds every option of `stage`, TRL's included."""
-    return {"sft": lambda: _with_trl(SFTOptions, "sft"), "rl": lambda: _with_trl(RLOptions, "grpo")}[stage]()
+    if stage == "score":
+        return ScoreOptions
+    return _with_trl(SFTOptions, "sft") if stage == "sft" else _with_trl(RLOptions, "grpo")
+
+
+def admits_none(cls: type[BaseModel], name: str) -> bool:
+    """Whether null is a value of the option's own type (every TRL option may also be left out)."""
+    for kind in ("grpo", "sft"):
+        if cls.__name__ == {"grpo": "RLOptions", "sft": "SFTOptions"}[kind] and not _is_own(cls, name):
+            return type(None) in get_args(trl_options(kind)[name].annotation)
+    return type(None) in get_args(cls.model_fields[name].annotation)
+
+
+def _is_own(cls: type[BaseModel], name: str) -> bool:
+    return any(name in base.model_fields for base in cls.__mro__[1:] if issubclass(base, BaseModel))
 
 
 def own_options() -> set[str]:
     """Names of the options that this project declares itself."""
-    return set(SFTOptions.model_fields) | set(RLOptions.model_fields)
+    return {name for cls in (SFTOptions, RLOptions, ScoreOptions) for name in cls.model_fields}
 
 
 def trl_arguments(options: CommonOptions, kind: str) -> dict[str, Any]:
     """Return the TRL options that were set, ready for TRL's configuration class."""
-    names = set(trl_options(kind)) - own_options() - set(DERIVED)
+    own = (RLOptions if kind == "grpo" else SFTOptions).model_fields
+    names = set(trl_options(kind)) - set(own) - set(DERIVED)
     return {name: getattr(options, name) for name in options.model_fields_set & names}

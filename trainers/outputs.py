@@ -73,6 +73,8 @@ class _Quiet(logging.Filter):
     """Libraries speak on the terminal only when something is wrong."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "only_file", False):  # shown already, above the progress bar
+            return False
         if record.name.startswith(("vllm", "py.warnings")):  # vLLM warns of its own defaults at every start
             return record.levelno >= logging.ERROR
         return record.levelno >= logging.WARNING or not record.name.startswith(LIBRARIES)
@@ -129,6 +131,11 @@ def prepare_wandb(report_to: str | list[str]) -> None:
         logger.warning("wandb: not logged in, so it logs offline (`wandb login`, or `wandb sync` the run afterwards)")
 
 
+def use_tensorboard_dir(output_dir: Path) -> None:
+    """Put tensorboard's files in the run's folder; an evaluation before training would open them elsewhere."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs")
+
+
 def save_config(output_dir: Path, composed: dict[str, Any], resolved: dict[str, Any]) -> None:
     """Write config.yaml: every option with the value it has in this run, what was set apart from the defaults."""
 
@@ -148,6 +155,8 @@ class MetricsWriter(TrainerCallback):
 
     def __init__(self, output_dir: Path, timer: PhaseTimer) -> None:
         self.path, self.timer, self._start = output_dir / "metrics.jsonl", timer, 0.0
+        if self.path.exists():  # the folder of an earlier run: its metrics are kept, beside ours
+            self.path.rename(self.path.with_name(f"metrics-{int(self.path.stat().st_mtime)}.jsonl"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
@@ -214,7 +223,7 @@ class Progress(ProgressCallback):
         line = progress_line(state, logs, (time.perf_counter() - began) / done if done else 0.0)
         if self.training_bar is not None:
             self.training_bar.write(line)
-            logger.debug(line)
+            logger.info(line, extra={"only_file": True})
         else:
             logger.info(line)
 

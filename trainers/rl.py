@@ -8,32 +8,21 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
-from data.render import Renderer
-from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.batch import batch_plan
 from trainers.errors import ConfigError, Fault
-from trainers.models import (
-    choose_pad_token,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from trainers.judges import check_models, make_renderer, make_scorer
+from trainers.models import load_config, load_model, resolve_device, resolve_dtype
 from trainers.options import trl_arguments
-from trainers.outputs import MetricsWriter, Progress
+from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
 from trainers.result import write_result
 from trainers.scoring import StudentReward
-from trainers.student import Student
 from trainers.teacher_grpo import TeacherGRPOTrainer
-from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample, tag_format
+from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
 from trainers.trl_config import precision_arguments
 from trainers.warmup import resolve_model
 
 logger = logging.getLogger(__name__)
-
-REWARD_OPTIONS = tuple(TeacherLogprobKL.__dataclass_fields__)
 
 
 def run_rl(options: Any, output_dir: Path) -> Path:
@@ -47,40 +36,27 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     dtype = resolve_dtype(options.precision, device)
     arguments = grpo_config(options, output_dir, dtype)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
+    check_models(options)
     teacher_path = resolve_model(options.model_name_or_path, options)
     student_path = resolve_model(options.student_model, options)
-    teacher, student = (
-        _renderer(options, teacher_path, "model_name_or_path"),
-        _renderer(options, student_path, "student_model"),
-    )
+    teacher = make_renderer(options, teacher_path, "model_name_or_path")
+    student = make_renderer(options, student_path, "student_model")
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
-    show_sample("first teacher prompt", teacher.teacher(rows[0]["question"], rows[0]["solution"], "..."))
-    show_sample("first student text", student.student(rows[0]["question"], "...", rows[0]["solution"]))
+    show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:1])
 
+    check_positions(options, teacher_path)
+    use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
+    scorer = make_scorer(options, student_path, student, teacher, device, dtype)
+    end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
     trust, attention = options.trust_remote_code, options.attn_implementation
-    reward = StudentReward(
-        student=Student(
-            load_model(student_path, dtype, attention, "student_model", trust),
-            student,
-            device,
-            options.student_temperature,
-            options.student_tokens_per_pass,
-            offload=options.offload_untrained_models and not options.disable_student_offloading,
-        ),
-        reward=TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS}),
-        teacher_tokenizer=teacher.tokenizer,
-        eos_ids=[teacher.tokenizer.eos_token_id, teacher.tokenizer.pad_token_id],
-        max_student_tokens=load_config(student_path, "student_model", trust).get_text_config().max_position_embeddings,
-        timer=timer,
-    )
     trainer = TeacherGRPOTrainer(
         options=options,
         renderer=teacher,
         timer=timer,
         model=load_model(teacher_path, dtype, attention, "model_name_or_path", trust),
-        reward_funcs=[reward],
+        reward_funcs=[StudentReward(scorer, end_ids, timer)],
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
@@ -91,9 +67,25 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     before = trainer.evaluate() if options.report_before_after else None
     trainer.train()
     trainer.save_model(str(output_dir))
+    trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(eval_set))
     return output_dir
+
+
+def check_positions(options: Any, path: str) -> None:
+    """Refuse lengths that the teacher has no positions for.
+
+    Raises:
+        ConfigError: With the longest completion that fits.
+    """
+    limit = load_config(path, "model_name_or_path", options.trust_remote_code).get_text_config().max_position_embeddings
+    if options.max_prompt_length + options.max_completion_length > limit:
+        cause = f"with max_prompt_length {options.max_prompt_length} it exceeds the teacher's {limit} positions"
+        remedy = f"max_completion_length={limit - options.max_prompt_length}"
+        if options.max_prompt_length >= limit:
+            remedy = f"max_prompt_length={limit // 2} max_completion_length={limit - limit // 2}"
+        raise ConfigError(Fault("max_completion_length", options.max_completion_length, cause, remedy))
 
 
 def grpo_config(options: Any, output_dir: Path, dtype: torch.dtype) -> GRPOConfig:
@@ -117,14 +109,3 @@ def grpo_config(options: Any, output_dir: Path, dtype: torch.dtype) -> GRPOConfi
         return GRPOConfig(**(trl_arguments(options, "grpo") | precision_arguments(options, dtype) | derived))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(Fault("TRL's GRPOConfig", ..., str(error), "correct the option it names")) from error
-
-
-def _renderer(options: Any, path: str, key: str) -> Renderer:
-    """The template and tokenizer of teacher or student."""
-    is_teacher = key == "model_name_or_path"
-    trust = options.trust_remote_code
-    config = load_config(path, key, trust)
-    template = options.chat_template if is_teacher else options.student_chat_template
-    tokenizer = load_tokenizer(path, template, options.eos_token if is_teacher else None, key, trust)
-    choose_pad_token(tokenizer, config.get_text_config().vocab_size, key)
-    return Renderer(tokenizer, tag_format(options), options.chat_template_kwargs if is_teacher else None, key)

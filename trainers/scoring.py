@@ -1,11 +1,13 @@
-"""From the teacher's completions to rewards: reads the explanations, asks the student, applies the reward."""
+"""From explanations to rewards: asks the student, applies the formula."""
 
 import logging
 import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data.explanation import Explanation, read_explanation
@@ -15,39 +17,109 @@ from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 from trainers.phases import PhaseTimer
 from trainers.student import Student, StudentScore
+from trainers.texts import show_sample
 
 logger = logging.getLogger(__name__)
 
 
-class StudentReward:
-    """TRL reward function of the teacher's explanations.
+@dataclass(frozen=True)
+class Scored:
+    """The reward of one explanation, its named parts, and whether the student solves the question with it."""
+
+    reward: float
+    parts: dict[str, float]
+    solves: bool
+
+
+class ExplanationScorer:
+    """Rewards of explanations, from teacher's log-probabilities and a student.
 
     Args:
         student: The frozen student.
         reward: The formula.
-        teacher_tokenizer: Tokenizer of the completions.
+        teacher_tokenizer: Tokenizer of the explanations.
+    """
+
+    def __init__(self, student: Student, reward: TeacherLogprobKL, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
+        self.student, self.reward, self.teacher_tokenizer = student, reward, teacher_tokenizer
+        self._shown = False
+        self.same_tokenizer = teacher_tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
+        if not self.same_tokenizer:
+            logger.info("teacher and student have different tokenizers: the KL is taken over text both can cut out")
+
+    def score(
+        self,
+        questions: list[str],
+        explanations: list[Explanation],
+        solutions: list[str],
+        teacher_logprobs: list[Tensor],
+    ) -> list[Scored | str]:
+        """Score a batch.
+
+        Args:
+            teacher_logprobs: Of each explanation, `[explanation tokens]`.
+
+        Returns:
+            For each explanation its score, or why it cannot be scored.
+
+        Raises:
+            FloatingPointError: If a reward is not finite; the sample is named.
+        """
+        if not self._shown:
+            self._shown = True
+            shown = self.student.renderer.student(questions[0], explanations[0].text, solutions[0])
+            show_sample("first student text, with the teacher's explanation as its thought", shown)
+        texts = [self._encode(*row) for row in zip(questions, explanations, solutions, strict=True)]
+        results: list[Scored | str | None] = [self.student.why_not(text) for text in texts]
+        kept = [i for i, reason in enumerate(results) if reason is None]
+        for i, score in zip(kept, self.student.score([texts[i] for i in kept]), strict=True):
+            reward, parts = self.reward(self._compared(explanations[i], teacher_logprobs[i], score))
+            if not math.isfinite(reward):
+                _stop(i, reward, parts, questions[i], explanations[i])
+            logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
+            results[i] = Scored(reward, parts, score.solves)
+        reasons = Counter(result for result in results if isinstance(result, str))
+        for reason, count in reasons.items():
+            logger.warning("%d of %d explanations cannot be scored: %s", count, len(texts), reason)
+        return results
+
+    def _encode(self, question: str, explanation: Explanation, solution: str) -> Encoded:
+        """The student reads the teacher's tokens themselves where it has the same tokenizer."""
+        parts = self.student.renderer.student(question, explanation.text, solution)
+        given = {"explanation": explanation.ids} if self.same_tokenizer else None
+        return self.student.renderer.encode(parts, given)
+
+    def _compared(self, explanation: Explanation, teacher: Tensor, score: StudentScore) -> ScoredExplanation:
+        student = score.explanation_logprobs
+        if not self.same_tokenizer:
+            ids = self.student.renderer.encode_text(explanation.text)
+            _, student_ends = token_ends(self.student.renderer.tokenizer, ids)
+            teacher, student = piece_sums(teacher, explanation.ends, student, student_ends)
+        return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
+
+
+def _stop(i: int, reward: float, parts: dict[str, float], question: str, explanation: Explanation) -> None:
+    bad = {name: value for name, value in parts.items() if not math.isfinite(value)}
+    raise FloatingPointError(
+        f"the reward of explanation {i} is {reward}: {bad}\n  question: {question!r}\n"
+        f"  explanation: {explanation.text!r}\n  -> a log-probability of teacher or student is not finite: "
+        "look at their weights, and try precision=fp32"
+    )
+
+
+class StudentReward:
+    """The scorer as a TRL reward function: completions in, one reward each out, the parts as metrics.
+
+    Args:
+        scorer: The scorer.
         eos_ids: Tokens that end a completion.
-        max_student_tokens: Longest text the student can read; a longer one cannot be scored.
         timer: Seconds of the phase `score` are added here.
     """
 
     __name__ = "teacher_logprob_kl"
 
-    def __init__(
-        self,
-        student: Student,
-        reward: TeacherLogprobKL,
-        teacher_tokenizer: PreTrainedTokenizerBase,
-        eos_ids: list[int],
-        max_student_tokens: int,
-        timer: PhaseTimer,
-    ) -> None:
-        self.student, self.reward, self.timer = student, reward, timer
-        self.teacher_tokenizer, self.eos_ids = teacher_tokenizer, set(eos_ids)
-        self.max_student_tokens = max_student_tokens
-        self.same_tokenizer = teacher_tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
-        if not self.same_tokenizer:
-            logger.info("teacher and student have different tokenizers: the KL is taken over text both can cut out")
+    def __init__(self, scorer: ExplanationScorer, eos_ids: list[int], timer: PhaseTimer) -> None:
+        self.scorer, self.eos_ids, self.timer = scorer, set(eos_ids), timer
 
     def __call__(
         self,
@@ -66,66 +138,19 @@ class StudentReward:
             question, solution: Of each completion.
             teacher_logprobs: Log-probability of each sampled token, at the sampling temperature.
             log_metric, log_extra: TRL's loggers.
-
-        Raises:
-            FloatingPointError: If a reward is not finite; the sample is named and the step stops.
         """
         with self.timer("score"):
-            tag = self.student.renderer.tags.explanation[1]
-            explanations = [read_explanation(self.teacher_tokenizer, ids, tag, self.eos_ids) for ids in completion_ids]
-            texts = [self._encode(q, e, s) for q, e, s in zip(question, explanations, solution, strict=True)]
-            unscorable = {i: reason for i, text in enumerate(texts) if (reason := self._why_not(text))}
-            for reason, count in Counter(unscorable.values()).items():
-                logger.warning("%d of %d explanations cannot be scored: %s", count, len(texts), reason)
-            kept = [i for i in range(len(texts)) if i not in unscorable]
-            scores = dict(zip(kept, self.student.score([texts[i] for i in kept]), strict=True))
-            rewards: list[float | None] = [None] * len(texts)
-            metrics: dict[str, list[float]] = {}
-            for i, score in scores.items():
-                scored = self._scored(explanations[i], teacher_logprobs[i], score)
-                rewards[i], parts = self.reward(scored)
-                if not math.isfinite(rewards[i]):
-                    self._stop(i, rewards[i], parts, question[i], explanations[i])
-                logger.debug("reward %.4f %s for %r", rewards[i], parts, explanations[i].text)
-                seen = {
-                    **parts,
-                    "student_accuracy": float(score.solves),
-                    "explanation_length": len(explanations[i].ids),
-                }
-                for name, value in seen.items():
-                    metrics.setdefault(name, []).append(float(value))
-            for name, values in metrics.items():
-                log_metric(name, sum(values) / len(values))
-            log_metric("unscorable_fraction", len(unscorable) / len(texts))
-            log_extra("student_solves", [scores[i].solves if i in scores else None for i in range(len(texts))])
-        return rewards
-
-    def _encode(self, question: str, explanation: Explanation, solution: str) -> Encoded:
-        """The student reads the sampled tokens themselves where it has the same tokenizer."""
-        parts = self.student.renderer.student(question, explanation.text, solution)
-        given = {"explanation": explanation.ids} if self.same_tokenizer else None
-        return self.student.renderer.encode(parts, given)
-
-    def _why_not(self, text: Encoded) -> str | None:
-        if len(text.ids) > self.max_student_tokens:
-            return f"longer than the {self.max_student_tokens} tokens that the student can read"
-        start, end = text.spans["solution"]
-        return "the solution has no tokens" if start == end else None
-
-    def _scored(self, explanation: Explanation, logprobs: list[float], score: StudentScore) -> ScoredExplanation:
-        teacher = torch.tensor(logprobs[: len(explanation.ids)])
-        student = score.explanation_logprobs
-        if not self.same_tokenizer:
-            ids = self.student.renderer.encode_text(explanation.text)
-            _, student_ends = token_ends(self.student.renderer.tokenizer, ids)
-            teacher, student = piece_sums(teacher, explanation.ends, student, student_ends)
-        return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
-
-    @staticmethod
-    def _stop(i: int, reward: float, parts: dict[str, float], question: str, explanation: Explanation) -> None:
-        bad = {name: value for name, value in parts.items() if not math.isfinite(value)}
-        raise FloatingPointError(
-            f"the reward of completion {i} is {reward}: {bad}\n  question: {question!r}\n"
-            f"  explanation: {explanation.text!r}\n  -> a log-probability of teacher or student is not finite: "
-            "look at their weights, and try precision=fp32"
-        )
+            tag = self.scorer.student.renderer.tags.explanation[1]
+            tokenizer = self.scorer.teacher_tokenizer
+            explanations = [read_explanation(tokenizer, ids, tag, self.eos_ids) for ids in completion_ids]
+            kept = [torch.tensor(lp[: len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
+            results = self.scorer.score(question, explanations, solution, kept)
+        scored = [(r, e) for r, e in zip(results, explanations, strict=True) if isinstance(r, Scored)]
+        for name in scored[0][0].parts if scored else ():
+            log_metric(name, sum(r.parts[name] for r, _ in scored) / len(scored))
+        if scored:
+            log_metric("student_accuracy", sum(r.solves for r, _ in scored) / len(scored))
+            log_metric("explanation_length", sum(len(e.ids) for _, e in scored) / len(scored))
+        log_metric("unscorable_fraction", 1 - len(scored) / len(results))
+        log_extra("student_solves", [r.solves if isinstance(r, Scored) else None for r in results])
+        return [r.reward if isinstance(r, Scored) else None for r in results]

@@ -13,6 +13,7 @@ from data.render import Renderer
 from trainers.errors import ConfigError, Fault
 from trainers.models import (
     choose_pad_token,
+    generation_end_ids,
     load_config,
     load_model,
     load_tokenizer,
@@ -22,9 +23,9 @@ from trainers.models import (
     resolve_dtype,
 )
 from trainers.options import trl_arguments
-from trainers.outputs import MetricsWriter, Progress
+from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
-from trainers.texts import load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
+from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.trl_config import precision_arguments
 
 logger = logging.getLogger(__name__)
@@ -46,14 +47,17 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     dtype = resolve_dtype(options.precision, device)
     rows = load_train_rows(options)
     eval_rows = load_eval_rows(options) if options.eval_strategy != "no" else None
-    tokenizer, vocab_size = _tokenizer(options, model_path, rows)
-    renderer = Renderer(tokenizer, tag_format(options), options.chat_template_kwargs, "model_name_or_path")
+    check_traces(rows, options)
+    tokenizer = _tokenizer(options, model_path, rows)
+    ends = () if model_path is None else generation_end_ids(model_path, options.trust_remote_code)
+    renderer = Renderer(tokenizer, tag_format(options), options.chat_template_kwargs, "model_name_or_path", ends)
     train_set = sft_rows(rows, renderer, options, "training data")
     eval_set = None if eval_rows is None else sft_rows(eval_rows, renderer, options, "held-out data")
-    first = next((row for row in rows if row["reasoning_trace"]), rows[0])
+    first = next(row for row in rows if row["reasoning_trace"])
     show_sample(f"first {options.sft_role} text", sft_parts(first, renderer, options.sft_role))
     arguments = sft_config(options, output_dir, num_devices, dtype)
     model = _model(options, model_path, tokenizer, dtype)
+    use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
     trainer = SFTTrainer(
         model=model,
@@ -91,21 +95,21 @@ def sft_config(options: Any, output_dir: Path, num_devices: int, dtype: Any) -> 
         raise ConfigError(Fault("TRL's SFTConfig", ..., str(error), "correct the option it names")) from error
 
 
-def _tokenizer(options: Any, model_path: str | None, rows: Any) -> tuple[Any, int]:
-    """The tokenizer of the model to train, and the rows of its embedding."""
+def _tokenizer(options: Any, model_path: str | None, rows: Any) -> Any:
+    """The tokenizer of the model to train: the model's, or a fresh one made from the data."""
     if model_path is not None:
         trust = options.trust_remote_code
         vocab_size = load_config(model_path, "model_name_or_path", trust).get_text_config().vocab_size
         tokenizer = load_tokenizer(model_path, options.chat_template, options.eos_token, "model_name_or_path", trust)
     else:
-        vocab_size = options.model_init.get("vocab_size", 0)
+        vocab_size = options.model_init.get("vocab_size", 512)
         tags = tag_format(options)
         plain = Renderer(make_tokenizer([], [], 512), tags, None, "model_init")
         texts = (_text(plain.teacher(**_row(r))) + _text(plain.student(**_row(r))) for r in rows)
         names = [tag for pair in (tags.explanation, tags.thought, tags.solution) for tag in pair]
         tokenizer = make_tokenizer(texts, names, vocab_size)
     choose_pad_token(tokenizer, vocab_size, "model_name_or_path")
-    return tokenizer, vocab_size
+    return tokenizer
 
 
 def _row(row: dict[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The frozen student: log-probabilities of explanation and solution for a whole batch."""
+"""Frozen models: log-probabilities of parts of texts, for a whole batch; and the student, which is one."""
 
 import logging
 from dataclasses import dataclass
@@ -28,12 +28,11 @@ class StudentScore:
     solves: bool
 
 
-class Student:
-    """Scores texts with a frozen model.
+class FrozenModel:
+    """Log-probabilities of chosen tokens under a model that is not trained.
 
     Args:
-        model: The student, on the CPU.
-        renderer: The student's own template and tokenizer.
+        model: The model, on the CPU.
         device: Where to compute.
         temperature: The log-probabilities are those of logits / temperature.
         tokens_per_pass: Padded tokens in one forward pass.
@@ -41,15 +40,9 @@ class Student:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        renderer: Renderer,
-        device: torch.device,
-        temperature: float,
-        tokens_per_pass: int,
-        offload: bool,
+        self, model: PreTrainedModel, device: torch.device, temperature: float, tokens_per_pass: int, offload: bool
     ) -> None:
-        self.renderer, self.device, self.tokens_per_pass = renderer, device, tokens_per_pass
+        self.device, self.tokens_per_pass = device, tokens_per_pass
         self.offload = offload and device.type != "cpu"
         self.model = model.eval().requires_grad_(False)
         # TRL's fused head projects only the labelled positions, in tiles: full logits are never held. `is_top1` tells
@@ -59,17 +52,23 @@ class Student:
             self.model.to(device)
 
     @torch.no_grad()
-    def score(self, texts: list[Encoded]) -> list[StudentScore]:
-        """Score a batch of texts (parts as in `data.formats.student_parts`) in as few passes as fit.
+    def score(self, texts: list[Encoded], parts: list[list[tuple[int, int]]]) -> list[tuple[Tensor, Tensor]]:
+        """Score a batch of texts in as few passes as fit.
 
         Args:
-            texts: Token ids with the spans `explanation`, `solution` and `end`.
+            texts: Token ids.
+            parts: For each text, the spans `[start, end)` to score; a span cannot start at the first token.
+
+        Returns:
+            For each text the log-probability of each token and whether it is the likeliest, `[tokens]` each, fp32 and
+            bool on the CPU; 0 and False outside the spans.
         """
         if self.offload:
             self.model.to(self.device)
-        scores: list[StudentScore | None] = [None] * len(texts)
+        scores: list[tuple[Tensor, Tensor] | None] = [None] * len(texts)
         for batch in self._batches(texts):
-            for index, score in zip(batch, self._score_batch([texts[i] for i in batch]), strict=True):
+            results = self._score_batch([texts[i] for i in batch], [parts[i] for i in batch])
+            for index, score in zip(batch, results, strict=True):
                 scores[index] = score
         if self.offload:
             self.model.to("cpu")
@@ -86,34 +85,62 @@ class Student:
                 batches.append([i])
         return batches
 
-    def _score_batch(self, texts: list[Encoded]) -> list[StudentScore]:
+    def _score_batch(self, texts: list[Encoded], parts: list[list[tuple[int, int]]]) -> list[tuple[Tensor, Tensor]]:
         length = max(len(t.ids) for t in texts)
         ids = torch.zeros(len(texts), length, dtype=torch.long)
         mask = torch.zeros_like(ids)
         labels = torch.full_like(ids, -100)
-        for row, text in enumerate(texts):
+        for row, (text, spans) in enumerate(zip(texts, parts, strict=True)):
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
             mask[row, : len(text.ids)] = 1
-            for start, end in self._scored_spans(text):
+            for start, end in spans:
+                assert start > 0 or start == end, "the first token has no log-probability"
                 labels[row, start:end] = ids[row, start:end]
         ids, mask, labels = ids.to(self.device), mask.to(self.device), labels.to(self.device)
         outputs = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
         # Position t of the outputs tells of token t + 1.
-        logprobs, is_top1 = outputs.log_probs.float().cpu(), outputs.is_top1.cpu()
+        logprobs = torch.nn.functional.pad(outputs.log_probs.float().cpu(), (1, 0))
+        is_top1 = torch.nn.functional.pad(outputs.is_top1.bool().cpu(), (1, 0))
+        return [(logprobs[row, : len(t.ids)], is_top1[row, : len(t.ids)]) for row, t in enumerate(texts)]
+
+
+class Student:
+    """The frozen student: what it makes of explanations.
+
+    Args:
+        frozen: The model.
+        renderer: The student's own template and tokenizer.
+        max_tokens: Longest text it can read.
+    """
+
+    def __init__(self, frozen: FrozenModel, renderer: Renderer, max_tokens: int) -> None:
+        self.frozen, self.renderer, self.max_tokens = frozen, renderer, max_tokens
+
+    def why_not(self, text: Encoded) -> str | None:
+        """Why a text cannot be scored; None where it can."""
+        if len(text.ids) > self.max_tokens:
+            return f"longer than the {self.max_tokens} tokens that the student can read"
+        start, end = text.spans["solution"]
+        return "the solution has no tokens" if start == end else None
+
+    def score(self, texts: list[Encoded]) -> list[StudentScore]:
+        """Score texts with the parts of `data.formats.student_parts`."""
         scores = []
-        for row, text in enumerate(texts):
-            explanation, solution, closing = self._scored_spans(text)
+        spans = [self._scored_spans(text) for text in texts]
+        for (explanation, solution, closing), (logprobs, is_top1) in zip(
+            spans, self.frozen.score(texts, spans), strict=True
+        ):
             scores.append(
                 StudentScore(
-                    explanation_logprobs=logprobs[row, explanation[0] - 1 : explanation[1] - 1],
-                    solution_logprobs=logprobs[row, solution[0] - 1 : solution[1] - 1],
-                    solves=bool(is_top1[row, solution[0] - 1 : closing[1] - 1].all()),
+                    explanation_logprobs=logprobs[slice(*explanation)],
+                    solution_logprobs=logprobs[slice(*solution)],
+                    solves=bool(is_top1[solution[0] : closing[1]].all()),
                 )
             )
         return scores
 
     @staticmethod
-    def _scored_spans(text: Encoded) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    def _scored_spans(text: Encoded) -> list[tuple[int, int]]:
         """Explanation, solution, and the first token after it: without that, 12 would pass where 127 is written."""
         closing = text.spans["end"][0]
-        return text.spans["explanation"], text.spans["solution"], (closing, closing + 1)
+        return [text.spans["explanation"], text.spans["solution"], (closing, closing + 1)]

@@ -18,12 +18,17 @@ def tag_format(options: Any) -> TagFormat:
     return TAG_FORMATS[options.tag_format].with_prompts(options.teacher_system_prompt, options.student_system_prompt)
 
 
+def _columns(options: Any) -> dict[str, str]:
+    columns = {"question": options.question_column, "solution": options.solution_column}
+    return columns | ({"reasoning_trace": options.reasoning_trace_column} if options.stage == "sft" else {})
+
+
 def load_train_rows(options: Any) -> Dataset:
     return load_rows(
         options.dataset_id_or_path,
         options.dataset_split,
         options.max_samples,
-        options,
+        _columns(options),
         tag_format(options),
         "dataset_id_or_path",
     )
@@ -37,7 +42,7 @@ def load_eval_rows(options: Any) -> Dataset | None:
         options.eval_dataset_id_or_path or options.dataset_id_or_path,
         options.eval_dataset_split or options.dataset_split,
         options.max_eval_samples,
-        options,
+        _columns(options),
         tag_format(options),
         "eval_dataset_id_or_path",
     )
@@ -89,11 +94,11 @@ def rl_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Datas
     return apply_overlong(rows, "prompt_tokens", options.max_prompt_length, options.overlong, what)
 
 
-def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Dataset:
-    """Encode rows for TRL's SFTTrainer: `input_ids` and `labels`, -100 on what is given rather than written.
+def check_traces(rows: Dataset, options: Any) -> None:
+    """Refuse data without explanations to imitate.
 
     Raises:
-        ConfigError: If the data has no reasoning traces, or no row leaves a token to learn from.
+        ConfigError: If there is no reasoning trace.
     """
     if "reasoning_trace" not in rows.column_names or not any(rows["reasoning_trace"]):
         cause = "the data set has no reasoning_trace to imitate (RL needs none, a warm-up does)"
@@ -106,6 +111,13 @@ def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Data
             )
         )
 
+
+def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Dataset:
+    """Encode rows for TRL's SFTTrainer: `input_ids` and `labels`, -100 on what is given rather than written.
+
+    Raises:
+        ConfigError: If the data has no reasoning traces, or no row leaves a token to learn from.
+    """
     role, limit = options.sft_role, options.max_prompt_length
 
     def encode(row: dict[str, str]) -> dict[str, Any]:
@@ -114,10 +126,16 @@ def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Data
         cut = max(0, given - limit)  # only with overlong=truncate_left
         ids, sampled = encoded.ids[cut:], encoded.sampled[cut:]
         labels = [token if own else -100 for token, own in zip(ids, sampled, strict=True)]
-        return {"input_ids": ids, "labels": labels, "prompt_tokens": given}
+        return {"input_ids": ids, "labels": labels, "prompt_tokens": given, "length": len(ids)}
 
     encoded = rows.filter(lambda row: bool(row["reasoning_trace"])).map(encode, remove_columns=rows.column_names)
     encoded = apply_overlong(encoded, "prompt_tokens", limit, options.overlong, what)
+    cut = sum(length > options.max_length for length in encoded["length"]) if options.max_length else 0
+    if cut:
+        logger.warning("%s: %d of %d rows are cut at max_length %d", what, cut, len(encoded), options.max_length)
+    if options.max_length and all(given >= options.max_length for given in encoded["prompt_tokens"]):
+        cause = "every row is cut before what the model is to learn"
+        raise ConfigError(Fault("max_length", options.max_length, cause, f"max_length={max(encoded['length'])}"))
     return encoded.select_columns(["input_ids", "labels"])
 
 

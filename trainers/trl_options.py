@@ -63,6 +63,21 @@ def _is_init_false(call: ast.expr | None) -> bool:
     return any(k.arg == "init" and getattr(k.value, "value", True) is False for k in keywords)
 
 
+def _class_body(package: str, file: str, class_name: str) -> list[ast.stmt]:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ImportError(f"{package} is not installed; run ./launch_mono.sh once, it sets up .venv")
+    tree = ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
+    return next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+
+
+@cache
+def enum_values(file: str, class_name: str) -> tuple[str, ...]:
+    """The values of one of transformers' enumerations of strings."""
+    body = _class_body("transformers", file, class_name)
+    return tuple(ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign))
+
+
 @cache
 def trl_options(kind: str) -> dict[str, TrlOption]:
     """Return every constructor argument of TRL's configuration class, by name.
@@ -72,11 +87,7 @@ def trl_options(kind: str) -> dict[str, TrlOption]:
     """
     options: dict[str, TrlOption] = {}
     for package, file, class_name in SOURCES[kind]:
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise ImportError(f"{package} is not installed; run ./launch_mono.sh once, it sets up .venv")
-        tree = ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
-        body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+        body = _class_body(package, file, class_name)
         for node in body:
             if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_") or _is_init_false(node.value):
                 continue

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,18 @@ from trainers.errors import ConfigError, Fault
 logger = logging.getLogger(__name__)
 
 # Options of the asking run that its warm-ups follow.
-INHERITED = ("seed", "device", "precision")
+INHERITED = (
+    "seed",
+    "device",
+    "precision",
+    "tag_format",
+    "teacher_system_prompt",
+    "student_system_prompt",
+    "chat_template",
+    "trust_remote_code",
+    "attn_implementation",
+    "report_to",
+)
 # What the result depends on beside the configuration.
 CODE = (
     "data/formats.py",
@@ -35,13 +47,16 @@ def warmup_options(name: str, options: Any) -> tuple[dict[str, Any], Any]:
     Raises:
         ConfigError: If it is not valid, or is no warm-up.
     """
-    overrides = [f"{key}={getattr(options, key)}" for key in INHERITED]
-    composed = compose_run(name, overrides)
+    composed = _composed(name, {key: getattr(options, key) for key in INHERITED if hasattr(options, key)})
     checked = load_options(composed, repo=REPO)
     if checked.stage != "sft":
         cause = f"cfgs/run_cfg/{name}.yaml has stage={checked.stage}"
         raise ConfigError(Fault(f"run:{name}", ..., cause, "name a run with stage=sft"))
     return composed, checked
+
+
+def _composed(name: str, inherited: dict[str, Any]) -> dict[str, Any]:
+    return compose_run(name) | {key: value for key, value in inherited.items() if value is not None}
 
 
 @cache
@@ -61,7 +76,7 @@ def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
         digest.update(data.read_bytes())
     start = composed.get("model_name_or_path") or ""
     if start.startswith("run:"):  # the warm-up it starts from
-        parent = compose_run(start[4:], [f"{key}={composed[key]}" for key in INHERITED if key in composed])
+        parent = _composed(start[4:], {key: composed[key] for key in INHERITED if key in composed})
         digest.update(cached_path(start[4:], parent, root).name.encode())
     return root / "results" / "warmup" / f"{name}-{digest.hexdigest()[:12]}"
 
@@ -80,11 +95,12 @@ def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | No
     from trainers.sft import run_sft
 
     logger.info("%s: training it now, later runs find it in %s", path, folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    if partial.exists():  # an earlier warm-up was interrupted
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    # A folder of its own until it is whole: neither an interrupted warm-up nor one beside this can be taken for it.
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True, exist_ok=True)
     run_sft(checked, partial, start)
-    if not folder.exists():
+    if folder.exists():  # another run was first; both are alike
+        shutil.rmtree(partial)
+    else:
         partial.rename(folder)
     return str(folder)

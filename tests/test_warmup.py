@@ -1,0 +1,66 @@
+"""Models named run:NAME: what is trained, kept and inherited. Run: ./run_tests.sh tests/test_warmup.py
+
+Training itself is replaced here by writing an empty model folder; tests/test_sft.py and test_end_to_end.py train for real.
+"""
+
+import pytest
+
+from trainers import sft, warmup
+from trainers.checks import load_options
+from trainers.config import REPO, compose_run
+from trainers.errors import ConfigError
+
+
+def options(*overrides):
+    return load_options(compose_run("teacher_rlt_tiny", list(overrides)), repo=REPO)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Records what would be trained, in order."""
+    calls = []
+
+    def run_sft(options, output_dir, start):
+        calls.append((options.sft_role, options.seed, options.tag_format, start))
+        (output_dir / "config.json").write_text("{}")
+
+    monkeypatch.setattr(sft, "run_sft", run_sft)
+    return calls
+
+
+def test_a_warm_up_trains_what_it_starts_from_first_and_is_kept(trained, tmp_path):
+    teacher = warmup.resolve_model("run:teacher_sft_tiny", options(), tmp_path)
+    student = warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
+    assert trained == [("student", 0, "stratos", None), ("teacher", 0, "stratos", student)]
+    assert warmup.resolve_model("run:teacher_sft_tiny", options(), tmp_path) == teacher
+    assert len(trained) == 2  # nothing was trained again
+    assert not list(tmp_path.glob("results/warmup/*.partial*"))
+
+
+def test_a_warm_up_follows_the_seed_and_the_texts_of_the_run(trained, tmp_path):
+    base = warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
+    seeded = warmup.resolve_model("run:student_sft_tiny", options("seed=5"), tmp_path)
+    tagged = warmup.resolve_model("run:student_sft_tiny", options("tag_format=r1"), tmp_path)
+    assert len({base, seeded, tagged}) == 3
+    assert [call[1:3] for call in trained] == [(0, "stratos"), (5, "stratos"), (0, "r1")]
+
+
+def test_an_interrupted_warm_up_is_not_taken_for_a_whole_one(trained, tmp_path, monkeypatch):
+    def interrupted(options, output_dir, start):
+        (output_dir / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft, "run_sft", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
+    assert [p for p in tmp_path.glob("results/warmup/*") if ".partial" not in p.name] == []
+
+
+def test_a_path_stays_as_it_is():
+    assert warmup.resolve_model("some/model", options()) == "some/model"
+    assert warmup.resolve_model(None, options()) is None
+
+
+def test_only_a_warm_up_can_be_named():
+    with pytest.raises(ConfigError, match="stage=rl"):
+        warmup.warmup_options("teacher_rlt_tiny", options())

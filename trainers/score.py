@@ -1,0 +1,109 @@
+"""stage=score: the reward of explanations from anywhere, one line each in scores.jsonl."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from data.explanation import Explanation
+from data.load import read_rows, select_texts
+from data.offsets import token_ends
+from data.render import Renderer
+from trainers.errors import ConfigError, Fault
+from trainers.judges import check_models, make_renderer, make_scorer
+from trainers.models import load_model, resolve_device, resolve_dtype
+from trainers.scoring import Scored
+from trainers.student import FrozenModel
+from trainers.warmup import resolve_model
+
+logger = logging.getLogger(__name__)
+
+BATCH = 256  # rows whose scores are written together
+
+
+def run_score(options: Any, output_dir: Path) -> Path:
+    """Score every row; the order is the data's.
+
+    Returns:
+        The file with the scores.
+    """
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.precision, device)
+    rows = load_score_rows(options)
+    check_models(options)
+    teacher_path = resolve_model(options.model_name_or_path, options)
+    student_path = resolve_model(options.student_model, options)
+    teacher = make_renderer(options, teacher_path, "model_name_or_path")
+    student = make_renderer(options, student_path, "student_model")
+    scorer = make_scorer(options, student_path, student, teacher, device, dtype)
+    trust, attention = options.trust_remote_code, options.attn_implementation
+    model = load_model(teacher_path, dtype, attention, "model_name_or_path", trust)
+    teacher_model = FrozenModel(
+        model, device, options.temperature, options.student_tokens_per_pass, options.offload_untrained_models
+    )
+    path = output_dir / "scores.jsonl"
+    rewards: list[float] = []
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, len(rows), BATCH):
+            batch = rows.select(range(start, min(start + BATCH, len(rows)))).to_list()
+            explanations = [_explanation(row, teacher) for row in batch]
+            logprobs = _teacher_logprobs(batch, explanations, teacher, teacher_model)
+            questions, solutions = [r["question"] for r in batch], [r["solution"] for r in batch]
+            for result in scorer.score(questions, explanations, solutions, logprobs):
+                file.write(json.dumps(_line(result)) + "\n")
+                rewards += [result.reward] if isinstance(result, Scored) else []
+            logger.info("scored %d of %d", start + len(batch), len(rows))
+    mean = f"mean reward {sum(rewards) / len(rewards):.4f}" if rewards else "none could be scored"
+    logger.info("%d of %d explanations scored, %s: %s", len(rewards), len(rows), mean, path)
+    return path
+
+
+def load_score_rows(options: Any) -> Dataset:
+    """Rows with question, solution, explanation and closed (true where the data does not say).
+
+    Raises:
+        ConfigError: If a column is missing.
+    """
+    path, key = options.dataset_id_or_path, "dataset_id_or_path"
+    raw = read_rows(path, options.dataset_split, options.max_samples, key)
+    if options.explanation_column not in raw.column_names:
+        cause = (
+            f"its columns are {', '.join(raw.column_names)}; it needs explanation (as {options.explanation_column!r})"
+        )
+        raise ConfigError(Fault(key, path, cause, "explanation_column=<your column>"))
+    columns = {
+        "question": options.question_column,
+        "solution": options.solution_column,
+        "explanation": options.explanation_column,
+    }
+    rows = select_texts(raw, columns, key, path)
+    has_closed = options.closed_column in raw.column_names
+    closed = [value is not False for value in raw[options.closed_column]] if has_closed else [True] * len(raw)
+    return rows.add_column("closed", closed)
+
+
+def _explanation(row: dict[str, Any], teacher: Renderer) -> Explanation:
+    ids = teacher.encode_text(row["explanation"])
+    return Explanation(row["explanation"], ids, token_ends(teacher.tokenizer, ids)[1], row["closed"])
+
+
+def _teacher_logprobs(
+    batch: list[dict[str, Any]], explanations: list[Explanation], teacher: Renderer, model: FrozenModel
+) -> list[torch.Tensor]:
+    """How likely the teacher was to write each token of the explanations."""
+    texts = [
+        teacher.encode(teacher.teacher(row["question"], row["solution"], row["explanation"]), {"explanation": e.ids})
+        for row, e in zip(batch, explanations, strict=True)
+    ]
+    spans = [text.spans["explanation"] for text in texts]
+    scores = model.score(texts, [[span] for span in spans])
+    return [logprobs[slice(*span)] for (logprobs, _), span in zip(scores, spans, strict=True)]
+
+
+def _line(result: Scored | str) -> dict[str, Any]:
+    if isinstance(result, str):
+        return {"reward": None, "reason": result}
+    return {"reward": result.reward, **result.parts, "student_solves": result.solves}
