@@ -56,11 +56,13 @@ def load_rows(
 
 
 def _read(path: str, split: str, key: str) -> Dataset:
-    suffix = Path(path).suffix
+    suffix, file = Path(path).suffix, Path(path).expanduser()
+    if file.is_file() and file.stat().st_size == 0:
+        raise ConfigError(Fault(key, path, "the file is empty", "give a data set with at least one row"))
     try:
-        if suffix in READERS and Path(path).expanduser().exists():
-            return load_dataset(READERS[suffix], data_files=str(Path(path).expanduser()), split="train")
-        found = load_dataset(str(Path(path).expanduser()) if Path(path).expanduser().exists() else path)
+        if suffix in READERS and file.exists():
+            return load_dataset(READERS[suffix], data_files=str(file), split="train")
+        found = load_dataset(str(file) if file.exists() else path)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         remedy = "a local .jsonl, .json, .parquet or .csv file works without a network; is it a local path?"

@@ -228,6 +228,13 @@ def test_bespoke_stratos_conversations_are_split(tmp_path, tags):
     assert rows.to_list() == [{"question": "2+3?", "solution": "\n\n5\n\n", "reasoning_trace": "Add them.\n\n"}]
 
 
+@pytest.mark.parametrize(("content", "cause"), [("", "file is empty"), ('{"question": "a", "sol', "cannot be read")])
+def test_broken_files_are_told_without_a_traceback(tmp_path, tags, content, cause):
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=cause):
+        load_rows(str(tmp_path / "d.jsonl"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
 def test_empty_solutions_are_refused_by_row(tmp_path, tags):
     path = write(tmp_path / "d.jsonl", [{"question": "a", "solution": "1"}, {"question": "b", "solution": " "}])
     with pytest.raises(ConfigError, match="1 rows have no solution, the first is row 1"):

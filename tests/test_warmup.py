@@ -1,6 +1,6 @@
 """Models named run:NAME: what is trained, kept and inherited. Run: ./run_tests.sh tests/test_warmup.py
 
-Training itself is replaced here by writing an empty model folder; tests/test_sft.py and test_end_to_end.py train for real.
+Training is replaced by writing an empty model folder; test_sft.py and test_end_to_end.py train for real.
 """
 
 import pytest

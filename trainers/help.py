@@ -44,5 +44,6 @@ def print_help(usage: str) -> None:
     trl = (("grpo", RLOptions, "GRPOConfig (stage=rl)"), ("sft", SFTOptions, "SFTConfig (stage=sft)"))
     for kind, cls, title in trl:
         names = sorted(set(trl_options(kind)) - set(cls.model_fields) - set(DERIVED))
-        print(f"\nOptions of TRL's {title}, as TRL documents them:")
-        print(textwrap.fill(", ".join(names), 116, initial_indent="  ", subsequent_indent="  "))
+        listed = ", ".join(f"{name}={trl_options(kind)[name].default}" for name in names)
+        print(f"\nOptions of TRL's {title}, with TRL's defaults (TRL documents them):")
+        print(textwrap.fill(listed, 116, initial_indent="  ", subsequent_indent="  "))

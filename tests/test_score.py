@@ -1,0 +1,70 @@
+"""stage=score against the formula and a plain forward pass. Run: ./run_tests.sh tests/test_score.py"""
+
+import json
+
+import pytest
+import torch
+from conftest import ROWS
+
+from trainers.errors import ConfigError
+from trainers.models import load_model
+from trainers.options import options_class
+from trainers.score import run_score
+
+
+def options(model_dir, file, **values):
+    defaults = {
+        "stage": "score",
+        "dataset_id_or_path": str(file),
+        "model_name_or_path": str(model_dir),
+        "student_model": str(model_dir),
+        "teacher_system_prompt": "Explain.",
+        "student_system_prompt": "Solve.",
+        "temperature": 0.9,
+    }
+    return options_class("score")(**{**defaults, **values})
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def plain_logprobs(model, encoded, part, temperature):
+    """Log-probability of each token of a part, by a plain forward pass."""
+    with torch.no_grad():
+        logprobs = (model(torch.tensor([encoded.ids])).logits[0] / temperature).log_softmax(-1)
+    start, end = encoded.spans[part]
+    return torch.stack([logprobs[t - 1, encoded.ids[t]] for t in range(start, end)])
+
+
+def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path):
+    rows = [{**row, "explanation": row["reasoning_trace"], "closed": i != 2} for i, row in enumerate(ROWS)]
+    path = run_score(options(model_dir, write(tmp_path / "rows.jsonl", rows)), tmp_path)
+    scored = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(scored) == len(rows)
+    model = load_model(str(model_dir), torch.float32, "eager", "student_model", False)
+    for row, line in zip(rows, scored, strict=True):
+        student = renderer.encode(renderer.student(row["question"], row["explanation"], row["solution"]))
+        teacher = renderer.encode(renderer.teacher(row["question"], row["solution"], row["explanation"]))
+        solution = plain_logprobs(model, student, "solution", 0.7)
+        kl = plain_logprobs(model, teacher, "explanation", 0.9) - plain_logprobs(model, student, "explanation", 0.7)
+        match = 0.0 if row["closed"] else -1.0
+        expected = solution.mean() + 0.01 * solution.min() - 3 * kl.mean() - 0.03 * kl.max() + match
+        assert line["reward"] == pytest.approx(expected.item(), abs=1e-4)
+        assert line["match_reward"] == match
+        assert line["reasoning_kl_max"] == pytest.approx(kl.max().item(), abs=1e-4)
+
+
+def test_row_that_cannot_be_scored_says_why(model_dir, tmp_path):
+    rows = [{**ROWS[0], "explanation": "2+3=5 " * 300}, {**ROWS[0], "explanation": "2+3=5"}]
+    path = run_score(options(model_dir, write(tmp_path / "rows.jsonl", rows)), tmp_path)
+    long, short = [json.loads(line) for line in path.read_text().splitlines()]
+    assert long["reward"] is None
+    assert "512 tokens" in long["reason"]
+    assert short["reward"] < 0
+
+
+def test_missing_explanations_are_named(model_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"needs explanation[\s\S]*explanation_column="):
+        run_score(options(model_dir, write(tmp_path / "rows.jsonl", ROWS)), tmp_path)
