@@ -79,13 +79,21 @@ class TeacherGRPOTrainer(GRPOTrainer):
         model.to("cpu")
         return result
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As TRL's; the seconds of a training interval that an evaluation interrupts are put back."""
+        interrupted = self.timer.take()
+        metrics = super().evaluate(*args, **kwargs)
+        for phase, value in interrupted.items():
+            self.timer.seconds[phase] += value
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of each phase: per optimizer step while training, in total for an evaluation."""
         seconds = self.timer.take()
-        steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
         if not self.model.training:
             logs |= {f"eval_seconds/{phase}": value for phase, value in seconds.items()}
-        elif steps:
+        elif steps := self.state.global_step - self._logged_step:
+            self._logged_step = self.state.global_step
             phases = {phase: seconds.get(phase, 0.0) for phase in ("generate", "score")}
             phases["update"] = seconds["step"] - sum(phases.values())
             logs |= {f"seconds/{phase}": value / steps for phase, value in phases.items()}

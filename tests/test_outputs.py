@@ -1,0 +1,93 @@
+"""The files of a run and what is shown of it. Run: ./run_tests.sh tests/test_outputs.py"""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from trainers import outputs
+from trainers.errors import ConfigError
+from trainers.outputs import MetricsWriter, Progress, make_output_dir, progress_line, save_config
+from trainers.phases import PhaseTimer
+
+
+def test_default_folder_has_the_run_and_the_time_and_latest_leads_there(tmp_path):
+    first = make_output_dir(None, "some_run", root=tmp_path)
+    assert first.parent == tmp_path / "results" / "some_run"
+    assert (first.parent / "latest").resolve() == first
+    second = make_output_dir(None, "some_run", root=tmp_path)  # in the same second
+    assert second != first
+    assert (first.parent / "latest").resolve() == second
+
+
+def test_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        make_output_dir(str(tmp_path / "file" / "out"), "run")
+
+
+def test_config_separates_what_was_set_and_hides_secrets(tmp_path):
+    resolved = {"seed": 3, "hub_token": "hf_secret", "eos_token": "<|im_end|>", "max_steps": 7}
+    save_config(tmp_path, {"max_steps": 7, "hub_token": "hf_secret"}, resolved)
+    text = (tmp_path / "config.yaml").read_text()
+    assert yaml.safe_load(text) == {"seed": 3, "hub_token": "***", "eos_token": "<|im_end|>", "max_steps": 7}
+    assert text.index("max_steps") < text.index("# Defaults") < text.index("seed")
+
+
+def test_metrics_of_an_earlier_run_in_the_folder_are_kept_apart(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
+    writer = MetricsWriter(tmp_path, PhaseTimer())
+    writer.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=1), None, logs={"reward": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "reward": 0.5}
+    (kept,) = tmp_path.glob("metrics-*.jsonl")
+    assert json.loads(kept.read_text()) == {"step": 9}
+
+
+def test_progress_line_has_the_headline_and_the_time_left():
+    state = SimpleNamespace(global_step=15, max_steps=60)
+    line = progress_line(state, {"reward": -0.5, "loss": 1e-9, "student_accuracy": 0.75}, seconds_per_step=2.0)
+    assert (
+        line == "step 15/60  reward -0.5  student accuracy 0.75  eta 1:30"
+    )  # 45 steps of 2 s; GRPO's loss says nothing
+    assert "loss 0.2" in progress_line(state, {"loss": 0.2}, 0.0)
+
+
+def run_progress(is_terminal):
+    progress = Progress(is_terminal)
+    state = SimpleNamespace(global_step=0, max_steps=2, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    state.global_step = 1
+    progress.on_step_end(None, state, None)
+    progress.on_log(None, state, None, logs={"reward": -0.5})
+    progress.on_train_end(None, state, None)
+
+
+def test_a_terminal_shows_a_bar_and_the_log_still_has_the_line(capfd, caplog):
+    caplog.set_level(logging.INFO)
+    run_progress(is_terminal=True)
+    shown = capfd.readouterr()
+    assert "step 1/2  reward -0.5" in shown.out + shown.err
+    assert "1/2 [" in shown.err  # the bar, with its own time left
+    (record,) = [r for r in caplog.records if "step 1/2" in r.message]
+    assert not outputs._Quiet().filter(record)  # not shown twice
+
+
+def test_without_a_terminal_there_are_plain_lines(capfd, caplog):
+    caplog.set_level(logging.INFO)
+    run_progress(is_terminal=False)
+    assert [r.message for r in caplog.records] == ["step 1/2  reward -0.5  eta 0:00"]
+    assert "[" not in capfd.readouterr().err
+
+
+def test_libraries_are_quiet_and_we_are_not():
+    def record(name, level):
+        return logging.LogRecord(name, level, "f", 1, "m", (), None)
+
+    quiet = outputs._Quiet()
+    assert quiet.filter(record("trainers.rl", logging.INFO))
+    assert not quiet.filter(record("transformers.trainer", logging.INFO))
+    assert quiet.filter(record("transformers.trainer", logging.WARNING))
+    assert not quiet.filter(record("vllm.config", logging.WARNING))
+    assert quiet.filter(record("vllm.config", logging.ERROR))

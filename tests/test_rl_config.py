@@ -1,0 +1,82 @@
+"""What reaches TRL, and the prompts of RL. Run: ./run_tests.sh tests/test_rl_config.py"""
+
+import pytest
+import torch
+from conftest import ROWS
+from datasets import Dataset
+
+from trainers.checks import load_options
+from trainers.config import REPO, compose_run
+from trainers.errors import ConfigError
+from trainers.rl import check_positions, grpo_config
+from trainers.texts import rl_rows
+
+
+def options(*overrides):
+    return load_options(compose_run("teacher_rlt_tiny", ["device=cpu", *overrides]), repo=REPO)
+
+
+def test_trl_options_reach_trl(tmp_path):
+    chosen = {
+        "loss_type": "dr_grpo",
+        "epsilon_high": 0.28,
+        "num_iterations": 2,
+        "scale_rewards": "batch",
+        "mask_truncated_completions": True,
+        "beta": 0.04,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 7,
+        "top_p": 0.9,
+        "learning_rate": 3e-5,
+        "vllm_importance_sampling_clip_max": None,
+    }
+    overrides = [f"{name}={'null' if value is None else value}" for name, value in chosen.items()]
+    config = grpo_config(options(*overrides), tmp_path, torch.float32)
+    assert {name: getattr(config, name) for name in chosen} == chosen
+    assert (config.gradient_accumulation_steps, config.steps_per_generation) == (1, 1)
+    assert (config.bf16, config.use_vllm, config.remove_unused_columns) == (False, False, False)
+
+
+def test_what_is_not_set_stays_trl_s_default(tmp_path):
+    from trl import GRPOConfig
+
+    ours = grpo_config(options(), tmp_path, torch.float32)
+    default = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    for name in ("loss_type", "epsilon", "num_iterations", "top_p", "adam_beta2", "shuffle_dataset"):
+        assert getattr(ours, name) == getattr(default, name), name
+
+
+def test_batch_becomes_accumulation_and_aggregation(tmp_path):
+    small = options("per_device_train_batch_size=8", "generation_aggregation_steps=2")
+    config = grpo_config(small, tmp_path, torch.float32)
+    assert (config.gradient_accumulation_steps, config.steps_per_generation) == (8, 2)
+    assert config.generation_batch_size == 16
+
+
+def test_overlong_questions_are_filtered_kept_or_refused(renderer):
+    rows = Dataset.from_list([*ROWS, {**ROWS[0], "question": "What is 2+3? " * 20}])
+    assert len(rl_rows(rows, renderer, options("max_prompt_length=60"), "data")) == len(ROWS)
+    kept = rl_rows(rows, renderer, options("max_prompt_length=60", "overlong=truncate_left"), "data")
+    assert len(kept) == len(ROWS) + 1
+    with pytest.raises(ConfigError, match="1 of 5 prompts are longer than max_prompt_length 60"):
+        rl_rows(rows, renderer, options("max_prompt_length=60", "overlong=error"), "data")
+
+
+def test_rl_needs_no_reasoning_trace(renderer):
+    rows = Dataset.from_list([{"question": r["question"], "solution": r["solution"]} for r in ROWS])
+    prompts = rl_rows(rows, renderer, options(), "data")
+    assert prompts[0]["prompt"].endswith("<|begin_of_solution|>5<|end_of_solution|>\n\n<|begin_of_explanation|>\n\n")
+
+
+def test_lengths_beyond_the_teacher_s_positions_are_refused(model_dir):
+    long = options("max_prompt_length=300", "max_completion_length=300")
+    with pytest.raises(ConfigError, match=r"512 positions[\s\S]*max_completion_length=212"):
+        check_positions(long, str(model_dir))
+
+
+def test_bf16_weights_at_a_small_learning_rate_are_warned_of(tmp_path, caplog):
+    grpo_config(options("learning_rate=1e-6"), tmp_path, torch.bfloat16)
+    assert "lost to rounding" in caplog.text
+    caplog.clear()
+    grpo_config(options("learning_rate=1e-6"), tmp_path, torch.float32)
+    assert "lost to rounding" not in caplog.text
