@@ -30,7 +30,7 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     from trainers.warmup import resolve_model, warmup_options
 
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
-    for path in (options.model_name_or_path, getattr(options, "student_model", None)):
+    for path in (getattr(options, "model_name_or_path", None), getattr(options, "student_model", None)):
         if path is not None and path.startswith("run:"):
             warmup_options(path[4:], options)  # a fault there is told now, not after the first warm-up
     rank = int(os.environ.get("RANK", "0"))
@@ -39,6 +39,11 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
     prepare_wandb(getattr(options, "report_to", "none"))
+    if options.stage == "rescore":
+        from trainers.rescore import run_rescore
+
+        run_rescore(options, output_dir)
+        return
     take_over_library_logs()
     if options.stage == "sft":
         from trainers.sft import run_sft

@@ -16,7 +16,9 @@ from trainers.errors import ConfigError
 from trainers.options import DERIVED, own_options
 from trainers.trl_options import trl_options
 
-RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").rglob("*.yaml"))
+ALL_RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").rglob("*.yaml"))
+NAMED_BY_THE_USER = {"score": ["dataset_id_or_path", "model_name_or_path", "student_model"], "rescore": ["scores"]}
+RUNS = [run for run in ALL_RUNS if run not in NAMED_BY_THE_USER]
 
 
 def faults(run, *overrides):
@@ -35,7 +37,12 @@ def test_every_run_composes_and_is_valid_where_a_gpu_is(run, monkeypatch):
     assert options.stage in ("sft", "rl", "score")
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if "tiny" not in run and run != "score"])
+@pytest.mark.parametrize(("run", "keys"), NAMED_BY_THE_USER.items())
+def test_runs_that_need_files_ask_for_exactly_these(run, keys):
+    assert set(faults(run)) == set(keys)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "tiny" not in run])
 def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
     monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
     found = faults(run)

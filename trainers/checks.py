@@ -16,7 +16,8 @@ from trainers.hardware import num_cuda_devices
 from trainers.options import DERIVED, RENAMED, CommonOptions, admits_none, options_class
 from trainers.trl_options import trl_options
 
-STAGES = ("sft", "rl", "score")
+STAGES = ("sft", "rl", "score", "rescore")
+WITH_MODELS = ("sft", "rl", "score")
 TRAINING = ("sft", "rl")
 
 
@@ -32,7 +33,7 @@ class Check:
 CHECKS: list[Check] = []
 
 
-def check(*reads: str, stages: tuple[str, ...] = STAGES) -> Callable:
+def check(*reads: str, stages: tuple[str, ...] = WITH_MODELS) -> Callable:
     """Register a check of `stages` that reads these options."""
 
     def register(function: Callable[[Any, int, Path], list[Fault]]) -> Callable:
@@ -295,7 +296,7 @@ def _check_loss(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     "reduction_log_prob_fn",
     "kl_penalty_reward_coeff",
     "reduction_kl_fn",
-    stages=("rl", "score"),
+    stages=("rl", "score", "rescore"),
 )
 def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
@@ -324,3 +325,12 @@ def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
                 Fault(key, value, cause, f"give the template itself, or the path of a file: {key}=template.jinja")
             )
     return faults
+
+
+@check("scores", stages=("rescore",))
+def _check_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    if options.scores is not None and list(Path(options.scores).expanduser().glob("*.safetensors")):
+        return []
+    cause = "no folder is named" if options.scores is None else "the folder holds no kept scores"
+    remedy = "scores=<output_dir>/scores of a run with keep_scores=true"
+    return [Fault("scores", options.scores, cause, remedy)]

@@ -59,7 +59,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
                 result.append(argument.lstrip("+") if key in GROUPS else argument)
         else:
             result.append("++" + argument.lstrip("+"))
-    default = "score" if any(word.lstrip("+") == "stage=score" for word in result) else DEFAULT_RUN
+    stages = {f"++stage={stage}": stage for stage in ("score", "rescore")}
+    default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
     return [f"run_cfg={run or default}", *result]
 
 

@@ -5,7 +5,10 @@ import textwrap
 from trainers.config import CONFIG_DIR
 from trainers.options import (
     DERIVED,
+    BaseOptions,
     CommonOptions,
+    FormulaOptions,
+    RescoreOptions,
     RewardOptions,
     RLOptions,
     ScoreOptions,
@@ -15,12 +18,15 @@ from trainers.options import (
 from trainers.trl_options import trl_options
 
 SECTIONS = (
-    ("every stage", CommonOptions),
+    ("every stage", BaseOptions),
+    ("every stage with models", CommonOptions),
     ("stage=sft and stage=rl", TrainOptions),
+    ("stage=rl, stage=score and stage=rescore", FormulaOptions),
     ("stage=rl and stage=score", RewardOptions),
     ("stage=rl", RLOptions),
     ("stage=sft", SFTOptions),
     ("stage=score", ScoreOptions),
+    ("stage=rescore", RescoreOptions),
 )
 
 

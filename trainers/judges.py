@@ -1,5 +1,6 @@
 """Builds what RL and scoring share: the renderers of teacher and student, and the scorer."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.errors import ConfigError, Fault
+from trainers.kept_scores import ScoreKeeper
 from trainers.models import choose_pad_token, generation_end_ids, load_config, load_model, load_tokenizer
 from trainers.scoring import ExplanationScorer
 from trainers.student import FrozenModel, Student
@@ -46,7 +48,13 @@ def check_models(options: Any) -> None:
 
 
 def make_scorer(
-    options: Any, student_path: str, student: Renderer, teacher: Renderer, device: torch.device, dtype: torch.dtype
+    options: Any,
+    output_dir: Path,
+    student_path: str,
+    student: Renderer,
+    teacher: Renderer,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> ExplanationScorer:
     """Load the student and put the reward's formula on it."""
     config = load_config(student_path, "student_model", options.trust_remote_code).get_text_config()
@@ -59,4 +67,6 @@ def make_scorer(
         offload=options.offload_untrained_models and not options.disable_student_offloading,
     )
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
-    return ExplanationScorer(Student(frozen, student, config.max_position_embeddings), formula, teacher.tokenizer)
+    keeper = ScoreKeeper(output_dir / "scores") if options.keep_scores else None
+    judge = Student(frozen, student, config.max_position_embeddings)
+    return ExplanationScorer(judge, formula, teacher.tokenizer, keeper)

@@ -19,21 +19,28 @@ def opt(default: Any, doc: str, **limits: Any) -> Any:
     return Field(default=default, description=doc, **limits)
 
 
-class CommonOptions(BaseModel):
+class BaseOptions(BaseModel):
     """Options of every stage."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    stage: Literal["sft", "rl", "score"] = opt(
-        "rl", "what to run: `sft` (warm-up), `rl` (GRPO with the student's reward) or `score` (reward of given texts)"
+    stage: Literal["sft", "rl", "score", "rescore"] = opt(
+        "rl",
+        "what to run: `sft` (warm-up), `rl` (GRPO with the student's reward), `score` (rewards of given explanations) "
+        "or `rescore` (kept scores under another formula)",
     )
     output_dir: str | None = opt(None, "folder of this run's files; default: results/<run>/<time>")
+    activate_debugging_logs: bool = opt(False, "log every library at debug level, and each scored explanation")
+
+
+class CommonOptions(BaseOptions):
+    """Options of every stage with models."""
+
     seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to compute; `cuda` refuses to start without a GPU")
     precision: Literal["auto", "bf16", "fp32"] = opt(
         "auto", "type of the weights and of the arithmetic; auto: bf16 on a GPU, fp32 without one"
     )
-    activate_debugging_logs: bool = opt(False, "log every library at debug level, and each scored explanation")
 
     model_name_or_path: str | None = opt(
         None,
@@ -81,17 +88,8 @@ class SFTOptions(TrainOptions):
     )
 
 
-class RewardOptions(BaseModel):
-    """The student and the reward's formula."""
-
-    student_model: str | None = opt(None, "the frozen student: a folder, a hub id or `run:NAME`")
-    student_chat_template: str | None = opt(None, "as chat_template, for the student")
-    student_chat_template_kwargs: dict[str, Any] | None = opt(None, "as chat_template_kwargs, for the student")
-    student_tokens_per_pass: int = opt(16384, "tokens, padding included, in one forward pass of the student", ge=1)
-    offload_untrained_models: bool = opt(
-        False, "keep the student and the reference in host memory; each is on the GPU only while it scores"
-    )
-    disable_student_offloading: bool = opt(False, "exempt the student from offload_untrained_models")
+class FormulaOptions(BaseModel):
+    """The reward's formula."""
 
     answer_log_prob_coeff: float | list[float] = opt(
         [1.0, 0.01], "c: weight of each reduction of the solution's log-probs"
@@ -105,9 +103,25 @@ class RewardOptions(BaseModel):
     clip_kl: float | None = opt(None, "clip the KL at this", gt=0)
     use_schulman_kl_estimation: bool = opt(False, "k - 1 + exp(-k) in place of the log-ratio k")
     not_matched_penalty: float = opt(-1.0, "added where the closing explanation tag is missing")
-    student_temperature: float = opt(0.7, "temperature of the student's log-probs", gt=0)
     include_teacher_think_entropy: bool = opt(
         True, "compare with the teacher's log-probs; false: charge the student's surprise alone, -log p_student"
+    )
+
+
+class RewardOptions(FormulaOptions):
+    """The formula and the student it is computed with."""
+
+    student_model: str | None = opt(None, "the frozen student: a folder, a hub id or `run:NAME`")
+    student_chat_template: str | None = opt(None, "as chat_template, for the student")
+    student_chat_template_kwargs: dict[str, Any] | None = opt(None, "as chat_template_kwargs, for the student")
+    student_tokens_per_pass: int = opt(16384, "tokens, padding included, in one forward pass of the student", ge=1)
+    offload_untrained_models: bool = opt(
+        False, "keep the student and the reference in host memory; each is on the GPU only while it scores"
+    )
+    disable_student_offloading: bool = opt(False, "exempt the student from offload_untrained_models")
+    student_temperature: float = opt(0.7, "temperature of the student's log-probs", gt=0)
+    keep_scores: bool = opt(
+        False, "keep the raw log-probs of every scored batch in output_dir/scores, for stage=rescore"
     )
 
 
@@ -134,6 +148,12 @@ class ScoreOptions(CommonOptions, RewardOptions):
     temperature: float = opt(1.0, "temperature of the teacher's log-probs", gt=0)
     explanation_column: str = opt("explanation", "column with the explanation to score")
     closed_column: str = opt("closed", "column that is false where the closing explanation tag is missing, if any")
+
+
+class RescoreOptions(BaseOptions, FormulaOptions):
+    """Options of stage=rescore: kept scores under another formula."""
+
+    scores: str | None = opt(None, "folder of kept scores (the scores folder of a run with keep_scores=true)")
 
 
 # Limits that TRL checks late or not at all.
@@ -235,10 +255,10 @@ def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
     return create_model(base.__name__, __base__=base, **fields)
 
 
-def options_class(stage: str) -> type[CommonOptions]:
+def options_class(stage: str) -> type[BaseOptions]:
     """Return the class that holds every option of `stage`, TRL's included."""
-    if stage == "score":
-        return ScoreOptions
+    if stage in ("score", "rescore"):
+        return ScoreOptions if stage == "score" else RescoreOptions
     return _with_trl(SFTOptions, "sft") if stage == "sft" else _with_trl(RLOptions, "grpo")
 
 
@@ -256,7 +276,7 @@ def _is_own(cls: type[BaseModel], name: str) -> bool:
 
 def own_options() -> set[str]:
     """Names of the options that this project declares itself."""
-    return {name for cls in (SFTOptions, RLOptions, ScoreOptions) for name in cls.model_fields}
+    return {name for cls in (SFTOptions, RLOptions, ScoreOptions, RescoreOptions) for name in cls.model_fields}
 
 
 def trl_arguments(options: CommonOptions, kind: str) -> dict[str, Any]:

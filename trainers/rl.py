@@ -48,7 +48,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    scorer = make_scorer(options, student_path, student, teacher, device, dtype)
+    scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
     end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
     trust, attention = options.trust_remote_code, options.attn_implementation
     trainer = TeacherGRPOTrainer(

@@ -38,7 +38,7 @@ def run_score(options: Any, output_dir: Path) -> Path:
     student_path = resolve_model(options.student_model, options)
     teacher = make_renderer(options, teacher_path, "model_name_or_path")
     student = make_renderer(options, student_path, "student_model")
-    scorer = make_scorer(options, student_path, student, teacher, device, dtype)
+    scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
     trust, attention = options.trust_remote_code, options.attn_implementation
     model = load_model(teacher_path, dtype, attention, "model_name_or_path", trust)
     teacher_model = FrozenModel(

@@ -15,6 +15,7 @@ from data.offsets import token_ends
 from data.render import Encoded
 from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from trainers.kept_scores import KeptRow, ScoreKeeper
 from trainers.phases import PhaseTimer
 from trainers.student import Student, StudentScore
 from trainers.texts import show_sample
@@ -38,10 +39,17 @@ class ExplanationScorer:
         student: The frozen student.
         reward: The formula.
         teacher_tokenizer: Tokenizer of the explanations.
+        keeper: Where the raw scores of each batch are kept, if anywhere.
     """
 
-    def __init__(self, student: Student, reward: TeacherLogprobKL, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
-        self.student, self.reward, self.teacher_tokenizer = student, reward, teacher_tokenizer
+    def __init__(
+        self,
+        student: Student,
+        reward: TeacherLogprobKL,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        keeper: ScoreKeeper | None = None,
+    ) -> None:
+        self.student, self.reward, self.teacher_tokenizer, self.keeper = student, reward, teacher_tokenizer, keeper
         self._shown = False
         self.same_tokenizer = teacher_tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
         if not self.same_tokenizer:
@@ -72,12 +80,17 @@ class ExplanationScorer:
         texts = [self._encode(*row) for row in zip(questions, explanations, solutions, strict=True)]
         results: list[Scored | str | None] = [self.student.why_not(text) for text in texts]
         kept = [i for i, reason in enumerate(results) if reason is None]
+        kept_rows: list[KeptRow] = []
         for i, score in zip(kept, self.student.score([texts[i] for i in kept]), strict=True):
-            reward, parts = self.reward(self._compared(explanations[i], teacher_logprobs[i], score))
+            compared = self._compared(explanations[i], teacher_logprobs[i], score)
+            reward, parts = self.reward(compared)
             if not math.isfinite(reward):
                 _stop(i, reward, parts, questions[i], explanations[i])
             logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
             results[i] = Scored(reward, parts, score.solves)
+            kept_rows.append(KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared))
+        if self.keeper is not None:
+            self.keeper.keep(kept_rows)
         reasons = Counter(result for result in results if isinstance(result, str))
         for reason, count in reasons.items():
             logger.warning("%d of %d explanations cannot be scored: %s", count, len(texts), reason)

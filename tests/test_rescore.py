@@ -1,0 +1,92 @@
+"""Kept scores and rewards under another formula. Run: ./run_tests.sh tests/test_rescore.py"""
+
+import json
+
+import pytest
+import torch
+
+from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.errors import ConfigError
+from trainers.kept_scores import KeptRow, ScoreKeeper, load_kept
+from trainers.rescore import ranking_changes, run_rescore
+
+
+def row(question, solution_logprobs, teacher, student, closed=True):
+    scored = ScoredExplanation(torch.tensor(solution_logprobs), torch.tensor(teacher), torch.tensor(student), closed)
+    return KeptRow(question, "s", f"e{len(teacher)}", TeacherLogprobKL()(scored)[0], scored)
+
+
+ROWS = [
+    row("q1", [-1.0, -3.0], [-0.5, -0.1], [-1.5, -2.1]),
+    row("q1", [-2.0], [], [], closed=False),
+    row("q2", [-0.5], [-0.25], [-0.25]),
+]
+
+
+def rescore(folder, out, *overrides):
+    out.mkdir()
+    options = load_options(compose_run("rescore", [f"scores={folder}", *overrides]))
+    run_rescore(options, out)
+    lines = [json.loads(line) for line in (out / "rescored.jsonl").read_text().splitlines()]
+    return lines, json.loads((out / "rescore.json").read_text())
+
+
+def test_what_is_kept_comes_back_exactly_over_several_batches(tmp_path):
+    keeper = ScoreKeeper(tmp_path)
+    keeper.keep(ROWS[:2])
+    keeper.keep([])
+    ScoreKeeper(tmp_path).keep(ROWS[2:])  # a later keeper goes on counting
+    back = load_kept(tmp_path)
+    assert [(r.question, r.explanation, r.reward, r.scored.closed) for r in back] == [
+        (r.question, r.explanation, r.reward, r.scored.closed) for r in ROWS
+    ]
+    for ours, theirs in zip(ROWS, back, strict=True):
+        for name in ("solution_logprobs", "teacher_logprobs", "student_logprobs"):
+            assert torch.equal(getattr(ours.scored, name), getattr(theirs.scored, name))
+
+
+def test_same_formula_gives_the_same_rewards_and_no_change(tmp_path):
+    ScoreKeeper(tmp_path / "scores").keep(ROWS)
+    lines, changes = rescore(tmp_path / "scores", tmp_path / "out")
+    assert [line["reward"] for line in lines] == [r.reward for r in ROWS]
+    assert changes == {"groups": 1, "pairs": 1, "pairs_reversed": 0, "best_changed": 0}
+
+
+def test_another_formula_turns_the_ranking_as_worked_out_by_hand(tmp_path):
+    # q1 first: r_SS -2.03, KL 4.56, so -6.59; second: -2.02 and -1 for the missing tag, so -3.02: the second is best.
+    # Without the KL and the penalty: -2.03 against -2.02, still the second.
+    # With the maximum over the solution: -1 against -2: the first is best.
+    ScoreKeeper(tmp_path / "scores").keep(ROWS)
+    off = ["kl_penalty_reward_coeff=[0,0]", "not_matched_penalty=0"]
+    lines, changes = rescore(tmp_path / "scores", tmp_path / "a", *off)
+    assert [line["reward"] for line in lines[:2]] == pytest.approx([-2.03, -2.02])
+    assert changes["best_changed"] == 0
+    lines, changes = rescore(
+        tmp_path / "scores", tmp_path / "b", *off, "reduction_log_prob_fn=max", "answer_log_prob_coeff=1"
+    )
+    assert [line["reward"] for line in lines[:2]] == pytest.approx([-1.0, -2.0])
+    assert changes == {"groups": 1, "pairs": 1, "pairs_reversed": 1, "best_changed": 1}
+
+
+def test_ranking_changes_by_hand():
+    # one group of three: old order a > b > c, new order b > a > c: one pair of three is reversed, the best changes
+    assert ranking_changes([[(3, 2), (2, 3), (1, 1)], [(1, 5)]]) == {
+        "groups": 1,
+        "pairs": 3,
+        "pairs_reversed": 1,
+        "best_changed": 1,
+    }
+    # a tie is no reversal
+    assert ranking_changes([[(1, 1), (1, 2)]])["pairs_reversed"] == 0
+
+
+def test_folder_without_scores_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no kept scores"):
+        load_options(compose_run("rescore", [f"scores={tmp_path}"]))
+
+
+def test_options_of_models_are_not_taken():
+    with pytest.raises(ConfigError, match=r"student_temperature=0\.5: used by stage=(rl|score) only"):
+        load_options(compose_run("rescore", ["scores=x", "student_temperature=0.5"]))

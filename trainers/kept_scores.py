@@ -1,0 +1,73 @@
+"""Raw scores on disk: per-token log-probabilities of scored batches, and their rewards under another formula."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rewards.teacher_logprob_kl import ScoredExplanation
+
+TENSORS = ("solution_logprobs", "teacher_logprobs", "student_logprobs")
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """One scored explanation: its texts and reward, and what the reward is computed from."""
+
+    question: str
+    solution: str
+    explanation: str
+    reward: float
+    scored: ScoredExplanation
+
+
+class ScoreKeeper:
+    """Writes each batch as `batch_00001.safetensors` and `.parquet` into a folder.
+
+    The tensors of all rows are laid end to end, `[tokens of the batch]`, as fp32; the parquet file has a row per
+    explanation, with the texts, the reward, `closed`, and where the row's spans end in each tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._count = folder, len(list(folder.glob("*.safetensors")))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, rows: list[KeptRow]) -> None:
+        """Write a batch; nothing is written for an empty one."""
+        if not rows:
+            return
+        self._count += 1
+        table: list[dict[str, Any]] = [
+            {"question": r.question, "solution": r.solution, "explanation": r.explanation, "reward": r.reward}
+            | {"closed": r.scored.closed}
+            for r in rows
+        ]
+        tensors = {}
+        for name in TENSORS:
+            values = [getattr(row.scored, name).float() for row in rows]
+            tensors[name] = torch.cat(values).contiguous()
+            for line, end in zip(table, torch.tensor([len(v) for v in values]).cumsum(0).tolist(), strict=True):
+                line[f"{name}_end"] = end
+        stem = self.folder / f"batch_{self._count:05d}"
+        pd.DataFrame(table).to_parquet(stem.with_suffix(".parquet"))
+        save_file(tensors, stem.with_suffix(".safetensors"))
+
+
+def load_kept(folder: Path) -> list[KeptRow]:
+    """Read every batch of a folder, in order."""
+    rows = []
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        begin = dict.fromkeys(TENSORS, 0)
+        for line in pd.read_parquet(path.with_suffix(".parquet")).to_dict("records"):
+            spans: dict[str, Tensor] = {}
+            for name in TENSORS:
+                spans[name] = tensors[name][begin[name] : line[f"{name}_end"]]
+                begin[name] = line[f"{name}_end"]
+            scored = ScoredExplanation(**spans, closed=line["closed"])
+            rows.append(KeptRow(line["question"], line["solution"], line["explanation"], line["reward"], scored))
+    return rows
