@@ -1,0 +1,83 @@
+"""One family's tiny random model on the real engine with shared weights; prints the largest differences as JSON.
+
+    python tests/family_engine.py FAMILY
+
+vLLM allows one engine in a process, so tests/test_families.py starts this once for each family.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trainers.engine import Engine, prepare_environment
+from trainers.models import make_tokenizer
+from trainers.options import options_class
+
+COMMON = {
+    "vocab_size": 480,  # not a multiple of 64: vLLM pads the embedding
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": None},
+    "phi3": {},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32},
+}
+
+
+def largest_difference(model, prompts, rollout) -> float:
+    worst = 0.0
+    for prompt, completion, logprobs in zip(prompts, rollout.completion_ids, rollout.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0]
+        positions = list(range(len(prompt) - 1, len(prompt) + len(completion) - 1))
+        expected = logits.log_softmax(-1)[positions, completion]
+        worst = max(worst, (expected - torch.tensor(logprobs)).abs().max().item())
+    return worst
+
+
+def main(family: str) -> None:
+    prepare_environment(torch.device("cpu"))
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
+        options = options_class("rl")(max_prompt_length=64, max_completion_length=64, seed=1)
+        engine = Engine(model, folder, options, torch.float32, [2])
+    prompts = [torch.randint(3, 470, (20,)).tolist() for _ in range(8)]
+    sampling = {"temperature": 1.0, "max_tokens": 16}
+    before = largest_difference(model, prompts, engine.generate(prompts, sampling, 0))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        ids = torch.tensor(prompts)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = min((p - weights[name]).abs().max().item() for name, p in model.named_parameters())
+    engine.sync_weights()
+    after = largest_difference(model, prompts, engine.generate(prompts, sampling, 1))
+    print(json.dumps({"before": before, "after": after, "least_moved": moved}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
