@@ -12,7 +12,7 @@ if [[ -z ${RLT_CPU:-} && -e /proc/driver/nvidia/version ]]; then lock="$repo/req
 
 find_python() {
   local candidate
-  for candidate in ${RLT_PYTHON:-} python3.12 python3.11 python3.13 python3 python; do
+  for candidate in ${RLT_PYTHON:-} python3.11 python3.12 python3.13 python3 python; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       command -v "$candidate"
       return
@@ -25,7 +25,7 @@ find_python() {
 install_packages() {
   local python log="$venv/setup.log"
   python=$(find_python) || return 1
-  echo "First use: setting up .venv from ${lock##*/} with $("$python" --version) (about 2 minutes, 4 GB; log: $log)" >&2
+  echo "First use: setting up .venv from ${lock##*/} with $("$python" --version) (about 3 minutes, 4 GB; log: $log)" >&2
   rm -rf "$venv"
   "$python" -m venv "$venv" || return 1
   # The lock is complete, so nothing is resolved. On a CPU it leaves out torchvision, torchaudio and torchcodec, which
