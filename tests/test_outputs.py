@@ -91,3 +91,4 @@ def test_libraries_are_quiet_and_we_are_not():
     assert quiet.filter(record("transformers.trainer", logging.WARNING))
     assert not quiet.filter(record("vllm.config", logging.WARNING))
     assert quiet.filter(record("vllm.config", logging.ERROR))
+    assert outputs._Quiet(everything=True).filter(record("vllm.config", logging.DEBUG))

@@ -70,11 +70,17 @@ def replace_link(link: Path, target: Path) -> None:
 
 
 class _Quiet(logging.Filter):
-    """Libraries speak on the terminal only when something is wrong."""
+    """Libraries speak on the terminal only when something is wrong, or when everything is asked for."""
+
+    def __init__(self, everything: bool = False) -> None:
+        super().__init__()
+        self.everything = everything
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(record, "only_file", False):  # shown already, above the progress bar
             return False
+        if self.everything:
+            return True
         if record.name.startswith(("vllm", "py.warnings")):  # vLLM warns of its own defaults at every start
             return record.levelno >= logging.ERROR
         return record.levelno >= logging.WARNING or not record.name.startswith(LIBRARIES)
@@ -92,8 +98,7 @@ def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REP
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
-    if not debug:
-        terminal.addFilter(_Quiet())
+    terminal.addFilter(_Quiet(everything=debug))
     base = logging.getLogger()
     for handler in list(base.handlers):
         base.removeHandler(handler)
