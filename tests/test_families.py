@@ -1,4 +1,4 @@
-"""Families that share weights with the engine, one process each. Run: ./run_tests.sh tests/test_families.py"""
+"""Families that share weights with the engine, one process each. Run: ./run_tests.sh -m slow"""
 
 import json
 import os
@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import REPO
 from family_engine import FAMILIES
+
+pytestmark = pytest.mark.slow  # two to three minutes
 
 
 def run_family(family):
