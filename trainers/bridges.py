@@ -7,15 +7,12 @@ the weights are held once.
 copy: the engine holds its own weights, and `load_weights` copies the trainer's into them after each update.
 """
 
-import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from trainers.errors import ConfigError, Fault
-
-logger = logging.getLogger(__name__)
 
 
 def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -274,11 +274,6 @@ def _is_own(cls: type[BaseModel], name: str) -> bool:
     return any(name in base.model_fields for base in cls.__mro__[1:] if issubclass(base, BaseModel))
 
 
-def own_options() -> set[str]:
-    """Names of the options that this project declares itself."""
-    return {name for cls in (SFTOptions, RLOptions, ScoreOptions, RescoreOptions) for name in cls.model_fields}
-
-
 def trl_arguments(options: CommonOptions, kind: str) -> dict[str, Any]:
     """Return the TRL options that were set, ready for TRL's configuration class."""
     own = (RLOptions if kind == "grpo" else SFTOptions).model_fields

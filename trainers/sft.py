@@ -1,6 +1,5 @@
 """Warm-up by supervised fine-tuning (TRL's SFTTrainer): a model learns the teacher's or the student's format."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
 from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.trl_config import precision_arguments
-
-logger = logging.getLogger(__name__)
 
 
 def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices: int = 1) -> Path:

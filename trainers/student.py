@@ -1,6 +1,5 @@
 """Frozen models: log-probabilities of parts of texts, for a whole batch; and the student, which is one."""
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +8,6 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from data.render import Encoded, Renderer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
