@@ -182,15 +182,19 @@ def test_reference_model_and_trl_options_work(warm, tmp_path):
         "loss_type=dr_grpo",
         "epsilon_high=0.28",
         "scale_rewards=batch",
-        "mask_truncated_completions=true",
         "weight_bridge=copy",
+        "student_mode=streamed",
+        "reference_mode=streamed",
+        "logging_steps=1",
         "eval_strategy=steps",
         "eval_steps=2",
         "report_before_after=false",
         "max_completion_length=32",
     )
     steps = [line for line in lines(tmp_path / "out") if "reward" in line]
-    assert all("kl" in line for line in steps)
+    assert abs(steps[0]["kl"]) < 1e-5  # at first the reference is the teacher
+    assert max(line.get("kl", 0) for line in lines(tmp_path / "out")) > 1e-5  # and then the teacher leaves it
+    assert "reference: streamed on cpu" in (tmp_path / "out" / "training.log").read_text()
     assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
     assert 2 in [line["step"] for line in lines(tmp_path / "out") if "eval_reward" in line]
 

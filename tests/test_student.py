@@ -8,15 +8,17 @@ import torch
 from conftest import ROWS
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.frozen import FrozenModel, ResidentBackbone
 from trainers.models import load_model
 from trainers.phases import PhaseTimer
 from trainers.scoring import ExplanationScorer, StudentReward
-from trainers.student import FrozenModel, Student
+from trainers.student import Student
 
 
 def make_student(model_dir, renderer, tokens_per_pass=4096, temperature=0.7):
     model = load_model(str(model_dir), torch.float32, None, "student_model", False)
-    return Student(FrozenModel(model, torch.device("cpu"), temperature, tokens_per_pass, offload=True), renderer, 512)
+    backbone = ResidentBackbone(model, torch.device("cpu"))
+    return Student(FrozenModel(backbone, temperature, tokens_per_pass), renderer, 512)
 
 
 def texts(renderer):
@@ -48,7 +50,7 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
     prefix = renderer.encode(parts[:4]).ids
     ids = torch.tensor([prefix])
     for _ in range(3):
-        ids = torch.cat([ids, student.frozen.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        ids = torch.cat([ids, student.frozen.backbone.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     greedy = ids[0, len(prefix) :].tolist()
     solved = renderer.encode(parts, {"solution": greedy[:2], "end": greedy[2:]})
     missed = renderer.encode(parts, {"solution": greedy[:2], "end": [(greedy[2] + 1) % 400]})
@@ -126,7 +128,7 @@ def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_di
 
 def test_student_is_frozen(model_dir, renderer):
     student = make_student(model_dir, renderer)
-    before = copy.deepcopy(student.frozen.model.state_dict())
+    before = copy.deepcopy(student.frozen.backbone.model.state_dict())
     student.score(texts(renderer))
-    assert not any(p.requires_grad for p in student.frozen.model.parameters())
-    assert all(torch.equal(before[name], value) for name, value in student.frozen.model.state_dict().items())
+    assert not any(p.requires_grad for p in student.frozen.backbone.model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in student.frozen.backbone.model.state_dict().items())

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from trainers.batch import batch_plan
 from trainers.errors import ConfigError, Fault
-from trainers.judges import check_models, make_renderer, make_scorer
+from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
 from trainers.models import load_config, load_model, resolve_device, resolve_dtype
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -49,6 +49,17 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
+    reference = None
+    if arguments.beta:
+        reference = load_frozen(
+            options,
+            teacher_path,
+            "model_name_or_path",
+            device,
+            dtype,
+            arguments.temperature,
+            writable=arguments.sync_ref_model,
+        )
     end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
     trust, attention = options.trust_remote_code, options.attn_implementation
     trainer = TeacherGRPOTrainer(
@@ -58,6 +69,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         model=load_model(teacher_path, dtype, attention, "model_name_or_path", trust),
         reward_funcs=[StudentReward(scorer, end_ids, timer)],
         args=arguments,
+        reference=reference,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,

@@ -13,10 +13,10 @@ from data.load import read_rows, select_texts
 from data.offsets import token_ends
 from data.render import Renderer
 from trainers.errors import ConfigError, Fault
-from trainers.judges import check_models, make_renderer, make_scorer
-from trainers.models import load_model, resolve_device, resolve_dtype
+from trainers.frozen import FrozenModel
+from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
+from trainers.models import resolve_device, resolve_dtype
 from trainers.scoring import Scored
-from trainers.student import FrozenModel
 from trainers.warmup import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,7 @@ def run_score(options: Any, output_dir: Path) -> Path:
     teacher = make_renderer(options, teacher_path, "model_name_or_path")
     student = make_renderer(options, student_path, "student_model")
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
-    trust, attention = options.trust_remote_code, options.attn_implementation
-    model = load_model(teacher_path, dtype, attention, "model_name_or_path", trust)
-    teacher_model = FrozenModel(
-        model, device, options.temperature, options.student_tokens_per_pass, options.offload_untrained_models
-    )
+    teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, options.temperature)
     path = output_dir / "scores.jsonl"
     rewards: list[float] = []
     with path.open("w", encoding="utf-8") as file:
