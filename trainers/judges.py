@@ -112,4 +112,4 @@ def make_scorer(
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
     keeper = ScoreKeeper(output_dir / "scores") if options.keep_scores else None
     judge = Student(frozen, student, config.max_position_embeddings)
-    return ExplanationScorer(judge, formula, teacher.tokenizer, keeper)
+    return ExplanationScorer(judge, formula, teacher, keeper)

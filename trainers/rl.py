@@ -43,7 +43,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     student = make_renderer(options, student_path, "student_model")
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
-    show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:1])
+    show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)

@@ -17,6 +17,7 @@ from trainers.frozen import FrozenModel
 from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
 from trainers.models import resolve_device, resolve_dtype
 from trainers.scoring import Scored
+from trainers.student import explained_span
 from trainers.warmup import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -89,12 +90,12 @@ def _explanation(row: dict[str, Any], teacher: Renderer) -> Explanation:
 def _teacher_logprobs(
     batch: list[dict[str, Any]], explanations: list[Explanation], teacher: Renderer, model: FrozenModel
 ) -> list[torch.Tensor]:
-    """How likely the teacher was to write each token of the explanations."""
+    """How likely the teacher was to write each token of the explanations, the padding before them included."""
     texts = [
         teacher.encode(teacher.teacher(row["question"], row["solution"], row["explanation"]), {"explanation": e.ids})
         for row, e in zip(batch, explanations, strict=True)
     ]
-    spans = [text.spans["explanation"] for text in texts]
+    spans = [explained_span(text) for text in texts]
     scores = model.score(texts, [[span] for span in spans])
     return [logprobs[slice(*span)] for (logprobs, _), span in zip(scores, spans, strict=True)]
 

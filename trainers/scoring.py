@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from data.explanation import Explanation, read_explanation
 from data.offsets import token_ends
-from data.render import Encoded
+from data.render import Encoded, Renderer
 from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 from trainers.kept_scores import KeptRow, ScoreKeeper
@@ -38,7 +37,7 @@ class ExplanationScorer:
     Args:
         student: The frozen student.
         reward: The formula.
-        teacher_tokenizer: Tokenizer of the explanations.
+        teacher: Template and tokenizer of the explanations.
         keeper: Where the raw scores of each batch are kept, if anywhere.
     """
 
@@ -46,12 +45,12 @@ class ExplanationScorer:
         self,
         student: Student,
         reward: TeacherLogprobKL,
-        teacher_tokenizer: PreTrainedTokenizerBase,
+        teacher: Renderer,
         keeper: ScoreKeeper | None = None,
     ) -> None:
-        self.student, self.reward, self.teacher_tokenizer, self.keeper = student, reward, teacher_tokenizer, keeper
+        self.student, self.reward, self.teacher, self.keeper = student, reward, teacher, keeper
         self._shown = False
-        self.same_tokenizer = teacher_tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
+        self.same_tokenizer = teacher.tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
         if not self.same_tokenizer:
             logger.info("teacher and student have different tokenizers: the KL is taken over text both can cut out")
 
@@ -65,7 +64,7 @@ class ExplanationScorer:
         """Score a batch.
 
         Args:
-            teacher_logprobs: Of each explanation, `[explanation tokens]`.
+            teacher_logprobs: Of each explanation and the padding before it, `[padding and explanation tokens]`.
 
         Returns:
             For each explanation its score, or why it cannot be scored.
@@ -105,9 +104,10 @@ class ExplanationScorer:
     def _compared(self, explanation: Explanation, teacher: Tensor, score: StudentScore) -> ScoredExplanation:
         student = score.explanation_logprobs
         if not self.same_tokenizer:
-            ids = self.student.renderer.encode_text(explanation.text)
-            _, student_ends = token_ends(self.student.renderer.tokenizer, ids)
-            teacher, student = piece_sums(teacher, explanation.ends, student, student_ends)
+            reader = self.student.renderer
+            _, ends = token_ends(reader.tokenizer, reader.encode_text(explanation.text))
+            pieces = piece_sums(teacher, self.teacher.padded(explanation.ends), student, reader.padded(ends))
+            teacher, student = pieces
         return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
 
 
@@ -149,14 +149,17 @@ class StudentReward:
         Args:
             completion_ids: Sampled tokens of each completion.
             question, solution: Of each completion.
-            teacher_logprobs: Log-probability of each sampled token, at the sampling temperature.
+            teacher_logprobs: Log-probability of each token of the padding and of what was sampled, at the sampling
+                temperature.
             log_metric, log_extra: TRL's loggers.
         """
         with self.timer("score"):
             tag = self.scorer.student.renderer.tags.explanation[1]
-            tokenizer = self.scorer.teacher_tokenizer
+            tokenizer, padding = self.scorer.teacher.tokenizer, len(self.scorer.teacher.padding_ids)
             explanations = [read_explanation(tokenizer, ids, tag, self.eos_ids) for ids in completion_ids]
-            kept = [torch.tensor(lp[: len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
+            kept = [
+                torch.tensor(lp[: padding + len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)
+            ]
             results = self.scorer.score(question, explanations, solution, kept)
         scored = [(r, e) for r, e in zip(results, explanations, strict=True) if isinstance(r, Scored)]
         for name in scored[0][0].parts if scored else ():

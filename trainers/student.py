@@ -13,7 +13,7 @@ class StudentScore:
     """What the student makes of one explanation; all tensors fp32 on the CPU.
 
     Attributes:
-        explanation_logprobs: `[explanation tokens]`, at the student's temperature.
+        explanation_logprobs: `[padding and explanation tokens]`, at the student's temperature.
         solution_logprobs: `[solution tokens]`, at the student's temperature.
         solves: Whether greedy decoding after the explanation writes the solution and then closes it.
     """
@@ -21,6 +21,11 @@ class StudentScore:
     explanation_logprobs: Tensor
     solution_logprobs: Tensor
     solves: bool
+
+
+def explained_span(text: Encoded) -> tuple[int, int]:
+    """All that stands between the opening tag and the closing one: the padding and the explanation."""
+    return text.spans["padding"][0], text.spans["explanation"][1]
 
 
 class Student:
@@ -62,4 +67,4 @@ class Student:
     def _scored_spans(text: Encoded) -> list[tuple[int, int]]:
         """Explanation, solution, and the first token after it: without that, 12 would pass where 127 is written."""
         closing = text.spans["end"][0]
-        return [text.spans["explanation"], text.spans["solution"], (closing, closing + 1)]
+        return [explained_span(text), text.spans["solution"], (closing, closing + 1)]

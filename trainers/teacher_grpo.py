@@ -20,7 +20,7 @@ EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, s
 def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]:
     """Sample one completion for each prompt (a prompt comes once for each completion wanted of it)."""
     limit = trainer.options.max_prompt_length
-    prompt_ids = [trainer.renderer.encode_text(prompt)[-limit:] for prompt in prompts]
+    prompt_ids = [trainer.renderer.encode_prompt(prompt)[-limit:] for prompt in prompts]
     sampling = {
         "temperature": trainer.temperature,
         "top_p": trainer.top_p,
@@ -32,12 +32,14 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     }
     step = trainer._step if trainer.model.training else EVAL_STEP
     with trainer.timer("generate"):
+        padding = trainer.engine.given_logprobs(prompt_ids, len(trainer.renderer.padding_ids), trainer.temperature)
         sampled = trainer.engine.generate(prompt_ids, sampling, step)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": sampled.completion_ids,
         "logprobs": sampled.logprobs,
-        "teacher_logprobs": sampled.logprobs,  # reaches the reward function as a column
+        # Reaches the reward function as a column: the explanation begins with the padding, which is given.
+        "teacher_logprobs": [given + own for given, own in zip(padding, sampled.logprobs, strict=True)],
     }
 
 
