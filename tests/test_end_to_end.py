@@ -148,6 +148,17 @@ def test_checkpoints_and_final_model_load_with_tokenizer(first_run):
         assert "model.layers.0.self_attn.q_proj.weight" in model.state_dict()
 
 
+def test_probes_are_scored_at_every_evaluation(first_run):
+    out, _ = first_run
+    evaluations = [line for line in lines(out) if "eval_reward" in line]
+    assert len(evaluations) == 2  # before and after
+    for line in evaluations:
+        assert {f"eval_probe/{name}" for name in ("empty", "shuffled", "solution", "other")} <= set(line)
+        # All eight questions are probed. The teacher's log-probabilities come from a forward pass there, from the
+        # rollout in the evaluation itself.
+        assert line["eval_probe/teacher"] == pytest.approx(line["eval_reward"], abs=1e-4)
+
+
 def test_log_is_found_at_the_root(first_run):
     out, _ = first_run
     log = (out / "training.log").read_text()

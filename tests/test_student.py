@@ -9,17 +9,18 @@ from conftest import ROWS
 
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.frozen import FrozenModel, ResidentBackbone
+from trainers.judges import load_frozen
 from trainers.models import load_model
+from trainers.options import options_class
 from trainers.phases import PhaseTimer
 from trainers.scoring import ExplanationScorer, StudentReward
 from trainers.student import Student
 
 
 def make_student(model_dir, renderer, tokens_per_pass=4096, temperature=0.7):
-    model = load_model(str(model_dir), torch.float32, None, "student_model", False)
-    backbone = ResidentBackbone(model, torch.device("cpu"))
-    return Student(FrozenModel(backbone, temperature, tokens_per_pass), renderer, 512)
+    options = options_class("score")(student_tokens_per_pass=tokens_per_pass)
+    frozen = load_frozen(options, str(model_dir), "student_model", torch.device("cpu"), torch.float32, temperature)
+    return Student(frozen, renderer, 512)
 
 
 def texts(renderer):

@@ -42,11 +42,11 @@ class ResidentBackbone:
     """A model whose weights stay on the device that computes.
 
     Args:
-        model: The model; it is moved to `device` and frozen.
+        model: The model, on `device`.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model, self.device, self.config = model.eval().requires_grad_(False).to(device), device, model.config
+        self.model, self.device, self.config = model, device, model.config
 
     @property
     def lm_head(self) -> nn.Module:

@@ -92,7 +92,8 @@ def load_frozen(
         backbone: Backbone = StreamedBackbone(source, config, device, dtype, attention or "sdpa", key, trust)
     else:
         device = torch.device("cpu") if mode == "cpu" else device
-        backbone = ResidentBackbone(load_model(path, dtype, attention, key, trust), device)
+        model = load_model(path, dtype, attention, key, trust)
+        backbone = ResidentBackbone(model.eval().requires_grad_(False).to(device), device)
     logger.info("%s: %s on %s", "student" if key == "student_model" else "reference", mode, device)
     return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
 

@@ -149,6 +149,12 @@ class RLOptions(TrainOptions, RewardOptions):
     enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
     enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
     vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
+    num_probes: int = opt(
+        32,
+        "held-out questions on which every evaluation also scores what explains nothing (an empty explanation, a "
+        "shuffled one, the bare solution, that of another question), with a warning if it beats the teacher; 0: none",
+        ge=0,
+    )
     report_before_after: bool = opt(True, "score the held-out questions before and after training, write result.json")
 
 

@@ -15,6 +15,7 @@ from trainers.models import load_config, load_model, resolve_device, resolve_dty
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
+from trainers.probes import Probes
 from trainers.result import write_result
 from trainers.scoring import StudentReward
 from trainers.teacher_grpo import TeacherGRPOTrainer
@@ -61,6 +62,9 @@ def run_rl(options: Any, output_dir: Path) -> Path:
             writable=arguments.sync_ref_model,
         )
     end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
+    probes = (
+        Probes(scorer, end_ids, options.num_probes, options.student_tokens_per_pass) if options.num_probes else None
+    )
     trust, attention = options.trust_remote_code, options.attn_implementation
     trainer = TeacherGRPOTrainer(
         options=options,
@@ -70,6 +74,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         reward_funcs=[StudentReward(scorer, end_ids, timer)],
         args=arguments,
         reference=reference,
+        probes=probes,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,

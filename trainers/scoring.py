@@ -14,9 +14,10 @@ from data.offsets import token_ends
 from data.render import Encoded, Renderer
 from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from trainers.frozen import FrozenModel
 from trainers.kept_scores import KeptRow, ScoreKeeper
 from trainers.phases import PhaseTimer
-from trainers.student import Student, StudentScore
+from trainers.student import Student, StudentScore, explained_span
 from trainers.texts import show_sample
 
 logger = logging.getLogger(__name__)
@@ -60,11 +61,13 @@ class ExplanationScorer:
         explanations: list[Explanation],
         solutions: list[str],
         teacher_logprobs: list[Tensor],
+        keep: bool = True,
     ) -> list[Scored | str]:
         """Score a batch.
 
         Args:
             teacher_logprobs: Of each explanation and the padding before it, `[padding and explanation tokens]`.
+            keep: Whether these scores belong to what `keep_scores` keeps.
 
         Returns:
             For each explanation its score, or why it cannot be scored.
@@ -88,7 +91,7 @@ class ExplanationScorer:
             logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
             results[i] = Scored(reward, parts, score.solves)
             kept_rows.append(KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared))
-        if self.keeper is not None:
+        if keep and self.keeper is not None:
             self.keeper.keep(kept_rows)
         reasons = Counter(result for result in results if isinstance(result, str))
         for reason, count in reasons.items():
@@ -109,6 +112,27 @@ class ExplanationScorer:
             pieces = piece_sums(teacher, self.teacher.padded(explanation.ends), student, reader.padded(ends))
             teacher, student = pieces
         return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
+
+
+def teacher_logprobs(
+    questions: list[str],
+    solutions: list[str],
+    explanations: list[Explanation],
+    renderer: Renderer,
+    model: FrozenModel,
+) -> list[Tensor]:
+    """How likely a teacher was to write explanations it did not sample, by a forward pass.
+
+    Returns:
+        For each explanation `[padding and explanation tokens]`.
+    """
+    texts = [
+        renderer.encode(renderer.teacher(question, solution, e.text), {"explanation": e.ids})
+        for question, solution, e in zip(questions, solutions, explanations, strict=True)
+    ]
+    spans = [explained_span(text) for text in texts]
+    scores = model.score(texts, [[span] for span in spans])
+    return [logprobs[slice(*span)] for (logprobs, _), span in zip(scores, spans, strict=True)]
 
 
 def _stop(i: int, reward: float, parts: dict[str, float], question: str, explanation: Explanation) -> None:

@@ -13,6 +13,7 @@ from data.render import Encoded, Renderer
 from trainers.engine import Engine
 from trainers.frozen import FrozenModel
 from trainers.phases import PhaseTimer
+from trainers.probes import Evaluated, Probes
 
 EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
 
@@ -55,6 +56,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         timer: Seconds of the phases `generate` and `step` are added here.
         args: TRL's arguments; `use_vllm` must be false.
         reference: The teacher as it was, where `args.beta` is not 0.
+        probes: What is scored beside the teacher's explanations at every evaluation, if anything.
         kwargs: Further arguments of `trl.GRPOTrainer`.
     """
 
@@ -65,9 +67,11 @@ class TeacherGRPOTrainer(GRPOTrainer):
         timer: PhaseTimer,
         args: GRPOConfig,
         reference: FrozenModel | None,
+        probes: Probes | None,
         **kwargs: Any,
     ) -> None:
         self.options, self.renderer, self.timer = options, renderer, timer
+        self.probes, self._evaluated = probes, []
         self._logged_step = 0
         with _no_reference_of_trl(args):
             super().__init__(args=args, rollout_func=rollout, **kwargs)
@@ -94,16 +98,27 @@ class TeacherGRPOTrainer(GRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; the seconds of a training interval that an evaluation interrupts are put back."""
         interrupted = self.timer.take()
+        self._evaluated.clear()
         metrics = super().evaluate(*args, **kwargs)
         for phase, value in interrupted.items():
             self.timer.seconds[phase] += value
         return metrics
+
+    def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
+        """As TRL's; of an evaluation the completions are kept for the probes."""
+        if self.probes is not None and not self.model.training:
+            self._evaluated += [Evaluated(x["question"], x["solution"], i) for x, i in zip(inputs, ids, strict=True)]
+        return super()._calculate_rewards(inputs, prompts, completions, ids)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of each phase: per optimizer step while training, in total for an evaluation."""
         seconds = self.timer.take()
         if not self.model.training:
             logs |= {f"eval_seconds/{phase}": value for phase, value in seconds.items()}
+            if self._evaluated:
+                teacher = self.accelerator.unwrap_model(self.model)
+                means = self.probes(self._evaluated, teacher, self.temperature)
+                logs |= {f"eval_{name}": value for name, value in means.items()}
         elif steps := self.state.global_step - self._logged_step:
             self._logged_step = self.state.global_step
             phases = {phase: seconds.get(phase, 0.0) for phase in ("generate", "score")}
