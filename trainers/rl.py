@@ -16,6 +16,7 @@ from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
 from trainers.probes import Probes
+from trainers.quantized import SAMPLES, samples_of
 from trainers.result import write_result
 from trainers.scoring import StudentReward
 from trainers.teacher_grpo import TeacherGRPOTrainer
@@ -49,7 +50,8 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
+    samples = samples_of(list(rows.select(range(min(SAMPLES, len(rows))))))
+    scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
     reference = None
     if arguments.beta:
         reference = load_frozen(
