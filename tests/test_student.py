@@ -9,8 +9,8 @@ from conftest import ROWS
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.models import load_model
-from trainers.phases import PhaseTimer
-from trainers.scoring import ExplanationScorer, StudentReward
+from trainers.reward_funcs import StudentReward
+from trainers.scoring import ExplanationScorer
 from trainers.student import FrozenModel, Student
 
 
@@ -57,7 +57,7 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
 
 def make_reward(student, tokenizer, **options):
     scorer = ExplanationScorer(student, TeacherLogprobKL(**options), tokenizer)
-    return StudentReward(scorer, [tokenizer.eos_token_id], PhaseTimer())
+    return StudentReward(scorer, {tokenizer.eos_token_id})
 
 
 def call(reward, completion_ids, logprobs, rows=ROWS[:1]):

@@ -10,6 +10,7 @@ from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.errors import ConfigError, Fault
 from trainers.kept_scores import ScoreKeeper
 from trainers.models import choose_pad_token, generation_end_ids, load_config, load_model, load_tokenizer
+from trainers.reward_specs import model_keys
 from trainers.scoring import ExplanationScorer
 from trainers.student import FrozenModel, Student
 from trainers.texts import tag_format
@@ -30,13 +31,13 @@ def make_renderer(options: Any, path: str, key: str) -> Renderer:
 
 
 def check_models(options: Any) -> None:
-    """Look at both models' configs, tokenizers and templates before any warm-up or weights; tell all faults together.
+    """Look at the models' configs, tokenizers and templates before any warm-up or weights; tell all faults together.
 
     Raises:
         ConfigError: With the faults of every model that is not `run:NAME`.
     """
     faults: list[Fault] = []
-    for key in ("model_name_or_path", "student_model"):
+    for key in model_keys(options):
         path = getattr(options, key)
         if not path.startswith("run:"):
             try:

@@ -16,7 +16,8 @@ from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
 from trainers.result import write_result
-from trainers.scoring import StudentReward
+from trainers.reward_funcs import make_reward_funcs, own_functions
+from trainers.reward_specs import asks_student, reward_names
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
 from trainers.trl_config import precision_arguments
@@ -35,12 +36,13 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.precision, device)
     arguments = grpo_config(options, output_dir, dtype)
+    own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
     check_models(options)
     teacher_path = resolve_model(options.model_name_or_path, options)
-    student_path = resolve_model(options.student_model, options)
+    student_path = resolve_model(options.student_model, options) if asks_student(options) else None
     teacher = make_renderer(options, teacher_path, "model_name_or_path")
-    student = make_renderer(options, student_path, "student_model")
+    student = None if student_path is None else make_renderer(options, student_path, "student_model")
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:1])
@@ -48,15 +50,18 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
-    end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
+    scorer = None
+    if student is None:
+        logger.info("no reward function asks the student: none is loaded")
+    else:
+        scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
     trust, attention = options.trust_remote_code, options.attn_implementation
     trainer = TeacherGRPOTrainer(
         options=options,
         renderer=teacher,
         timer=timer,
         model=load_model(teacher_path, dtype, attention, "model_name_or_path", trust),
-        reward_funcs=[StudentReward(scorer, end_ids, timer)],
+        reward_funcs=make_reward_funcs(options, teacher, scorer, own),
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
@@ -69,7 +74,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     trainer.save_model(str(output_dir))
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
-        write_result(output_dir, before, trainer.evaluate(), len(eval_set))
+        write_result(output_dir, before, trainer.evaluate(), len(eval_set), reward_names(options))
     return output_dir
 
 

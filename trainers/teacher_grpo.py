@@ -47,7 +47,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
     Args:
         options: RL options.
         renderer: The teacher's template and tokenizer.
-        timer: Seconds of the phases `generate` and `step` are added here.
+        timer: Seconds of the phases `generate`, `score` and `step` are added here.
         kwargs: Arguments of `trl.GRPOTrainer`; `args.use_vllm` must be false.
     """
 
@@ -78,6 +78,11 @@ class TeacherGRPOTrainer(GRPOTrainer):
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         model.to("cpu")
         return result
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As TRL's: every reward function counts as scoring."""
+        with self.timer("score"):
+            return super()._calculate_rewards(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; the seconds of a training interval that an evaluation interrupts are put back."""
