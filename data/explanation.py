@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from data.offsets import token_ends
+from data.render import Renderer
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Explanation:
     ids: list[int]
     ends: list[int]
     closed: bool
+
+
+def written_explanation(renderer: Renderer, text: str, closed: bool) -> Explanation:
+    """An explanation from anywhere, in the tokens that the renderer's model would read."""
+    ids = renderer.encode_text(text)
+    return Explanation(text, ids, token_ends(renderer.tokenizer, ids)[1], closed)
 
 
 def read_explanation(

@@ -83,9 +83,10 @@ def teacher_parts(prompt_head: str, tags: TagFormat, solution: str, explanation:
         explanation: The explanation; what the model is trained to write.
         turn_end: The text of the token that ends a turn.
     """
-    given = f"{tags.solution[0]}{solution}{tags.solution[1]}\n\n{tags.explanation[0]}{tags.padding}"
+    given = f"{tags.solution[0]}{solution}{tags.solution[1]}\n\n{tags.explanation[0]}"
     return [
         Part("prompt", prompt_head + given, False),
+        Part("padding", tags.padding, False),
         Part("explanation", explanation, True),
         Part("end", tags.explanation[1] + turn_end, True),
     ]
@@ -95,7 +96,8 @@ def student_parts(prompt_head: str, tags: TagFormat, explanation: str, solution:
     """Lay out what the student writes after reading the question: the explanation as its thought, then the solution."""
     return [
         Part("prompt", prompt_head, False),
-        Part("open", tags.thought[0] + tags.padding, True),
+        Part("open", tags.thought[0], True),
+        Part("padding", tags.padding, True),
         Part("explanation", explanation, True),
         Part("between", f"{tags.thought[1]}\n\n{tags.solution[0]}", True),
         Part("solution", solution, True),

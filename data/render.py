@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data.formats import Part, TagFormat, student_parts, teacher_parts
+from data.offsets import token_ends
 from trainers.errors import ConfigError, Fault
 
 _MARK = "ASSISTANT TURN"
@@ -51,6 +52,7 @@ class Renderer:
             cause = "its tokenizer has no chat template (a base model?)"
             remedy = f"take the Instruct version of the model, or give a template: {template_key}=<file.jinja>"
             raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
+        self.padding_ids = self.encode_text(tags.padding)
         self.turn_end = self._find_turn_end(key)
 
     def _head(self, system_prompt: str, question: str) -> str:
@@ -92,6 +94,19 @@ class Renderer:
     def student(self, question: str, explanation: str, solution: str) -> list[Part]:
         head = self._head(self.tags.student_system_prompt, question)
         return student_parts(head, self.tags, explanation, solution, self.turn_end)
+
+    def teacher_prompt(self, question: str, solution: str) -> str:
+        """What the teacher is given: everything up to where its explanation begins."""
+        return "".join(part.text for part in self.teacher(question, solution) if not part.sampled)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a `teacher_prompt`; the padding at its end is tokens of its own, as in `encode`."""
+        return self.encode_text(prompt.removesuffix(self.tags.padding)) + self.padding_ids
+
+    def padded(self, ends: list[int]) -> list[int]:
+        """Where the tokens of padding and explanation end, from where those of the explanation end in it."""
+        _, first = token_ends(self.tokenizer, self.padding_ids)
+        return first + [len(self.tags.padding) + end for end in ends]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a piece of text; templates bring their own BOS, so none is added."""

@@ -148,6 +148,17 @@ def test_checkpoints_and_final_model_load_with_tokenizer(first_run):
         assert "model.layers.0.self_attn.q_proj.weight" in model.state_dict()
 
 
+def test_probes_are_scored_at_every_evaluation(first_run):
+    out, _ = first_run
+    evaluations = [line for line in lines(out) if "eval_reward" in line]
+    assert len(evaluations) == 2  # before and after
+    for line in evaluations:
+        assert {f"eval_probe/{name}" for name in ("empty", "shuffled", "solution", "other")} <= set(line)
+        # All eight questions are probed. The teacher's log-probabilities come from a forward pass there, from the
+        # rollout in the evaluation itself.
+        assert line["eval_probe/teacher"] == pytest.approx(line["eval_reward"], abs=1e-4)
+
+
 def test_log_is_found_at_the_root(first_run):
     out, _ = first_run
     log = (out / "training.log").read_text()
@@ -182,15 +193,19 @@ def test_reference_model_and_trl_options_work(warm, tmp_path):
         "loss_type=dr_grpo",
         "epsilon_high=0.28",
         "scale_rewards=batch",
-        "mask_truncated_completions=true",
         "weight_bridge=copy",
+        "student_mode=streamed",
+        "reference_mode=streamed",
+        "logging_steps=1",
         "eval_strategy=steps",
         "eval_steps=2",
         "report_before_after=false",
         "max_completion_length=32",
     )
     steps = [line for line in lines(tmp_path / "out") if "reward" in line]
-    assert all("kl" in line for line in steps)
+    assert abs(steps[0]["kl"]) < 1e-5  # at first the reference is the teacher
+    assert max(line.get("kl", 0) for line in lines(tmp_path / "out")) > 1e-5  # and then the teacher leaves it
+    assert "reference: streamed on cpu" in (tmp_path / "out" / "training.log").read_text()
     assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
     assert 2 in [line["step"] for line in lines(tmp_path / "out") if "eval_reward" in line]
 
@@ -249,7 +264,7 @@ def test_score_has_every_part_and_obeys_the_reward_options(warm, tmp_path):
         assert line["reward"] == pytest.approx(total)
         assert {"answer_log_prob_mean", "answer_log_prob_min", "reasoning_kl_mean", "reasoning_kl_max"} <= set(line)
     assert [line["match_reward"] for line in default] == [0.0, -1.0]
-    assert default[1]["kl_reward"] == 0.0  # nothing was written
+    assert default[1]["kl_reward"] != 0.0  # nothing was written, but the padding stands between the tags
     changed = score(
         warm, tmp_path / "b", file, "answer_log_prob_coeff=[2,0]", "kl_penalty_reward_coeff=0", "reduction_kl_fn=mean"
     )

@@ -27,7 +27,9 @@ def engine_and_model(model_dir, renderer):
 
 @pytest.fixture(scope="module")
 def prompts(renderer):
-    return [renderer.encode(renderer.teacher(r["question"], r["solution"])[:1]).ids for r in ROWS for _ in range(4)]
+    return [
+        renderer.encode_prompt(renderer.teacher_prompt(r["question"], r["solution"])) for r in ROWS for _ in range(4)
+    ]
 
 
 def trainer_logprobs(model, prompt_ids, completion_ids, temperature=1.0):
@@ -80,6 +82,19 @@ def test_engine_and_trainer_agree_before_and_after_training(engine_and_model, pr
     after = engine.generate(prompts, sampling, step=1)
     expected = trainer_logprobs(model, prompts, after.completion_ids, temperature)
     assert largest_difference(after.logprobs, expected) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_padding_is_as_likely_as_the_trainer_says(engine_and_model, prompts, renderer, temperature):
+    engine, model, _ = engine_and_model
+    padding = renderer.padding_ids
+    assert len(padding) == 2
+    assert all(prompt[-2:] == padding for prompt in prompts)
+    given = engine.given_logprobs(prompts, 2, temperature)
+    heads = [prompt[:-2] for prompt in prompts]
+    expected = trainer_logprobs(model, heads, [padding] * len(heads), temperature)
+    assert largest_difference(given, expected) < 1e-5
+    assert engine.given_logprobs(prompts[:2], 0, temperature) == [[], []]
 
 
 def test_same_seed_samples_the_same_tokens_and_another_seed_does_not(engine_and_model, prompts):

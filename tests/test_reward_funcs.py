@@ -19,11 +19,10 @@ from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.judges import check_models
-from trainers.models import load_model
+from trainers.judges import check_models, load_frozen
 from trainers.reward_funcs import guarded, make_reward_funcs, own_functions
 from trainers.scoring import ExplanationScorer
-from trainers.student import FrozenModel, Student
+from trainers.student import Student
 
 CLOSE = "<|end_of_explanation|>"
 
@@ -48,7 +47,7 @@ def batch(renderer, texts, rows=None, **columns):
         "completion_ids": ids,
         "question": [row["question"] for row in rows],
         "solution": [row["solution"] for row in rows],
-        "teacher_logprobs": [[-0.5] * len(i) for i in ids],
+        "teacher_logprobs": [[-0.5] * (len(renderer.padding_ids) + len(i)) for i in ids],
         "trainer_state": None,
         "log_metric": lambda name, value: metrics.append((name, value)),
         "log_extra": extra.__setitem__,
@@ -67,9 +66,8 @@ class CountingScorer(ExplanationScorer):
 
 
 def make_scorer(model_dir, renderer):
-    model = load_model(str(model_dir), torch.float32, None, "student_model", False)
-    student = Student(FrozenModel(model, torch.device("cpu"), 0.7, 4096, offload=False), renderer, 512)
-    return CountingScorer(student, TeacherLogprobKL(), renderer.tokenizer)
+    frozen = load_frozen(options(), str(model_dir), "student_model", torch.device("cpu"), torch.float32, 0.7)
+    return CountingScorer(Student(frozen, renderer, 512), TeacherLogprobKL(), renderer)
 
 
 def test_format_wants_an_explanation_its_tag_and_the_end():
@@ -167,31 +165,23 @@ def test_the_student_is_asked_once_for_both_of_its_rewards(model_dir, renderer):
 
 
 def test_student_answer_alone_is_one_where_greedy_decoding_writes_the_solution(model_dir, renderer):
-    """Make the student's own greedy continuation the solution: it counts, another does not, an empty one is None."""
+    """The greedy continuation counts, another does not, nor a longer one; without a solution it is None."""
     scorer = make_scorer(model_dir, renderer)
     (answer,) = make(renderer, "reward_funcs=[student_answer]", scorer=scorer)
-    model = scorer.student.frozen.model
-    with torch.no_grad():  # a model that, whatever it reads, goes on with "7", and after a "7" closes the solution
-        tokens = [renderer.encode_text(text)[0] for text in ("7", "<|end_of_solution|>")]
-        model.forward = forced(model, tokens)
+    seven, close = (renderer.encode_text(text)[0] for text in ("7", "<|end_of_solution|>"))
+    scorer.student.frozen = SimpleNamespace(score=lambda texts, _: [forced(text.ids, seven, close) for text in texts])
     rows = [{**ROWS[0], "solution": solution} for solution in ("7", "8", "77", "")]
     given, metrics, _ = batch(renderer, [f"2+3=5{CLOSE}"] * 4, rows)
     assert answer(**given) == [1.0, 0.0, 0.0, None]
     assert dict(metrics)["unscorable_fraction"] == 0.25
 
 
-def forced(model, tokens):
-    """A forward whose most likely next token is tokens[0], and tokens[1] after tokens[0]."""
-    from torch.nn.functional import one_hot
-
-    def forward(input_ids, labels, **_):
-        after = torch.where(input_ids == tokens[0], tokens[1], tokens[0])
-        logits = one_hot(after, model.config.vocab_size)[:, :-1].float()
-        following = labels[:, 1:].clamp(min=0)
-        log_probs = logits.log_softmax(-1).gather(-1, following[..., None])[..., 0]
-        return SimpleNamespace(log_probs=log_probs, is_top1=following == logits.argmax(-1))
-
-    return forward
+def forced(ids, seven, close):
+    """Scores of a text by a model that goes on with a seven whatever it reads, and after a seven closes."""
+    likeliest = [False] + [
+        now == (close if before == seven else seven) for before, now in zip(ids, ids[1:], strict=False)
+    ]
+    return torch.full((len(ids),), -1.0), torch.tensor(likeliest)
 
 
 def write_module(tmp_path, monkeypatch, name, text):

@@ -30,11 +30,11 @@ def write(path, rows):
     return path
 
 
-def plain_logprobs(model, encoded, part, temperature):
-    """Log-probability of each token of a part, by a plain forward pass."""
+def plain_logprobs(model, encoded, first, last, temperature):
+    """Log-probability of each token from the part `first` to the part `last`, by a plain forward pass."""
     with torch.no_grad():
         logprobs = (model(torch.tensor([encoded.ids])).logits[0] / temperature).log_softmax(-1)
-    start, end = encoded.spans[part]
+    start, end = encoded.spans[first][0], encoded.spans[last][1]
     return torch.stack([logprobs[t - 1, encoded.ids[t]] for t in range(start, end)])
 
 
@@ -47,8 +47,9 @@ def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path):
     for row, line in zip(rows, scored, strict=True):
         student = renderer.encode(renderer.student(row["question"], row["explanation"], row["solution"]))
         teacher = renderer.encode(renderer.teacher(row["question"], row["solution"], row["explanation"]))
-        solution = plain_logprobs(model, student, "solution", 0.7)
-        kl = plain_logprobs(model, teacher, "explanation", 0.9) - plain_logprobs(model, student, "explanation", 0.7)
+        solution = plain_logprobs(model, student, "solution", "solution", 0.7)
+        kl = plain_logprobs(model, teacher, "padding", "explanation", 0.9)
+        kl = kl - plain_logprobs(model, student, "padding", "explanation", 0.7)
         match = 0.0 if row["closed"] else -1.0
         expected = solution.mean() + 0.01 * solution.min() - 3 * kl.mean() - 0.03 * kl.max() + match
         assert line["reward"] == pytest.approx(expected.item(), abs=1e-4)

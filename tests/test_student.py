@@ -7,16 +7,20 @@ import pytest
 import torch
 from conftest import ROWS
 
+from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.judges import load_frozen
 from trainers.models import load_model
+from trainers.options import options_class
 from trainers.reward_funcs import StudentReward
 from trainers.scoring import ExplanationScorer
-from trainers.student import FrozenModel, Student
+from trainers.student import Student
 
 
 def make_student(model_dir, renderer, tokens_per_pass=4096, temperature=0.7):
-    model = load_model(str(model_dir), torch.float32, None, "student_model", False)
-    return Student(FrozenModel(model, torch.device("cpu"), temperature, tokens_per_pass, offload=True), renderer, 512)
+    options = options_class("score")(student_tokens_per_pass=tokens_per_pass)
+    frozen = load_frozen(options, str(model_dir), "student_model", torch.device("cpu"), torch.float32, temperature)
+    return Student(frozen, renderer, 512)
 
 
 def texts(renderer):
@@ -31,10 +35,13 @@ def test_scores_equal_a_plain_forward_of_each_text(model_dir, renderer, tokens_p
         with torch.no_grad():
             logits = plain(torch.tensor([text.ids])).logits[0]
         logprobs = (logits / 0.7).log_softmax(-1)
-        for name, got in (("explanation", score.explanation_logprobs), ("solution", score.solution_logprobs)):
-            start, end = text.spans[name]
+        explained = text.spans["padding"][0], text.spans["explanation"][1]
+        for (start, end), got in (
+            (explained, score.explanation_logprobs),
+            (text.spans["solution"], score.solution_logprobs),
+        ):
             expected = torch.stack([logprobs[t - 1, text.ids[t]] for t in range(start, end)])
-            assert torch.allclose(got, expected, atol=1e-5), name
+            assert torch.allclose(got, expected, atol=1e-5)
         start = text.spans["solution"][0]
         closing = text.spans["end"][0]
         greedy = all(logits[t - 1].argmax() == text.ids[t] for t in range(start, closing + 1))
@@ -45,19 +52,19 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
     """Force the student's own greedy continuation to be the solution: it must count as solved, a changed one not."""
     student = make_student(model_dir, renderer)
     parts = renderer.student("What is 2+3?", "2+3=5", "")
-    prefix = renderer.encode(parts[:4]).ids
+    prefix = renderer.encode(parts[:5]).ids
     ids = torch.tensor([prefix])
     for _ in range(3):
-        ids = torch.cat([ids, student.frozen.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        ids = torch.cat([ids, student.frozen.backbone.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     greedy = ids[0, len(prefix) :].tolist()
     solved = renderer.encode(parts, {"solution": greedy[:2], "end": greedy[2:]})
     missed = renderer.encode(parts, {"solution": greedy[:2], "end": [(greedy[2] + 1) % 400]})
     assert [s.solves for s in student.score([solved, missed])] == [True, False]
 
 
-def make_reward(student, tokenizer, **options):
-    scorer = ExplanationScorer(student, TeacherLogprobKL(**options), tokenizer)
-    return StudentReward(scorer, {tokenizer.eos_token_id})
+def make_reward(student, teacher, **options):
+    scorer = ExplanationScorer(student, TeacherLogprobKL(**options), teacher)
+    return StudentReward(scorer, {teacher.tokenizer.eos_token_id})
 
 
 def call(reward, completion_ids, logprobs, rows=ROWS[:1]):
@@ -78,10 +85,12 @@ def test_reward_of_a_completion_by_hand(model_dir, renderer):
     student = make_student(model_dir, renderer)
     explanation = renderer.encode_text("2+3=5")
     completion = explanation + renderer.encode_text("<|end_of_explanation|>") + [tokenizer.eos_token_id]
-    teacher = [-0.1 * i for i in range(len(completion))]
-    (reward,), metrics = call(make_reward(student, tokenizer), [completion], [teacher])
+    padding = len(renderer.padding_ids)
+    assert padding
+    teacher = [-0.1 * i for i in range(padding + len(completion))]
+    (reward,), metrics = call(make_reward(student, renderer), [completion], [teacher])
     (score,) = student.score(texts(renderer)[:1])
-    kl = torch.tensor(teacher[:5]) - score.explanation_logprobs
+    kl = torch.tensor(teacher[: padding + 5]) - score.explanation_logprobs
     expected = score.solution_logprobs.mean() + 0.01 * score.solution_logprobs.min() - 3 * kl.mean() - 0.03 * kl.max()
     assert reward == pytest.approx(expected.item(), abs=1e-5)
     assert metrics["explanation_length"] == 5
@@ -89,15 +98,15 @@ def test_reward_of_a_completion_by_hand(model_dir, renderer):
 
 
 def test_poisoned_score_stops_with_the_sample_named(model_dir, renderer):
-    reward = make_reward(make_student(model_dir, renderer), renderer.tokenizer)
+    reward = make_reward(make_student(model_dir, renderer), renderer)
     with pytest.raises(FloatingPointError, match=r"What is 2\+3[\s\S]*precision"):
-        call(reward, [renderer.encode_text("2+3")], [[math.nan] * 3])
+        call(reward, [renderer.encode_text("2+3")], [[math.nan] * 5])
 
 
 def test_text_longer_than_the_student_reads_is_none_and_counted(model_dir, renderer):
-    reward = make_reward(make_student(model_dir, renderer), renderer.tokenizer)
+    reward = make_reward(make_student(model_dir, renderer), renderer)
     reward.scorer.student.max_tokens = 10
-    rewards, metrics = call(reward, [renderer.encode_text("2+3")], [[-1.0] * 3])
+    rewards, metrics = call(reward, [renderer.encode_text("2+3")], [[-1.0] * 5])
     assert rewards == [None]
     assert metrics["unscorable_fraction"] == 1.0
 
@@ -108,17 +117,20 @@ def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_di
     other = make_tokenizer(
         ["2+3=5 " * 5], [t for pair in (tags.explanation, tags.thought, tags.solution) for t in pair], 300
     )
-    other.add_tokens(["2+3"])  # one token where the student has three
+    other.add_tokens(["2+3", "\n\n"])  # one token where the student has three, and one where it has two
     student = make_student(model_dir, renderer)
     explanation = other("2+3=5", add_special_tokens=False)["input_ids"]
     assert len(explanation) == 3
     completion = explanation + other(tags.explanation[1], add_special_tokens=False)["input_ids"]
-    reward = make_reward(student, other)
+    teacher = Renderer(other, tags, None, "model_name_or_path")
+    reward = make_reward(student, teacher)
     assert not reward.scorer.same_tokenizer
-    (total,), metrics = call(reward, [completion], [[-0.5, -0.25, -0.125, -1.0]])
+    assert len(teacher.padding_ids) == 1  # one token
+    assert len(renderer.padding_ids) == 2  # where the student has two
+    (total,), metrics = call(reward, [completion], [[-2.0, -0.5, -0.25, -0.125, -1.0]])
     (score,) = student.score(texts(renderer)[:1])
-    lp = score.explanation_logprobs  # of 2 + 3 = 5
-    kl = torch.stack([-0.5 - lp[:3].sum(), -0.25 - lp[3], -0.125 - lp[4]])
+    lp = score.explanation_logprobs  # of the padding, and 2 + 3 = 5
+    kl = torch.stack([-2.0 - lp[:2].sum(), -0.5 - lp[2:5].sum(), -0.25 - lp[5], -0.125 - lp[6]])
     solution = score.solution_logprobs
     expected = solution.mean() + 0.01 * solution.min() - 3 * kl.mean() - 0.03 * kl.max()
     assert total == pytest.approx(expected.item(), abs=1e-5)
@@ -126,7 +138,7 @@ def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_di
 
 def test_student_is_frozen(model_dir, renderer):
     student = make_student(model_dir, renderer)
-    before = copy.deepcopy(student.frozen.model.state_dict())
+    before = copy.deepcopy(student.frozen.backbone.model.state_dict())
     student.score(texts(renderer))
-    assert not any(p.requires_grad for p in student.frozen.model.parameters())
-    assert all(torch.equal(before[name], value) for name, value in student.frozen.model.state_dict().items())
+    assert not any(p.requires_grad for p in student.frozen.backbone.model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in student.frozen.backbone.model.state_dict().items())

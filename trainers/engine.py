@@ -130,6 +130,34 @@ class Engine:
         ]
         return Rollout([list(o.token_ids) for o in outputs], logprobs)
 
+    def given_logprobs(self, prompt_ids: list[list[int]], count: int, temperature: float) -> list[list[float]]:
+        """How likely the model would have been to write the last `count` tokens of each prompt itself.
+
+        Each distinct prompt is asked once for each of these tokens. What it reads for that stays in the prefix cache,
+        where `generate` finds it.
+
+        Returns:
+            For each prompt the log-probabilities of its last `count` tokens, at `temperature`.
+        """
+        from vllm import SamplingParams
+
+        distinct = list(dict.fromkeys(tuple(ids) for ids in prompt_ids))
+        prompts, params = [], []
+        for ids in distinct:
+            for position in range(len(ids) - count, len(ids)):
+                prompts.append({"prompt_token_ids": list(ids[:position])})
+                asked = [ids[position]]
+                params.append(
+                    SamplingParams(
+                        temperature=temperature, max_tokens=1, seed=0, logprob_token_ids=asked, detokenize=False
+                    )
+                )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False) if prompts else []
+        asked = (param.logprob_token_ids[0] for param in params)
+        values = iter(o.outputs[0].logprobs[0][token].logprob for o, token in zip(outputs, asked, strict=True))
+        found = {ids: [next(values) for _ in range(count)] for ids in distinct}
+        return [found[tuple(ids)] for ids in prompt_ids]
+
 
 def request_seed(run_seed: int, step: int, prompt_ids: list[int], sample: int) -> int:
     """Return the seed of one completion, a number below 2^63."""

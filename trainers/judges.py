@@ -1,5 +1,6 @@
 """Builds what RL and scoring share: the renderers of teacher and student, and the scorer."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,17 @@ import torch
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.errors import ConfigError, Fault
+from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
 from trainers.models import choose_pad_token, generation_end_ids, load_config, load_model, load_tokenizer
 from trainers.reward_specs import model_keys
 from trainers.scoring import ExplanationScorer
-from trainers.student import FrozenModel, Student
+from trainers.streaming import StreamedBackbone
+from trainers.student import Student
 from trainers.texts import tag_format
+from trainers.weight_files import HostWeights, WeightFiles, fits_in_memory
+
+logger = logging.getLogger(__name__)
 
 REWARD_OPTIONS = tuple(TeacherLogprobKL.__dataclass_fields__)
 
@@ -48,6 +54,51 @@ def check_models(options: Any) -> None:
         raise ConfigError(faults)
 
 
+def frozen_mode(options: Any, key: str, device: torch.device) -> str:
+    """Where the student (`key` is student_model) or the teacher as it was (model_name_or_path) computes and rests."""
+    is_student = key == "student_model"
+    mode = options.student_mode if is_student else options.reference_mode
+    if mode != "auto":
+        return mode
+    offload = options.offload_untrained_models and not (is_student and options.disable_student_offloading)
+    return "streamed" if offload and device.type == "cuda" else "resident"
+
+
+def load_frozen(
+    options: Any,
+    path: str,
+    key: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    temperature: float,
+    writable: bool = False,
+) -> FrozenModel:
+    """Load a model that is only read, in the mode the options ask for.
+
+    Args:
+        path: Its folder or hub id.
+        key: student_model, or model_name_or_path for the teacher as it was: the reference.
+        temperature: Of its log-probabilities.
+        writable: Whether `blend` will be called; weights that are streamed are then kept in host memory.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or not in this mode.
+    """
+    mode, trust, attention = frozen_mode(options, key, device), options.trust_remote_code, options.attn_implementation
+    if mode == "streamed":
+        config = load_config(path, key, trust)
+        source: WeightFiles | HostWeights = WeightFiles(path, key)
+        if writable or (device.type == "cuda" and fits_in_memory(source.num_elements() * dtype.itemsize)):
+            source = HostWeights(source, dtype, pin=device.type == "cuda")
+        backbone: Backbone = StreamedBackbone(source, config, device, dtype, attention or "sdpa", key, trust)
+    else:
+        device = torch.device("cpu") if mode == "cpu" else device
+        model = load_model(path, dtype, attention, key, trust)
+        backbone = ResidentBackbone(model.eval().requires_grad_(False).to(device), device)
+    logger.info("%s: %s on %s", "student" if key == "student_model" else "reference", mode, device)
+    return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
+
+
 def make_scorer(
     options: Any,
     output_dir: Path,
@@ -58,16 +109,9 @@ def make_scorer(
     dtype: torch.dtype,
 ) -> ExplanationScorer:
     """Load the student and put the reward's formula on it."""
-    config = load_config(student_path, "student_model", options.trust_remote_code).get_text_config()
-    model = load_model(student_path, dtype, options.attn_implementation, "student_model", options.trust_remote_code)
-    frozen = FrozenModel(
-        model,
-        device,
-        options.student_temperature,
-        options.student_tokens_per_pass,
-        offload=options.offload_untrained_models and not options.disable_student_offloading,
-    )
+    frozen = load_frozen(options, student_path, "student_model", device, dtype, options.student_temperature)
+    config = frozen.backbone.config.get_text_config()
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
     keeper = ScoreKeeper(output_dir / "scores") if options.keep_scores else None
     judge = Student(frozen, student, config.max_position_embeddings)
-    return ExplanationScorer(judge, formula, teacher.tokenizer, keeper)
+    return ExplanationScorer(judge, formula, teacher, keeper)

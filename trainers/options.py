@@ -13,6 +13,7 @@ from trainers.trl_options import enum_values, trl_options
 
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
 Normalization = Literal["exp", "exp_norm"]
+Mode = Literal["auto", "resident", "streamed", "cpu"]
 
 
 def opt(default: Any, doc: str, **limits: Any) -> Any:
@@ -114,10 +115,19 @@ class RewardOptions(FormulaOptions):
     student_model: str | None = opt(None, "the frozen student: a folder, a hub id or `run:NAME`")
     student_chat_template: str | None = opt(None, "as chat_template, for the student")
     student_chat_template_kwargs: dict[str, Any] | None = opt(None, "as chat_template_kwargs, for the student")
-    student_tokens_per_pass: int = opt(16384, "tokens, padding included, in one forward pass of the student", ge=1)
-    offload_untrained_models: bool = opt(
-        False, "keep the student and the reference in host memory; each is on the GPU only while it scores"
+    student_mode: Mode = opt(
+        "auto",
+        "where the student rests: `resident` (on the device), `streamed` (in host memory or on disk; its layers pass "
+        "through the device one by one), `cpu` (it computes there); auto: streamed on a GPU with "
+        "offload_untrained_models, else resident",
     )
+    reference_mode: Mode = opt(
+        "auto", "the same for the teacher as it was: the reference of beta, the teacher of score"
+    )
+    student_tokens_per_pass: int = opt(
+        16384, "tokens, padding included, that student or reference reads in one pass over its weights", ge=1
+    )
+    offload_untrained_models: bool = opt(False, "keep the student and the reference off the GPU: see student_mode")
     disable_student_offloading: bool = opt(False, "exempt the student from offload_untrained_models")
     student_temperature: float = opt(0.7, "temperature of the student's log-probs", gt=0)
     keep_scores: bool = opt(
@@ -153,6 +163,12 @@ class RLOptions(TrainOptions, RewardOptions):
     enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
     enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
     vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
+    num_probes: int = opt(
+        32,
+        "held-out questions on which every evaluation also scores what explains nothing (an empty explanation, a "
+        "shuffled one, the bare solution, that of another question), with a warning if it beats the teacher; 0: none",
+        ge=0,
+    )
     report_before_after: bool = opt(True, "score the held-out questions before and after training, write result.json")
 
 

@@ -96,15 +96,16 @@ class StudentReward:
         Args:
             completion_ids: Sampled tokens of each completion.
             question, solution: Of each completion.
-            teacher_logprobs: Log-probability of each sampled token, at the sampling temperature.
+            teacher_logprobs: Log-probability of each token of the padding and of what was sampled, at the sampling
+                temperature.
             log_metric, log_extra: TRL's loggers.
         """
         if completion_ids is self._batch:
             return self._results
         tag = self.scorer.student.renderer.tags.explanation[1]
-        tokenizer = self.scorer.teacher_tokenizer
+        tokenizer, padding = self.scorer.teacher.tokenizer, len(self.scorer.teacher.padding_ids)
         explanations = [read_explanation(tokenizer, ids, tag, self.end_ids) for ids in completion_ids]
-        kept = [torch.tensor(lp[: len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
+        kept = [torch.tensor(lp[: padding + len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
         results = self.scorer.score(question, explanations, solution, kept)
         scored = [(r, e) for r, e in zip(results, explanations, strict=True) if isinstance(r, Scored)]
         for name in scored[0][0].parts if scored else ():

@@ -10,11 +10,12 @@ from trl import GRPOConfig
 
 from trainers.batch import batch_plan
 from trainers.errors import ConfigError, Fault
-from trainers.judges import check_models, make_renderer, make_scorer
+from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
 from trainers.models import load_config, load_model, resolve_device, resolve_dtype
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
+from trainers.probes import Probes
 from trainers.result import write_result
 from trainers.reward_funcs import make_reward_funcs, own_functions
 from trainers.reward_specs import asks_student, reward_names
@@ -45,16 +46,23 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     student = None if student_path is None else make_renderer(options, student_path, "student_model")
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
-    show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:1])
+    show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    scorer = None
+    scorer = probes = None
     if student is None:
         logger.info("no reward function asks the student: none is loaded")
     else:
         scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
+    if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
+        end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
+        probes = Probes(scorer, end_ids, options.num_probes, options.student_tokens_per_pass)
+    reference, sync = None, arguments.sync_ref_model
+    if arguments.beta:
+        key, temperature = "model_name_or_path", arguments.temperature
+        reference = load_frozen(options, teacher_path, key, device, dtype, temperature, writable=sync)
     trust, attention = options.trust_remote_code, options.attn_implementation
     trainer = TeacherGRPOTrainer(
         options=options,
@@ -63,6 +71,8 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         model=load_model(teacher_path, dtype, attention, "model_name_or_path", trust),
         reward_funcs=make_reward_funcs(options, teacher, scorer, own),
         args=arguments,
+        reference=reference,
+        probes=probes,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,

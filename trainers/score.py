@@ -5,18 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
-from data.explanation import Explanation
+from data.explanation import written_explanation
 from data.load import read_rows, select_texts
-from data.offsets import token_ends
-from data.render import Renderer
 from trainers.errors import ConfigError, Fault
-from trainers.judges import check_models, make_renderer, make_scorer
-from trainers.models import load_model, resolve_device, resolve_dtype
-from trainers.scoring import Scored
-from trainers.student import FrozenModel
+from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
+from trainers.models import resolve_device, resolve_dtype
+from trainers.scoring import Scored, teacher_logprobs
 from trainers.warmup import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -39,19 +35,15 @@ def run_score(options: Any, output_dir: Path) -> Path:
     teacher = make_renderer(options, teacher_path, "model_name_or_path")
     student = make_renderer(options, student_path, "student_model")
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype)
-    trust, attention = options.trust_remote_code, options.attn_implementation
-    model = load_model(teacher_path, dtype, attention, "model_name_or_path", trust)
-    teacher_model = FrozenModel(
-        model, device, options.temperature, options.student_tokens_per_pass, options.offload_untrained_models
-    )
+    teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, options.temperature)
     path = output_dir / "scores.jsonl"
     rewards: list[float] = []
     with path.open("w", encoding="utf-8") as file:
         for start in range(0, len(rows), BATCH):
             batch = rows.select(range(start, min(start + BATCH, len(rows)))).to_list()
-            explanations = [_explanation(row, teacher) for row in batch]
-            logprobs = _teacher_logprobs(batch, explanations, teacher, teacher_model)
+            explanations = [written_explanation(teacher, row["explanation"], row["closed"]) for row in batch]
             questions, solutions = [r["question"] for r in batch], [r["solution"] for r in batch]
+            logprobs = teacher_logprobs(questions, solutions, explanations, teacher, teacher_model)
             for result in scorer.score(questions, explanations, solutions, logprobs):
                 file.write(json.dumps(_line(result)) + "\n")
                 rewards += [result.reward] if isinstance(result, Scored) else []
@@ -83,24 +75,6 @@ def load_score_rows(options: Any) -> Dataset:
     has_closed = options.closed_column in raw.column_names
     closed = [value is not False for value in raw[options.closed_column]] if has_closed else [True] * len(raw)
     return rows.add_column("closed", closed)
-
-
-def _explanation(row: dict[str, Any], teacher: Renderer) -> Explanation:
-    ids = teacher.encode_text(row["explanation"])
-    return Explanation(row["explanation"], ids, token_ends(teacher.tokenizer, ids)[1], row["closed"])
-
-
-def _teacher_logprobs(
-    batch: list[dict[str, Any]], explanations: list[Explanation], teacher: Renderer, model: FrozenModel
-) -> list[torch.Tensor]:
-    """How likely the teacher was to write each token of the explanations."""
-    texts = [
-        teacher.encode(teacher.teacher(row["question"], row["solution"], row["explanation"]), {"explanation": e.ids})
-        for row, e in zip(batch, explanations, strict=True)
-    ]
-    spans = [text.spans["explanation"] for text in texts]
-    scores = model.score(texts, [[span] for span in spans])
-    return [logprobs[slice(*span)] for (logprobs, _), span in zip(scores, spans, strict=True)]
 
 
 def _line(result: Scored | str) -> dict[str, Any]:

@@ -6,15 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from data.explanation import Explanation
 from data.offsets import token_ends
-from data.render import Encoded
+from data.render import Encoded, Renderer
 from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from trainers.frozen import FrozenModel
 from trainers.kept_scores import KeptRow, ScoreKeeper
-from trainers.student import Student, StudentScore
+from trainers.student import Student, StudentScore, explained_span
 from trainers.texts import show_sample
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class ExplanationScorer:
     Args:
         student: The frozen student.
         reward: The formula.
-        teacher_tokenizer: Tokenizer of the explanations.
+        teacher: Template and tokenizer of the explanations.
         keeper: Where the raw scores of each batch are kept, if anywhere.
     """
 
@@ -43,12 +43,12 @@ class ExplanationScorer:
         self,
         student: Student,
         reward: TeacherLogprobKL,
-        teacher_tokenizer: PreTrainedTokenizerBase,
+        teacher: Renderer,
         keeper: ScoreKeeper | None = None,
     ) -> None:
-        self.student, self.reward, self.teacher_tokenizer, self.keeper = student, reward, teacher_tokenizer, keeper
+        self.student, self.reward, self.teacher, self.keeper = student, reward, teacher, keeper
         self._shown = False
-        self.same_tokenizer = teacher_tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
+        self.same_tokenizer = teacher.tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
         if not self.same_tokenizer:
             logger.info("teacher and student have different tokenizers: the KL is taken over text both can cut out")
 
@@ -58,11 +58,13 @@ class ExplanationScorer:
         explanations: list[Explanation],
         solutions: list[str],
         teacher_logprobs: list[Tensor],
+        keep: bool = True,
     ) -> list[Scored | str]:
         """Score a batch.
 
         Args:
-            teacher_logprobs: Of each explanation, `[explanation tokens]`.
+            teacher_logprobs: Of each explanation and the padding before it, `[padding and explanation tokens]`.
+            keep: Whether these scores belong to what `keep_scores` keeps.
 
         Returns:
             For each explanation its score, or why it cannot be scored.
@@ -86,7 +88,7 @@ class ExplanationScorer:
             logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
             results[i] = Scored(reward, parts, score.solves)
             kept_rows.append(KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared))
-        if self.keeper is not None:
+        if keep and self.keeper is not None:
             self.keeper.keep(kept_rows)
         reasons = Counter(result for result in results if isinstance(result, str))
         for reason, count in reasons.items():
@@ -102,10 +104,32 @@ class ExplanationScorer:
     def _compared(self, explanation: Explanation, teacher: Tensor, score: StudentScore) -> ScoredExplanation:
         student = score.explanation_logprobs
         if not self.same_tokenizer:
-            ids = self.student.renderer.encode_text(explanation.text)
-            _, student_ends = token_ends(self.student.renderer.tokenizer, ids)
-            teacher, student = piece_sums(teacher, explanation.ends, student, student_ends)
+            reader = self.student.renderer
+            _, ends = token_ends(reader.tokenizer, reader.encode_text(explanation.text))
+            pieces = piece_sums(teacher, self.teacher.padded(explanation.ends), student, reader.padded(ends))
+            teacher, student = pieces
         return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
+
+
+def teacher_logprobs(
+    questions: list[str],
+    solutions: list[str],
+    explanations: list[Explanation],
+    renderer: Renderer,
+    model: FrozenModel,
+) -> list[Tensor]:
+    """How likely a teacher was to write explanations it did not sample, by a forward pass.
+
+    Returns:
+        For each explanation `[padding and explanation tokens]`.
+    """
+    texts = [
+        renderer.encode(renderer.teacher(question, solution, e.text), {"explanation": e.ids})
+        for question, solution, e in zip(questions, solutions, explanations, strict=True)
+    ]
+    spans = [explained_span(text) for text in texts]
+    scores = model.score(texts, [[span] for span in spans])
+    return [logprobs[slice(*span)] for (logprobs, _), span in zip(scores, spans, strict=True)]
 
 
 def _stop(i: int, reward: float, parts: dict[str, float], question: str, explanation: Explanation) -> None:

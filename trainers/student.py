@@ -1,13 +1,11 @@
-"""Frozen models: log-probabilities of parts of texts, for a whole batch; and the student, which is one."""
+"""The frozen student: what it makes of explanations."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from data.render import Encoded, Renderer
+from trainers.frozen import FrozenModel
 
 
 @dataclass(frozen=True)
@@ -15,7 +13,7 @@ class StudentScore:
     """What the student makes of one explanation; all tensors fp32 on the CPU.
 
     Attributes:
-        explanation_logprobs: `[explanation tokens]`, at the student's temperature.
+        explanation_logprobs: `[padding and explanation tokens]`, at the student's temperature.
         solution_logprobs: `[solution tokens]`, at the student's temperature.
         solves: Whether greedy decoding after the explanation writes the solution and then closes it.
     """
@@ -25,80 +23,9 @@ class StudentScore:
     solves: bool
 
 
-class FrozenModel:
-    """Log-probabilities of chosen tokens under a model that is not trained.
-
-    Args:
-        model: The model, on the CPU.
-        device: Where to compute.
-        temperature: The log-probabilities are those of logits / temperature.
-        tokens_per_pass: Padded tokens in one forward pass.
-        offload: Keep the weights in host memory and move them to `device` only while scoring.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, device: torch.device, temperature: float, tokens_per_pass: int, offload: bool
-    ) -> None:
-        self.device, self.tokens_per_pass = device, tokens_per_pass
-        self.offload = offload and device.type != "cpu"
-        self.model = model.eval().requires_grad_(False)
-        # TRL's fused head projects only the labelled positions, in tiles: full logits are never held. `is_top1` tells
-        # whether greedy decoding would have written the label.
-        add_fused_lm_head(model, temperature=temperature, cast_lm_head_to_fp32=True, outputs=("log_probs", "is_top1"))
-        if not self.offload:
-            self.model.to(device)
-
-    @torch.no_grad()
-    def score(self, texts: list[Encoded], parts: list[list[tuple[int, int]]]) -> list[tuple[Tensor, Tensor]]:
-        """Score a batch of texts in as few passes as fit.
-
-        Args:
-            texts: Token ids.
-            parts: For each text, the spans `[start, end)` to score; a span cannot start at the first token.
-
-        Returns:
-            For each text the log-probability of each token and whether it is the likeliest, `[tokens]` each, fp32 and
-            bool on the CPU; 0 and False outside the spans.
-        """
-        if self.offload:
-            self.model.to(self.device)
-        scores: list[tuple[Tensor, Tensor] | None] = [None] * len(texts)
-        for batch in self._batches(texts):
-            results = self._score_batch([texts[i] for i in batch], [parts[i] for i in batch])
-            for index, score in zip(batch, results, strict=True):
-                scores[index] = score
-        if self.offload:
-            self.model.to("cpu")
-        return scores
-
-    def _batches(self, texts: list[Encoded]) -> list[list[int]]:
-        """Group texts of like length, so that little of a pass is padding."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids), reverse=True)
-        batches: list[list[int]] = []
-        for i in order:
-            if batches and len(texts[batches[-1][0]].ids) * (len(batches[-1]) + 1) <= self.tokens_per_pass:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
-
-    def _score_batch(self, texts: list[Encoded], parts: list[list[tuple[int, int]]]) -> list[tuple[Tensor, Tensor]]:
-        length = max(len(t.ids) for t in texts)
-        ids = torch.zeros(len(texts), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        labels = torch.full_like(ids, -100)
-        for row, (text, spans) in enumerate(zip(texts, parts, strict=True)):
-            ids[row, : len(text.ids)] = torch.tensor(text.ids)
-            mask[row, : len(text.ids)] = 1
-            for start, end in spans:
-                assert start > 0 or start == end, "the first token has no log-probability"
-                labels[row, start:end] = ids[row, start:end]
-        ids, mask, labels = ids.to(self.device), mask.to(self.device), labels.to(self.device)
-        outputs = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-        # Position t of the outputs tells of token t + 1.
-        logprobs = torch.nn.functional.pad(outputs.log_probs.float().cpu(), (1, 0))
-        is_top1 = torch.nn.functional.pad(outputs.is_top1.bool().cpu(), (1, 0))
-        return [(logprobs[row, : len(t.ids)], is_top1[row, : len(t.ids)]) for row, t in enumerate(texts)]
+def explained_span(text: Encoded) -> tuple[int, int]:
+    """All that stands between the opening tag and the closing one: the padding and the explanation."""
+    return text.spans["padding"][0], text.spans["explanation"][1]
 
 
 class Student:
@@ -140,4 +67,4 @@ class Student:
     def _scored_spans(text: Encoded) -> list[tuple[int, int]]:
         """Explanation, solution, and the first token after it: without that, 12 would pass where 127 is written."""
         closing = text.spans["end"][0]
-        return [text.spans["explanation"], text.spans["solution"], (closing, closing + 1)]
+        return [explained_span(text), text.spans["solution"], (closing, closing + 1)]

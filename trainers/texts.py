@@ -87,8 +87,8 @@ def rl_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Datas
     """Add the teacher's prompt to rows of question and solution."""
 
     def render(row: dict[str, str]) -> dict[str, Any]:
-        prompt = renderer.teacher(row["question"], row["solution"])[0].text
-        return {"prompt": prompt, "prompt_tokens": len(renderer.encode_text(prompt))}
+        prompt = renderer.teacher_prompt(row["question"], row["solution"])
+        return {"prompt": prompt, "prompt_tokens": len(renderer.encode_prompt(prompt))}
 
     rows = rows.select_columns(["question", "solution"]).map(render)
     return apply_overlong(rows, "prompt_tokens", options.max_prompt_length, options.overlong, what)

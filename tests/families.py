@@ -1,0 +1,23 @@
+"""Configs of tiny random models, one for each family."""
+
+COMMON = {
+    "vocab_size": 480,  # not a multiple of 64: vLLM pads the embedding
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": None},
+    "phi3": {},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32},
+}

@@ -1,0 +1,82 @@
+"""What explains nothing, scored beside the teacher. Run: ./run_tests.sh tests/test_probes.py"""
+
+import logging
+import random
+
+import pytest
+import torch
+from conftest import ROWS
+
+from data.explanation import written_explanation
+from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.frozen import FrozenModel, ResidentBackbone
+from trainers.models import load_model
+from trainers.probes import Evaluated, Probes, probe_texts, shuffled, warn_of_probes
+from trainers.scoring import ExplanationScorer, teacher_logprobs
+from trainers.student import Student
+
+ROW = [Evaluated(r["question"], r["solution"], []) for r in ROWS]
+
+
+def test_texts_of_the_probes():
+    probes = probe_texts(ROW[:3], ["one two", "three", "four"])
+    assert probes["empty"] == ["", "", ""]
+    assert probes["solution"] == ["5", "9", "18"]
+    assert probes["other"] == ["three", "four", "one two"]
+    assert [sorted(text) for text in probes["shuffled"]] == [sorted("one two"), sorted("three"), sorted("four")]
+
+
+def test_another_question_s_explanation_is_never_one_s_own():
+    rows = [ROW[0], ROW[0], ROW[1]]
+    assert probe_texts(rows, ["a", "b", "c"])["other"] == ["c", "c", "a"]
+    assert "other" not in probe_texts([ROW[0], ROW[0]], ["a", "b"])
+
+
+def test_shuffling_keeps_words_whole_and_moves_them():
+    text = "7~3=4\nthen twelve"
+    seen = {shuffled(text, random.Random(seed)) for seed in range(20)}
+    assert len(seen) > 10
+    assert all("twelve" in s and sorted(s) == sorted(text) for s in seen)
+
+
+@pytest.fixture(scope="module")
+def parts(model_dir, renderer):
+    student_model = load_model(str(model_dir), torch.float32, None, "student_model", False).eval()
+    teacher = load_model(str(model_dir), torch.float32, None, "model_name_or_path", False).train()
+    student = Student(FrozenModel(ResidentBackbone(student_model, torch.device("cpu")), 0.7, 4096), renderer, 512)
+    return ExplanationScorer(student, TeacherLogprobKL(), renderer), teacher
+
+
+def completion(renderer, row):
+    return renderer.encode_text(row["reasoning_trace"] + "<|end_of_explanation|>") + [renderer.tokenizer.eos_token_id]
+
+
+def test_means_are_those_of_scoring_each_text(parts, renderer):
+    scorer, teacher = parts
+    rows = [Evaluated(r["question"], r["solution"], completion(renderer, r)) for r in ROWS]
+    means = Probes(scorer, [renderer.tokenizer.eos_token_id], 3, 4096)(rows, teacher, 0.9)
+    assert teacher.training  # as it was found
+    model = FrozenModel(ResidentBackbone(teacher.eval(), torch.device("cpu")), 0.9, 4096)
+    teacher.train()
+    for name, texts in {
+        "teacher": [r["reasoning_trace"] for r in ROWS[:3]],
+        "solution": [r["solution"] for r in ROWS[:3]],
+        "other": [ROWS[i]["reasoning_trace"] for i in (1, 2, 0)],
+        "empty": [""] * 3,
+    }.items():
+        questions, solutions = [r.question for r in rows[:3]], [r.solution for r in rows[:3]]
+        written = [written_explanation(renderer, text, True) for text in texts]
+        logprobs = teacher_logprobs(questions, solutions, written, renderer, model)
+        rewards = [s.reward for s in scorer.score(questions, written, solutions, logprobs)]
+        assert means[f"probe/{name}"] == pytest.approx(sum(rewards) / 3, abs=1e-5), name
+    assert set(means) == {f"probe/{name}" for name in ("teacher", "empty", "shuffled", "solution", "other")}
+
+
+def test_a_probe_that_beats_the_teacher_is_warned_of(caplog):
+    means = {"probe/teacher": -0.5, "probe/empty": -2.0, "probe/solution": -0.25, "probe/shuffled": -0.5}
+    with caplog.at_level(logging.WARNING):
+        assert warn_of_probes(means) == ["solution"]
+    assert "'solution' (the bare solution) earns -0.250" in caplog.text
+    caplog.clear()
+    assert warn_of_probes({"probe/teacher": 0.0, "probe/empty": -1.0}) == []
+    assert not caplog.text

@@ -1,0 +1,176 @@
+"""Streamed weights against the plain model. Run: ./run_tests.sh tests/test_streaming.py"""
+
+import pytest
+import torch
+from families import COMMON, FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data.render import Encoded
+from trainers.errors import ConfigError
+from trainers.frozen import FrozenModel, ResidentBackbone, passes
+from trainers.streaming import StreamedBackbone
+from trainers.teacher_grpo import completion_logps
+from trainers.weight_files import HostWeights, WeightFiles
+
+CPU = torch.device("cpu")
+# Beyond the seven that are trained: learned positions, parallel blocks, scaled logits, biases everywhere.
+MORE = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "starcoder2": {},
+    "olmo2": {},
+}
+
+
+def save(family, folder, dtype=torch.float32, seed=0, **changes):
+    torch.manual_seed(seed)
+    values = COMMON | (FAMILIES | MORE)[family] | changes
+    if family == "gpt2":
+        values = {k: v for k, v in values.items() if not k.startswith(("hidden", "num", "inter", "max"))}
+    config = AutoConfig.for_model(family, **values, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.save_pretrained(folder, max_shard_size=changes.get("shard", "1GB"))
+    return model
+
+
+def stream(folder, in_memory=False, dtype=torch.float32):
+    files = WeightFiles(str(folder), "student_model")
+    source = HostWeights(files, dtype, pin=False) if in_memory else files
+    config = AutoConfig.from_pretrained(folder)
+    return StreamedBackbone(source, config, CPU, dtype, "sdpa", "student_model")
+
+
+def make_texts(count=9, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 60, (count,), generator=generator).tolist()
+    texts = [Encoded(torch.randint(3, 470, (n,), generator=generator).tolist(), {}, []) for n in lengths]
+    return texts, [[(1, 2), (n // 2, n)] for n in lengths]
+
+
+def plain(model, texts, temperature):
+    """One text at a time through the model's own forward, softmax over its logits."""
+    with torch.no_grad():
+        logits = [model(torch.tensor([text.ids])).logits[0].float() for text in texts]
+    logprobs = [(x / temperature).log_softmax(-1)[:-1] for x in logits]
+    return [lp.gather(1, torch.tensor(t.ids[1:])[:, None])[:, 0] for lp, t in zip(logprobs, texts, strict=True)]
+
+
+@pytest.mark.parametrize("tokens_per_pass", [60, 10_000])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_streamed_scores_equal_the_plain_forward(family, tokens_per_pass, tmp_path):
+    model = save(family, tmp_path)
+    texts, parts = make_texts()
+    scores = FrozenModel(stream(tmp_path), 0.7, tokens_per_pass).score(texts, parts)
+    for (logprobs, _), expected, spans in zip(scores, plain(model, texts, 0.7), parts, strict=True):
+        for start, end in spans:
+            assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+    resident = FrozenModel(ResidentBackbone(model, CPU), 0.7, tokens_per_pass).score(texts, parts)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(scores, resident, strict=True)), "greedy choices differ"
+
+
+def test_sliding_windows_and_long_texts(tmp_path):
+    model = save("gemma2", tmp_path, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    texts, parts = make_texts()
+    scores = FrozenModel(stream(tmp_path), 1.0, 10_000).score(texts, parts)
+    for (logprobs, _), expected, spans in zip(scores, plain(model, texts, 1.0), parts, strict=True):
+        start, end = spans[1]
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+
+
+def test_weights_are_read_once_for_a_pass(tmp_path):
+    model = save("qwen2", tmp_path)
+    size = (
+        sum(p.nbytes for p in model.parameters())
+        - model.model.embed_tokens.weight.nbytes
+        - model.model.norm.weight.nbytes
+    )
+    backbone = stream(tmp_path)
+    texts, parts = make_texts(64)
+    assert sum(len(t.ids) for t in texts) > 1000
+    FrozenModel(backbone, 1.0, 10_000).score(texts, parts)
+    assert backbone.source.bytes_read == size
+    backbone.source.bytes_read = 0
+    FrozenModel(backbone, 1.0, 500).score(texts, parts)
+    count = len(passes([len(t.ids) for t in texts], 500))
+    assert count > 1
+    assert backbone.source.bytes_read == count * size
+
+
+def test_no_weight_is_left_behind(tmp_path):
+    save("qwen2", tmp_path)
+    backbone = stream(tmp_path)
+    texts, parts = make_texts()
+    FrozenModel(backbone, 1.0, 10_000).score(texts, parts)
+    held = [name for name, p in backbone.model.named_parameters() if p.device.type != "meta"]
+    assert held == ["model.norm.weight"]
+
+
+def test_files_in_shards_and_in_bf16(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **COMMON | {"tie_word_embeddings": True})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    texts, parts = make_texts()
+    scores = FrozenModel(stream(tmp_path), 1.0, 10_000).score(texts, parts)
+    for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(model, texts, 1.0), parts, strict=True):
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_blend_moves_the_weights_the_next_pass_reads(in_memory, tmp_path):
+    save("qwen3", tmp_path / "old")
+    other = save("qwen3", tmp_path / "new", seed=7)
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "old").eval()
+    backbone = stream(tmp_path / "old", in_memory=True) if in_memory else ResidentBackbone(old, CPU)
+    backbone.blend(dict(other.named_parameters()), 0.25)
+    mixed = AutoModelForCausalLM.from_pretrained(tmp_path / "old").eval()
+    with torch.no_grad():
+        for p, q in zip(mixed.parameters(), other.parameters(), strict=True):
+            p.copy_(0.75 * p + 0.25 * q)
+    texts, parts = make_texts()
+    scores = FrozenModel(backbone, 1.0, 10_000).score(texts, parts)
+    for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(mixed, texts, 1.0), parts, strict=True):
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+
+
+def test_completions_of_a_padded_batch(tmp_path):
+    """As TRL pads: prompts on the left, completions on the right, a completion that is masked altogether."""
+    model = save("qwen2", tmp_path)
+    ids = torch.tensor([[0, 0, 11, 12, 21, 22, 23], [13, 14, 15, 16, 24, 0, 0], [0, 17, 18, 19, 25, 26, 27]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0, 0]])
+    logps = completion_logps(FrozenModel(stream(tmp_path), 0.9, 1000), ids, mask, 3)
+    texts = [Encoded(t, {}, []) for t in ([11, 12, 21, 22, 23], [13, 14, 15, 16, 24])]
+    first, second = plain(model, texts, 0.9)
+    assert torch.allclose(logps[0], first[-3:], atol=1e-5)
+    assert torch.allclose(logps[1], torch.tensor([second[-1], 0, 0]), atol=1e-5)
+    assert logps[2].tolist() == [0, 0, 0]
+
+
+def test_missing_tensors_are_named_with_a_remedy(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save("qwen2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.up_proj\.weight[\s\S]*student_mode=resident"):
+        stream(tmp_path)
+
+
+def test_no_safetensors_is_said(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no safetensors files"):
+        WeightFiles(str(tmp_path), "student_model")
+
+
+def test_passes_hold_every_text_once_and_keep_the_limits():
+    lengths = [5, 1000, 7, 0, 300, 300, 300, 6, 9000]
+    result = passes(lengths, 1200)
+    flat = [i for batches in result for batch in batches for i in batch]
+    assert sorted(flat) == [0, 1, 2, 4, 5, 6, 7, 8]
+    sizes = [sum(len(batch) * lengths[batch[0]] for batch in batches) for batches in result]
+    assert sizes[0] == 9000  # alone: longer than a pass
+    assert all(size <= 1200 for size in sizes[1:])
+    assert len(result) == 4

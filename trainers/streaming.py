@@ -1,0 +1,271 @@
+"""Models that are larger than the memory they compute in: each layer's weights are brought in once for a whole pass.
+
+The usual order of loops (for each text, for each layer) is turned around: for each layer, for all texts. The weights
+stay in host memory or on disk; while one layer computes, the next is on its way. Only the hidden states of the pass
+live on the device between two layers. FlexGen (arXiv 2303.06865) schedules generation the same way.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from trainers.errors import ConfigError, Fault
+from trainers.weight_files import HostWeights, WeightFiles
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, Tensor]
+
+
+class StreamedBackbone:
+    """A decoder-only model whose layers pass through the device one by one.
+
+    The code that runs is the model's own: its forward is called once with the layers replaced by recorders, which
+    tells what each layer is given besides the hidden states, and once with the layers replaced by the result.
+
+    Args:
+        source: Its weights, in host memory or on disk.
+        config: Its config.
+        device: Where to compute.
+        dtype: Of the weights and the arithmetic.
+        attention: Attention implementation.
+        key: The option that named the model, for messages.
+
+    Raises:
+        ConfigError: If the model is not a stack of layers, or its checkpoint does not hold the tensors that its
+            parameters are.
+    """
+
+    def __init__(
+        self,
+        source: WeightFiles | HostWeights,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str,
+        key: str,
+        trust: bool = False,
+    ) -> None:
+        self.source, self.config, self.device, self.dtype = source, config, device, dtype
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+            )
+        self.model.eval().requires_grad_(False)
+        self.model.tie_weights()
+        self.base = self.model.base_model
+        self._names = _checkpoint_names(self.model, source, key)
+        self.layers, self._prefix = _find_layers(self.model, key)
+        self._groups = [
+            {name: self._names[f"{self._prefix}.{i}.{name}"] for name, _ in layer.named_parameters()}
+            for i, layer in enumerate(self.layers)
+        ]
+        self._embedding, self._lm_head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self._embedding.padding_idx = None  # it may lie outside the few rows that are looked up
+        self._place_the_rest()
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self._lm_head
+
+    @torch.no_grad()
+    def blend(self, parameters: dict[str, Tensor], share: float) -> None:
+        """See `Backbone.blend`; the weights must be in host memory."""
+        assert isinstance(self.source, HostWeights), "weights on disk are never written"
+        for name, value in parameters.items():
+            self.source.tensor(self._names[name]).mul_(1 - share).add_(value.cpu(), alpha=share)
+        self._place_the_rest()
+
+    def _place_the_rest(self) -> None:
+        """Put what is neither embedding, layer nor head (the last norm, and buffers) on the device for good."""
+        apart = {id(p) for module in (self._embedding, self._lm_head) for p in module.parameters()}
+        for name, parameter in list(self.model.named_parameters()):
+            if id(parameter) not in apart and not name.startswith(self._prefix + "."):
+                module, leaf = self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                value = self.source.tensor(self._names[name]).to(self.device, self.dtype, copy=True)
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        for module in self.model.modules():
+            if module is not self._embedding:  # looked up where its weights lie, on the host
+                for leaf, buffer in module._buffers.items():
+                    module._buffers[leaf] = None if buffer is None else buffer.to(self.device)
+
+    def run(self, batches: list[Tensor]) -> Iterator[Tensor]:
+        """See `Backbone.run`. Each layer's weights are read once for all batches."""
+        with _Feeder(self.source, self.device, self.dtype) as feeder:
+            weights = feeder.stream(self._groups)
+            hidden, calls = [], []
+            for ids in batches:
+                states, call = self._record(ids)
+                hidden.append(states)
+                calls.append(call)
+            for i, layer in enumerate(self.layers):
+                layer_weights = next(weights)
+                for b, call in enumerate(calls):
+                    args, kwargs = call[i]
+                    hidden[b] = functional_call(layer, layer_weights, (hidden[b], *args), kwargs, strict=True)
+            with self._placed_head(feeder):
+                for b in range(len(batches)):
+                    states, hidden[b] = hidden[b], None
+                    yield self._finish(states)
+
+    def _record(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+        """The states that enter the first layer, and what else each layer is called with."""
+        calls: list[tuple[tuple, dict]] = []
+        entered: list[Tensor] = []
+
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            entered.append(hidden)
+            calls.append((args, kwargs))
+            return hidden
+
+        with _forwards_replaced(self.layers, record):
+            self.base(inputs_embeds=self._embed(ids), use_cache=False)
+        if len(calls) != len(self.layers) or any(states is not entered[0] for states in entered):
+            raise RuntimeError(f"{type(self.base).__name__} computes between its layers: it cannot be streamed")
+        return entered[0], calls
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Look tokens up where the embedding lies: only the rows that occur are read."""
+        unique, inverse = ids.unique(return_inverse=True)
+        rows = self.source.tensor(self._names[_name_of(self.model, self._embedding)])[unique].to(self.dtype)
+        return functional_call(self._embedding, {"weight": rows}, (inverse,)).to(self.device)
+
+    def _finish(self, states: Tensor) -> Tensor:
+        """What the model makes of the states behind its last layer."""
+        with _forwards_replaced(self.layers, lambda *_, **__: states):
+            return self.base(inputs_embeds=states, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def _placed_head(self, feeder: "_Feeder") -> Iterator[None]:
+        empty = dict(self._lm_head._parameters)
+        prefix = _name_of(self.model, self._lm_head).rpartition(".")[0]
+        names = {leaf: self._names[f"{prefix}.{leaf}"] for leaf, p in empty.items() if p is not None}
+        for leaf, value in feeder.load(names).items():
+            self._lm_head._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        try:
+            yield
+        finally:
+            self._lm_head._parameters.update(empty)
+
+
+class _Feeder:
+    """Brings groups of weights to the device, one ahead of its use, in a thread and on a stream of its own."""
+
+    def __init__(self, source: WeightFiles | HostWeights, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self._slots: list[Weights] = [{}, {}]
+        self._free: list[torch.cuda.Event | None] = [None, None]
+        self._is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._is_cuda else None
+
+    def __enter__(self) -> "_Feeder":
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        if self._is_cuda:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._is_cuda:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def stream(self, groups: list[dict[str, str]]) -> Iterator[Weights]:
+        """Yield the tensors of each group by their own names; they are overwritten two groups later."""
+        for slot, group in zip(self._slots, groups, strict=False):
+            self._fit(slot, group)
+        ahead = self._thread.submit(self._fill, 0, groups[0]) if groups else None
+        for i in range(len(groups)):
+            if (event := ahead.result()) is not None:
+                torch.cuda.current_stream(self.device).wait_event(event)
+            if i + 1 < len(groups):
+                # The slot of group i - 1, whose computation has been issued: on a GPU the copy waits for its end.
+                if i and self._is_cuda:
+                    self._free[(i + 1) % 2] = torch.cuda.current_stream(self.device).record_event()
+                self._fit(self._slots[(i + 1) % 2], groups[i + 1])
+                ahead = self._thread.submit(self._fill, (i + 1) % 2, groups[i + 1])
+            yield self._slots[i % 2]
+
+    def _fit(self, slot: Weights, group: dict[str, str]) -> None:
+        """Make the slot hold tensors of this group's shapes; layers are mostly alike, and nothing is allocated."""
+        shapes = {name: self.source.shape(stored) for name, stored in group.items()}
+        if {name: tuple(t.shape) for name, t in slot.items()} != shapes:
+            slot.clear()
+            slot.update({n: torch.empty(s, dtype=self.dtype, device=self.device) for n, s in shapes.items()})
+            if self._is_cuda:
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def _fill(self, index: int, group: dict[str, str]) -> "torch.cuda.Event | None":
+        slot = self._slots[index]
+        if not self._is_cuda:
+            self.source.read(group, slot)
+            return None
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            if self._free[index] is not None:
+                self._stream.wait_event(self._free[index])
+            self.source.read(group, slot)
+            return self._stream.record_event()
+
+    def load(self, group: dict[str, str]) -> Weights:
+        """The tensors of one group, on the device; on a CPU they stay where they are."""
+        if self._is_cuda:
+            values = {
+                n: torch.empty(self.source.shape(s), dtype=self.dtype, device=self.device) for n, s in group.items()
+            }
+            self.source.read(group, values)
+            return values
+        self.source.bytes_read += sum(self.source.tensor(stored).nbytes for stored in group.values())
+        return {name: self.source.tensor(stored).to(self.dtype) for name, stored in group.items()}
+
+
+@contextmanager
+def _forwards_replaced(layers: nn.ModuleList, forward: Any) -> Iterator[None]:
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, m in model.named_modules() if m is module) + ".weight"
+
+
+def _find_layers(model: Any, key: str) -> tuple[nn.ModuleList, str]:
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module, name
+    cause = f"{type(model).__name__} has no list of {count} layers: it cannot be streamed"
+    raise ConfigError(Fault(key, model.config._name_or_path, cause, _remedy(key)))
+
+
+def _checkpoint_names(model: Any, source: WeightFiles | HostWeights, key: str) -> dict[str, str]:
+    """For each parameter (tied ones included) the tensor of the checkpoint that it is."""
+    names: dict[str, str] = {}
+    wrong: list[str] = []
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters:
+        same = [name, *(other for other, p in parameters if p is parameter)]
+        stored = next((candidate for candidate in same if candidate in source), None)
+        if stored is None or source.shape(stored) != tuple(parameter.shape):
+            wrong.append(name)
+        names[name] = stored
+    if wrong:
+        cause = f"its files do not hold {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} as it is in the model"
+        raise ConfigError(Fault(key, model.config._name_or_path, f"{cause}: it cannot be streamed", _remedy(key)))
+    return names
+
+
+def _remedy(key: str) -> str:
+    mode = "student_mode" if key == "student_model" else "reference_mode"
+    return f"{mode}=resident or {mode}=cpu"
