@@ -12,8 +12,8 @@ from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.judges import load_frozen
 from trainers.models import load_model
 from trainers.options import options_class
-from trainers.phases import PhaseTimer
-from trainers.scoring import ExplanationScorer, StudentReward
+from trainers.reward_funcs import StudentReward
+from trainers.scoring import ExplanationScorer
 from trainers.student import Student
 
 
@@ -64,7 +64,7 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
 
 def make_reward(student, teacher, **options):
     scorer = ExplanationScorer(student, TeacherLogprobKL(**options), teacher)
-    return StudentReward(scorer, [teacher.tokenizer.eos_token_id], PhaseTimer())
+    return StudentReward(scorer, {teacher.tokenizer.eos_token_id})
 
 
 def call(reward, completion_ids, logprobs, rows=ROWS[:1]):

@@ -14,6 +14,7 @@ from trainers.batch import batch_plan, check_batch
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
 from trainers.options import DERIVED, RENAMED, CommonOptions, admits_none, options_class
+from trainers.reward_specs import asks_student, reward_faults
 from trainers.trl_options import trl_options
 
 STAGES = ("sft", "rl", "score", "rescore")
@@ -104,6 +105,8 @@ def _invalid(error: ValidationError) -> list[Fault]:
         expected = " ".join(o["ctx"].get("expected", "") for o in error.errors() if o["loc"][0] == key and "ctx" in o)
         near = difflib.get_close_matches(str(e["input"]), re.findall(r"'([^']+)'", expected))
         remedy = f"did you mean {near[0]}?" if near else "python train.py --help tells what it takes"
+        if e["type"] == "list_type":
+            remedy = f"{key}=[{e['input']}]"
         faults.append(Fault(key, e["input"], e["msg"][0].lower() + e["msg"][1:], remedy))
     return faults
 
@@ -168,7 +171,7 @@ def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-@check("model_name_or_path", "model_init", "student_model")
+@check("model_name_or_path", "model_init", "student_model", "reward_funcs")
 def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     fresh = options.stage == "sft" and options.model_init is not None
@@ -182,7 +185,7 @@ def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         faults.append(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
     faults += _check_model_path("model_name_or_path", options.model_name_or_path, num_devices, repo)
     if options.stage != "sft":
-        if options.student_model is None:
+        if options.student_model is None and asks_student(options):
             cause = "the reward needs a student"
             faults.append(Fault("student_model", None, cause, "student_model=<folder, hub id or run:NAME>"))
         faults += _check_model_path("student_model", options.student_model, num_devices, repo)
@@ -253,7 +256,6 @@ def _evaluates(options: Any) -> bool:
     "max_completion_length",
     "beta",
     "sync_ref_model",
-    "reward_weights",
     stages=("rl",),
 )
 def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
@@ -273,13 +275,15 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         )
         cause = f"shorter than {lengths}"
         faults.append(Fault("vllm_max_model_length", given, cause, f"vllm_max_model_length={need}, or leave it out"))
-    if options.reward_weights is not None and len(options.reward_weights) != 1:
-        cause = f"{len(options.reward_weights)} weights for 1 reward"
-        faults.append(Fault("reward_weights", options.reward_weights, cause, "reward_weights=[1.0], or leave it out"))
     if options.sync_ref_model and not options.beta:
         cause = "there is no reference model while beta is 0"
         faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false, or beta=0.04"))
     return faults
+
+
+@check("reward_funcs", "reward_weights", "max_completion_length", "length_soft_cache", "keep_scores", stages=("rl",))
+def _check_reward_funcs(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    return reward_faults(options)
 
 
 @check("loss_type", "vllm_importance_sampling_mode", stages=("rl",))

@@ -13,6 +13,7 @@ from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
 from trainers.models import choose_pad_token, generation_end_ids, load_config, load_model, load_tokenizer
 from trainers.quantized import Sample, free_memory, quantization_config, read_samples, report_change, reward_changes
+from trainers.reward_specs import model_keys
 from trainers.scoring import ExplanationScorer
 from trainers.streaming import StreamedBackbone
 from trainers.student import Student
@@ -37,13 +38,13 @@ def make_renderer(options: Any, path: str, key: str) -> Renderer:
 
 
 def check_models(options: Any) -> None:
-    """Look at both models' configs, tokenizers and templates before any warm-up or weights; tell all faults together.
+    """Look at the models' configs, tokenizers and templates before any warm-up or weights; tell all faults together.
 
     Raises:
         ConfigError: With the faults of every model that is not `run:NAME`.
     """
     faults: list[Fault] = []
-    for key in ("model_name_or_path", "student_model"):
+    for key in model_keys(options):
         path = getattr(options, key)
         if not path.startswith("run:"):
             try:

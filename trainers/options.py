@@ -141,6 +141,20 @@ class RewardOptions(FormulaOptions):
 class RLOptions(TrainOptions, RewardOptions):
     """Options of stage=rl: GRPO on the student's reward."""
 
+    reward_funcs: list[str | dict[str, Any]] = opt(
+        ["teacher_logprob_kl"],
+        "the rewards, which reward_weights (default: 1.0 each) adds up: `teacher_logprob_kl` (the formula), "
+        "`student_answer` (1 where the student's greedy answer is the solution), `accuracy` (1 where the final answer "
+        "in the explanation, as \\boxed{}, equals the solution, by math-verify), `format` (1 for an explanation, its "
+        "closing tag and the end of turn), `length` (from 0 down to -1 close to max_completion_length), or a function "
+        "of yours, {_target_: module.function, argument: value}",
+    )
+    length_soft_cache: int | None = opt(
+        None,
+        "`length` punishes the last so many tokens below max_completion_length; default: a fifth of it",
+        ge=1,
+    )
+
     generation_aggregation_steps: int | None = opt(
         None, "micro-batches generated at once; default: a whole optimizer step's", ge=1
     )

@@ -22,17 +22,30 @@ ROWS = (
 )
 
 
-def write_result(output_dir: Path, before: dict[str, float], after: dict[str, float], num_questions: int) -> None:
+def result_rows(reward_names: list[str]) -> tuple[tuple[str, str, str], ...]:
+    """The rows of a run: where the reward is not the student's alone, each reward function has one."""
+    own = [(f"rewards/{name}", f"eval_rewards/{name}/mean", f"  {name}") for name in reward_names]
+    return ROWS if reward_names == ["teacher_logprob_kl"] else (ROWS[0], *own, *ROWS[1:])
+
+
+def write_result(
+    output_dir: Path,
+    before: dict[str, float],
+    after: dict[str, float],
+    num_questions: int,
+    reward_names: list[str],
+) -> None:
     """Write result.json and print the table with the paths of what the run left behind."""
+    rows = result_rows(reward_names)
     result = {
-        moment: {name: metrics.get(metric) for name, metric, _ in ROWS}
+        moment: {name: metrics.get(metric) for name, metric, _ in rows}
         for moment, metrics in (("before", before), ("after", after))
     }
     (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     table = Table(title=f"{num_questions} held-out questions")
     for column, justify in (("", "left"), ("before RL", "right"), ("after RL", "right"), ("change", "right")):
         table.add_column(column, justify=justify)
-    for name, _, title in ROWS:
+    for name, _, title in rows:
         old, new = result["before"][name], result["after"][name]
         if old is not None and new is not None:
             table.add_row(title, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")

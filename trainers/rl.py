@@ -16,9 +16,10 @@ from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
 from trainers.probes import Probes
-from trainers.quantized import SAMPLES, samples_of
+from trainers.quantized import samples_of
 from trainers.result import write_result
-from trainers.scoring import StudentReward
+from trainers.reward_funcs import make_reward_funcs, own_functions
+from trainers.reward_specs import asks_student, reward_names
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
 from trainers.trl_config import precision_arguments
@@ -37,12 +38,13 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.precision, device)
     arguments = grpo_config(options, output_dir, dtype)
+    own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
     check_models(options)
     teacher_path = resolve_model(options.model_name_or_path, options)
-    student_path = resolve_model(options.student_model, options)
+    student_path = resolve_model(options.student_model, options) if asks_student(options) else None
     teacher = make_renderer(options, teacher_path, "model_name_or_path")
-    student = make_renderer(options, student_path, "student_model")
+    student = None if student_path is None else make_renderer(options, student_path, "student_model")
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
@@ -50,30 +52,25 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    samples = samples_of(list(rows.select(range(min(SAMPLES, len(rows))))))
-    scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
-    reference = None
+    scorer = probes = None
+    if student is None:
+        logger.info("no reward function asks the student: none is loaded")
+    else:
+        samples = samples_of(rows)
+        scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
+    if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
+        probes = Probes(scorer, options.num_probes, options.student_tokens_per_pass)
+    reference, sync = None, arguments.sync_ref_model
     if arguments.beta:
-        reference = load_frozen(
-            options,
-            teacher_path,
-            "model_name_or_path",
-            device,
-            dtype,
-            arguments.temperature,
-            writable=arguments.sync_ref_model,
-        )
-    end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
-    probes = (
-        Probes(scorer, end_ids, options.num_probes, options.student_tokens_per_pass) if options.num_probes else None
-    )
+        key, temperature = "model_name_or_path", arguments.temperature
+        reference = load_frozen(options, teacher_path, key, device, dtype, temperature, writable=sync)
     trust, attention = options.trust_remote_code, options.attn_implementation
     trainer = TeacherGRPOTrainer(
         options=options,
         renderer=teacher,
         timer=timer,
         model=load_model(teacher_path, dtype, attention, "model_name_or_path", trust),
-        reward_funcs=[StudentReward(scorer, end_ids, timer)],
+        reward_funcs=make_reward_funcs(options, teacher, scorer, own),
         args=arguments,
         reference=reference,
         probes=probes,
@@ -88,7 +85,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     trainer.save_model(str(output_dir))
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
-        write_result(output_dir, before, trainer.evaluate(), len(eval_set))
+        write_result(output_dir, before, trainer.evaluate(), len(eval_set), reward_names(options))
     return output_dir
 
 

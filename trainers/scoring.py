@@ -4,19 +4,16 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from data.explanation import Explanation, read_explanation
+from data.explanation import Explanation
 from data.offsets import token_ends
 from data.render import Encoded, Renderer
 from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 from trainers.frozen import FrozenModel
 from trainers.kept_scores import KeptRow, ScoreKeeper
-from trainers.phases import PhaseTimer
 from trainers.student import Student, StudentScore, explained_span
 from trainers.texts import show_sample
 
@@ -142,55 +139,3 @@ def _stop(i: int, reward: float, parts: dict[str, float], question: str, explana
         f"  explanation: {explanation.text!r}\n  -> a log-probability of teacher or student is not finite: "
         "look at their weights, and try precision=fp32"
     )
-
-
-class StudentReward:
-    """The scorer as a TRL reward function: completions in, one reward each out, the parts as metrics.
-
-    Args:
-        scorer: The scorer.
-        eos_ids: Tokens that end a completion.
-        timer: Seconds of the phase `score` are added here.
-    """
-
-    __name__ = "teacher_logprob_kl"
-
-    def __init__(self, scorer: ExplanationScorer, eos_ids: list[int], timer: PhaseTimer) -> None:
-        self.scorer, self.eos_ids, self.timer = scorer, set(eos_ids), timer
-
-    def __call__(
-        self,
-        completion_ids: list[list[int]],
-        question: list[str],
-        solution: list[str],
-        teacher_logprobs: list[list[float]],
-        log_metric: Any,
-        log_extra: Any,
-        **_: Any,
-    ) -> list[float | None]:
-        """Return one reward per completion, None for one that cannot be scored.
-
-        Args:
-            completion_ids: Sampled tokens of each completion.
-            question, solution: Of each completion.
-            teacher_logprobs: Log-probability of each token of the padding and of what was sampled, at the sampling
-                temperature.
-            log_metric, log_extra: TRL's loggers.
-        """
-        with self.timer("score"):
-            tag = self.scorer.student.renderer.tags.explanation[1]
-            tokenizer, padding = self.scorer.teacher.tokenizer, len(self.scorer.teacher.padding_ids)
-            explanations = [read_explanation(tokenizer, ids, tag, self.eos_ids) for ids in completion_ids]
-            kept = [
-                torch.tensor(lp[: padding + len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)
-            ]
-            results = self.scorer.score(question, explanations, solution, kept)
-        scored = [(r, e) for r, e in zip(results, explanations, strict=True) if isinstance(r, Scored)]
-        for name in scored[0][0].parts if scored else ():
-            log_metric(name, sum(r.parts[name] for r, _ in scored) / len(scored))
-        if scored:
-            log_metric("student_accuracy", sum(r.solves for r, _ in scored) / len(scored))
-            log_metric("explanation_length", sum(len(e.ids) for _, e in scored) / len(scored))
-        log_metric("unscorable_fraction", 1 - len(scored) / len(results))
-        log_extra("student_solves", [r.solves if isinstance(r, Scored) else None for r in results])
-        return [r.reward if isinstance(r, Scored) else None for r in results]

@@ -53,7 +53,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
     Args:
         options: RL options.
         renderer: The teacher's template and tokenizer.
-        timer: Seconds of the phases `generate` and `step` are added here.
+        timer: Seconds of the phases `generate`, `score` and `step` are added here.
         args: TRL's arguments; `use_vllm` must be false.
         reference: The teacher as it was, where `args.beta` is not 0.
         probes: What is scored beside the teacher's explanations at every evaluation, if anything.
@@ -105,10 +105,11 @@ class TeacherGRPOTrainer(GRPOTrainer):
         return metrics
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
-        """As TRL's; of an evaluation the completions are kept for the probes."""
+        """As TRL's, every reward function timed as scoring; an evaluation's completions are kept for the probes."""
         if self.probes is not None and not self.model.training:
             self._evaluated += [Evaluated(x["question"], x["solution"], i) for x, i in zip(inputs, ids, strict=True)]
-        return super()._calculate_rewards(inputs, prompts, completions, ids)
+        with self.timer("score"):
+            return super()._calculate_rewards(inputs, prompts, completions, ids)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of each phase: per optimizer step while training, in total for an evaluation."""

@@ -1,0 +1,133 @@
+"""What `reward_funcs` asks for, and what is wrong with it: read without importing torch or anybody's module."""
+
+import difflib
+import importlib.util
+import math
+from collections import Counter
+from importlib.machinery import PathFinder
+from typing import Any
+
+from trainers.errors import Fault
+
+OF_STUDENT = ("teacher_logprob_kl", "student_answer")
+BUILT_IN = (*OF_STUDENT, "accuracy", "format", "length")
+# What TRL hands to every reward function, our columns included: no argument of the configuration can have these names.
+GIVEN = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "question",
+    "solution",
+    "prompt_tokens",
+    "teacher_logprobs",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+OWN_FUNCTION = "{_target_: module.function, argument: value}"
+
+
+def reward_name(entry: str | dict[str, Any]) -> str:
+    """The name of a reward function in the metrics: the built-in's, or the last part of `_target_`."""
+    return entry if isinstance(entry, str) else str(entry.get("_target_")).rpartition(".")[2]
+
+
+def reward_names(options: Any) -> list[str]:
+    return [reward_name(entry) for entry in options.reward_funcs]
+
+
+def asks_student(options: Any) -> bool:
+    """Whether the run's rewards come from the student; scoring and rescoring know no others."""
+    return options.stage != "rl" or any(name in OF_STUDENT for name in options.reward_funcs if isinstance(name, str))
+
+
+def model_keys(options: Any) -> tuple[str, ...]:
+    """The options that name the models which this run loads."""
+    return ("model_name_or_path", "student_model") if asks_student(options) else ("model_name_or_path",)
+
+
+def length_soft_cache(options: Any) -> int:
+    """Tokens below max_completion_length over which the length's punishment rises: a fifth of it unless set."""
+    return options.length_soft_cache or max(1, options.max_completion_length // 5)
+
+
+def reward_faults(options: Any) -> list[Fault]:
+    """Every fault of `reward_funcs` and of the options that go with it."""
+    entries = options.reward_funcs
+    if not entries:
+        remedy = f"one or more of: {', '.join(BUILT_IN)}, {OWN_FUNCTION}"
+        return [Fault("reward_funcs", entries, "nothing would be rewarded", remedy)]
+    faults = [fault for entry in entries for fault in _entry_faults(entry)]
+    for name, count in Counter(reward_names(options)).items():
+        if count > 1:
+            cause = f"{name} comes {count} times, and metrics are told apart by this name"
+            faults.append(Fault("reward_funcs", entries, cause, "each once; reward_weights says how much it counts"))
+    faults += _weight_faults(options.reward_weights, len(entries))
+    if "length" in entries and length_soft_cache(options) >= options.max_completion_length:
+        limit = options.max_completion_length
+        cause = f"not below max_completion_length {limit}"
+        remedy = f"length_soft_cache={max(1, limit // 5)}" if limit > 1 else "a longer max_completion_length"
+        faults.append(Fault("length_soft_cache", length_soft_cache(options), cause, remedy))
+    if "accuracy" in entries and _module_is_missing("math_verify"):
+        cause = "accuracy needs the package math-verify, which is not installed"
+        faults.append(Fault("reward_funcs", entries, cause, "pip install 'math-verify[antlr4_9_3]'"))
+    if options.keep_scores and not asks_student(options):
+        cause = "no reward function asks the student, so there are no scores to keep"
+        faults.append(Fault("keep_scores", True, cause, "keep_scores=false, or add teacher_logprob_kl to reward_funcs"))
+    return faults
+
+
+def _weight_faults(weights: list[float] | None, count: int) -> list[Fault]:
+    remedy = f"reward_weights=[{', '.join(['1.0'] * count)}], or leave it out"
+    if weights is None:
+        return []
+    if len(weights) != count:
+        plural = "" if count == 1 else "s"
+        cause = f"{len(weights)} weights for {count} reward function{plural}"
+        return [Fault("reward_weights", weights, cause, remedy)]
+    if not all(math.isfinite(weight) for weight in weights):
+        return [Fault("reward_weights", weights, "a weight is not finite", remedy)]
+    return []
+
+
+def _entry_faults(entry: str | dict[str, Any]) -> list[Fault]:
+    if isinstance(entry, str):
+        return [] if entry in BUILT_IN else [_unknown_name(entry)]
+    target = entry.get("_target_")
+    if not isinstance(target, str) or "." not in target.strip("."):
+        return [Fault("reward_funcs", entry, "names no function", f"write it as {OWN_FUNCTION}")]
+    faults = []
+    module = target.rpartition(".")[0]
+    if _module_is_missing(module):
+        cause = f"there is no module {module}"
+        remedy = f"put the folder it lies in on the path: PYTHONPATH=<folder> ./launch_mono.sh ..., as {OWN_FUNCTION}"
+        faults.append(Fault("reward_funcs", entry, cause, remedy))
+    for key in entry:
+        if key != "_target_" and (key in GIVEN or key.startswith("_")):
+            cause = f"{key} is no argument that can be set here"
+            faults.append(Fault("reward_funcs", entry, cause, f"leave {key} out, or give the argument another name"))
+    return faults
+
+
+def _unknown_name(name: str) -> Fault:
+    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"one of: {', '.join(BUILT_IN)}; your own: {OWN_FUNCTION}"
+    if "." in name:
+        remedy = f"your own function is named by a mapping: {{_target_: {name}}}"
+    return Fault("reward_funcs", name, "there is no such reward function", remedy)
+
+
+def _module_is_missing(module: str) -> bool:
+    """Whether a module cannot be found. Unlike `importlib.util.find_spec` it imports no parent package."""
+    top, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # an empty name, or a module that was made at run time
+        return True
+    name = top
+    for part in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return True
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    return spec is None
