@@ -30,7 +30,7 @@ from accelerate import cpu_offload
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.render import Encoded
-from trainers.frozen import FrozenModel, ResidentBackbone, passes
+from trainers.frozen import MICRO_TOKENS, FrozenModel, ResidentBackbone, passes
 from trainers.streaming import StreamedBackbone
 from trainers.weight_files import HostWeights, WeightFiles
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="0.16b")
     parser.add_argument("--completions", type=int, default=64)
-    parser.add_argument("--mean-tokens", type=int, default=128, help="mean length of a text")
+    parser.add_argument("--mean-tokens", type=int, default=96, help="mean length of a text")
     parser.add_argument("--tokens-per-pass", type=int, default=16384)
     parser.add_argument(
         "--slow-completions", type=int, help="completions for (a), its time scaled up; default: all, 8 on a GPU"
@@ -209,7 +209,8 @@ def measure(
     peak_a, moved_a = memory.peak(), weights.bytes_read * len(texts) / len(few)
 
     memory.start()
-    resident = ResidentBackbone(AutoModelForCausalLM.from_pretrained(folder, **load), device)
+    model = AutoModelForCausalLM.from_pretrained(folder, **load, device_map={"": device}).eval()
+    resident = ResidentBackbone(model.requires_grad_(False), device)
     score_b = frozen(resident, args.tokens_per_pass)
     _, result_b = synchronized(score_b, texts, device)
     peak_b = memory.peak()
@@ -229,7 +230,7 @@ def measure(
         "model_bytes": size,
         "parameters": sum(p.numel() for p in resident.model.parameters()),
         "tokens": sum(len(text.ids) for text in texts),
-        "passes": len(passes([len(text.ids) for text in texts], args.tokens_per_pass)),
+        "passes": len(passes([len(text.ids) for text in texts], args.tokens_per_pass, MICRO_TOKENS[device.type])),
         "seconds": seconds,
         "median": {name: statistics.median(values) for name, values in seconds.items()},
         "bytes_moved": {"a": moved_a, "b": 0, "c": moved_c},

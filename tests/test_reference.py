@@ -12,7 +12,7 @@ import torch
 from conftest import REPO
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from data.explanation import written_explanation
+from data.explanation import read_explanation, written_explanation
 from data.formats import TAG_FORMATS
 from data.render import Renderer
 from rewards.reductions import REDUCTIONS
@@ -87,3 +87,90 @@ def test_totals_parts_and_reductions_are_the_reference_s(models, options):
 def test_the_columns_are_in_the_order_compared():
     reductions = list(REDUCTIONS)
     assert [name.rpartition("/")[2] for name in REFERENCE["columns"][4:]] == reductions * 2
+
+
+# Where the reference is wrong (its numbers for "What is 2+3?" and these models: an empty solution earns 3.4e36; an
+# explanation equal to the question is scored at the question; one whose last sign merges with the tag loses it; a
+# log-softmax in bf16 is off by up to 0.05).
+
+
+def plain(backbone, encoded, temperature):
+    """Log-probability of each token by a plain forward and an fp32 softmax; 0 for the first."""
+    with torch.no_grad():
+        logits = backbone.model(torch.tensor([encoded.ids])).logits[0].float()
+    logprobs = (logits / temperature).log_softmax(-1)[:-1]
+    return torch.cat([torch.zeros(1), logprobs.gather(1, torch.tensor(encoded.ids[1:])[:, None])[:, 0]])
+
+
+def scored_by_student(models, question, explanation, solution):
+    """Ours, and the same spans of a plain forward: explanation with its padding, solution."""
+    _, renderer, _, model = models
+    encoded = renderer.encode(renderer.student(question, explanation, solution))
+    (score,) = Student(FrozenModel(model, 0.7, 8192), renderer, 2048).score([encoded])
+    before = len("".join(part.text for part in renderer.student(question, explanation, solution)[:2]))
+    return score, encoded, plain(model, encoded, 0.7), before
+
+
+def test_an_empty_solution_has_no_score_and_a_reason(models):
+    teacher, student, _, model = models
+    scorer = ExplanationScorer(Student(FrozenModel(model, 0.7, 8192), student, 2048), TeacherLogprobKL(), teacher)
+    explanation = written_explanation(teacher, "2+3=5", True)
+    logprobs = torch.zeros(len(teacher.padding_ids) + len(explanation.ids))
+    assert scorer.score(["What is 2+3?"], [explanation], [""], [logprobs]) == ["the solution has no tokens"]
+
+
+@pytest.mark.parametrize(
+    ("question", "explanation", "solution"),
+    [
+        ("What is 2+3?", "What is 2+3?", "5"),
+        ("5", "5", "5"),
+        ("Hint.\n\nWhat is it?", "What is it?", "\n\nWhat is it?"),
+    ],
+)
+def test_an_explanation_equal_to_the_question_is_scored_where_it_stands(models, question, explanation, solution):
+    score, encoded, expected, before = scored_by_student(models, question, explanation, solution)
+    tokenizer = models[1].tokenizer
+    start, end = encoded.spans["padding"][0], encoded.spans["explanation"][1]
+    assert tokenizer.decode(encoded.ids[:start]).endswith("<|begin_of_thought|>")
+    assert len(tokenizer.decode(encoded.ids[:start])) == before
+    assert tokenizer.decode(encoded.ids[start:end]) == "\n\n" + explanation
+    assert torch.allclose(score.explanation_logprobs, expected[start:end], atol=1e-5)
+    assert torch.allclose(score.solution_logprobs, expected[slice(*encoded.spans["solution"])], atol=1e-5)
+
+
+@pytest.mark.parametrize("explanation", [")))we add two)))", "so 7.", ".", "<|", "|>\n", "((( x )))<"])
+def test_signs_that_could_merge_with_a_tag_are_kept(models, explanation):
+    """A tokenizer for which tags are ordinary text, with merges across their borders."""
+    from trainers.models import make_tokenizer
+
+    tags = models[1].tags
+    text = ".<|end_of_thought|> )<|end_of_explanation|> |>\n\n.<|end_of_solution|> so 7. What is it? system user\n"
+    tokenizer = make_tokenizer([text] * 50, [], 400)
+    together, apart = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (".<|end_of_thought|>", "."))
+    assert together[: len(apart)] != apart  # they do merge
+    renderer = Renderer(tokenizer, tags, None, "student_model")
+    encoded = renderer.encode(renderer.student("What is it?", explanation, "7."))
+    start, end = encoded.spans["padding"][0], encoded.spans["explanation"][1]
+    assert tokenizer.decode(encoded.ids[start:end]) == "\n\n" + explanation
+    assert tokenizer.decode(encoded.ids[slice(*encoded.spans["solution"])]) == "7."
+    read = read_explanation(
+        tokenizer, renderer.encode_text(explanation + tags.explanation[1]), tags.explanation[1], set()
+    )
+    assert (read.text, read.closed) == (explanation, True)
+
+
+def test_softmax_of_a_bf16_model_is_in_fp32(models):
+    tokenizer = models[0].tokenizer
+    backbone = make_model(tokenizer, 1)
+    backbone.model.to(torch.bfloat16)
+    encoded = models[1].encode(models[1].student("What is 2+3?", "2 and 3 are 5", "5"))
+    span = (1, len(encoded.ids))
+    ((ours, _),) = FrozenModel(backbone, 0.7, 8192).score([encoded], [[span]])
+    with torch.no_grad():
+        hidden = backbone.model.model(torch.tensor([encoded.ids])).last_hidden_state[0, :-1]
+    logits = hidden.float() @ backbone.model.lm_head.weight.float().T / 0.7
+    targets = torch.tensor(encoded.ids[1:])[:, None]
+    exact = logits.log_softmax(-1).gather(1, targets)[:, 0]
+    coarse = logits.bfloat16().log_softmax(-1).gather(1, targets)[:, 0].float()
+    assert (ours[1:] - exact).abs().max() < 1e-4
+    assert (coarse - exact).abs().max() > 0.01  # what a softmax in bf16 would be off by

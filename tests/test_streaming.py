@@ -92,7 +92,7 @@ def test_weights_are_read_once_for_a_pass(tmp_path):
     assert backbone.source.bytes_read == size
     backbone.source.bytes_read = 0
     FrozenModel(backbone, 1.0, 500).score(texts, parts)
-    count = len(passes([len(t.ids) for t in texts], 500))
+    count = len(passes([len(t.ids) for t in texts], 500, 1024))
     assert count > 1
     assert backbone.source.bytes_read == count * size
 
@@ -167,7 +167,7 @@ def test_no_safetensors_is_said(tmp_path):
 
 def test_passes_hold_every_text_once_and_keep_the_limits():
     lengths = [5, 1000, 7, 0, 300, 300, 300, 6, 9000]
-    result = passes(lengths, 1200)
+    result = passes(lengths, 1200, 1024)
     flat = [i for batches in result for batch in batches for i in batch]
     assert sorted(flat) == [0, 1, 2, 4, 5, 6, 7, 8]
     sizes = [sum(len(batch) * lengths[batch[0]] for batch in batches) for batches in result]

@@ -15,6 +15,9 @@ CONFIG_DIR = REPO / "cfgs"
 GROUPS = ("run_cfg", "trainer_cfg", "reward_cfg", "model_cfg", "data_cfg")
 DEFAULT_RUN = "teacher_rlt_tiny"
 
+# Names of the reference implementation for options that have a plainer one here.
+SAME = {"unbias_student_log_probs_temp": "student_temperature"}
+
 # `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
 OmegaConf.register_new_resolver("repo", lambda path: str(REPO / path), replace=True)
 
@@ -58,7 +61,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
             else:
                 result.append(argument.lstrip("+") if key in GROUPS else argument)
         else:
-            result.append("++" + argument.lstrip("+"))
+            name, equals, value = argument.lstrip("+").partition("=")
+            result.append(f"++{SAME.get(name, name)}{equals}{value}")
     stages = {f"++stage={stage}": stage for stage in ("score", "rescore")}
     default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
     return [f"run_cfg={run or default}", *result]

@@ -17,8 +17,9 @@ from data.render import Encoded
 
 Span = tuple[int, int]
 
-MICRO_TOKENS = 4096  # padded tokens that go through a layer together: enough to keep a GPU's matrix units busy
-HEAD_TOKENS = {"cuda": 4096, "cpu": 256}  # positions projected onto the vocabulary together
+# Padded tokens that go through a layer together: enough to keep a GPU's matrix units busy; on a CPU, memory is dearer.
+MICRO_TOKENS = {"cuda": 4096, "cpu": 1024}
+HEAD_TOKENS = {"cuda": 4096, "cpu": 128}  # positions projected onto the vocabulary together
 
 
 class Backbone(Protocol):
@@ -120,7 +121,8 @@ class FrozenModel:
             bool on the CPU; 0 and False outside the spans.
         """
         scores = [(torch.zeros(len(t.ids)), torch.zeros(len(t.ids), dtype=torch.bool)) for t in texts]
-        for batches in passes([len(text.ids) for text in texts], self.tokens_per_pass):
+        micro = MICRO_TOKENS[self.backbone.device.type]
+        for batches in passes([len(text.ids) for text in texts], self.tokens_per_pass, micro):
             hidden_states = self.backbone.run([_padded([texts[i].ids for i in batch]) for batch in batches])
             for batch, hidden in zip(batches, hidden_states, strict=True):
                 self._score_batch(hidden, batch, texts, parts, scores)
@@ -161,19 +163,20 @@ def _padded(rows: list[list[int]]) -> Tensor:
     return ids
 
 
-def passes(lengths: list[int], tokens_per_pass: int) -> list[list[list[int]]]:
+def passes(lengths: list[int], tokens_per_pass: int, micro_tokens: int) -> list[list[list[int]]]:
     """Split texts into passes, and each pass into micro-batches of texts of like length.
 
     Args:
         lengths: Tokens of each text.
         tokens_per_pass: Most padded tokens of a pass.
+        micro_tokens: Most padded tokens of a micro-batch.
 
     Returns:
         Passes of micro-batches of indices; together they hold each index once. Only a text that is longer than a limit
         exceeds it, alone.
     """
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: lengths[i], reverse=True)
-    limit = min(MICRO_TOKENS, tokens_per_pass)
+    limit = min(micro_tokens, tokens_per_pass)
     micro: list[list[int]] = []
     for i in order:
         if micro and lengths[micro[-1][0]] * (len(micro[-1]) + 1) <= limit:

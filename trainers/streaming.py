@@ -192,6 +192,8 @@ class _Feeder:
                 self._fit(self._slots[(i + 1) % 2], groups[i + 1])
                 ahead = self._thread.submit(self._fill, (i + 1) % 2, groups[i + 1])
             yield self._slots[i % 2]
+        for slot in self._slots:
+            slot.clear()
 
     def _fit(self, slot: Weights, group: dict[str, str]) -> None:
         """Make the slot hold tensors of this group's shapes; layers are mostly alike, and nothing is allocated."""
