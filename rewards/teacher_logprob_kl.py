@@ -51,6 +51,9 @@ class TeacherLogprobKL:
     def __call__(self, scored: ScoredExplanation) -> tuple[float, dict[str, float]]:
         """Return the reward and its parts: solution_log_prob_reward + kl_reward + match_reward is the reward.
 
+        Every reduction of the solution's log-probs (`answer_log_prob_mean`, ...) and of the KL (`reasoning_kl_mean`,
+        ...) is among the parts, before normalization and clipping, whether it has a coefficient or not.
+
         Raises:
             ValueError: If there is no solution token, or the two sides of the KL differ in length.
         """
@@ -59,32 +62,41 @@ class TeacherLogprobKL:
         if scored.teacher_logprobs.shape != scored.student_logprobs.shape:
             shapes = f"{list(scored.teacher_logprobs.shape)} and {list(scored.student_logprobs.shape)}"
             raise ValueError(f"teacher and student log-probs of the explanation differ in shape: {shapes}")
-        solution, solution_parts = self._solution(scored.solution_logprobs.double())
-        kl, kl_parts = self._kl(scored.teacher_logprobs.double(), scored.student_logprobs.double())
+        logprobs = scored.solution_logprobs.double()
+        kl = self._kl(scored.teacher_logprobs.double(), scored.student_logprobs.double())
+        solution_reward, kl_reward = self._solution_reward(logprobs), -self._kl_penalty(kl)
         match = 0.0 if scored.closed else self.not_matched_penalty
-        named = {"solution_log_prob_reward": solution, "kl_reward": -kl, "match_reward": match}
-        return solution - kl + match, {**named, **solution_parts, **kl_parts}
+        named = {"solution_log_prob_reward": solution_reward, "kl_reward": kl_reward, "match_reward": match}
+        named |= _reduced(logprobs, "answer_log_prob") | _reduced(kl, "reasoning_kl")
+        return solution_reward + kl_reward + match, named
 
-    def _solution(self, logprobs: Tensor) -> tuple[float, dict[str, float]]:
+    def _solution_reward(self, logprobs: Tensor) -> float:
         clip = None if self.clip_log_prob is None else -self.clip_log_prob
         values = normalize(logprobs, self.normalize_log_prob_fn, clip_min=clip)
-        return _weighted(values, self.answer_log_prob_coeff, self.reduction_log_prob_fn, "answer_log_prob")
+        return _weighted(values, self.answer_log_prob_coeff, self.reduction_log_prob_fn)
 
-    def _kl(self, teacher: Tensor, student: Tensor) -> tuple[float, dict[str, float]]:
-        """An empty explanation has no token that could be unnatural: its KL is 0."""
+    def _kl_penalty(self, kl: Tensor) -> float:
+        values = normalize(kl, self.normalize_kl_fn, clip_max=self.clip_kl)
+        return _weighted(values, self.kl_penalty_reward_coeff, self.reduction_kl_fn)
+
+    def _kl(self, teacher: Tensor, student: Tensor) -> Tensor:
         log_ratio = teacher - student if self.include_teacher_think_entropy else -student
         if (
             self.use_schulman_kl_estimation and self.include_teacher_think_entropy
         ):  # http://joschu.net/blog/kl-approx.html, k3
             log_ratio = log_ratio - 1 + torch.exp(-log_ratio)
-        values = normalize(log_ratio, self.normalize_kl_fn, clip_max=self.clip_kl)
-        return _weighted(values, self.kl_penalty_reward_coeff, self.reduction_kl_fn, "reasoning_kl")
+        return log_ratio
 
 
-def _weighted(values: Tensor, coefficients: object, reductions: object, name: str) -> tuple[float, dict[str, float]]:
-    total, parts = 0.0, {}
-    for coefficient, reduction in zip(as_list(coefficients), as_list(reductions), strict=True):
-        reduced = REDUCTIONS[reduction](values).item() if values.numel() else 0.0
-        parts[f"{name}_{reduction}"] = reduced
-        total += coefficient * reduced
-    return total, parts
+def _weighted(values: Tensor, coefficients: object, reductions: object) -> float:
+    pairs = zip(as_list(coefficients), as_list(reductions), strict=True)
+    return sum(coefficient * _reduce(values, reduction) for coefficient, reduction in pairs)
+
+
+def _reduced(values: Tensor, name: str) -> dict[str, float]:
+    return {f"{name}_{reduction}": _reduce(values, reduction) for reduction in REDUCTIONS}
+
+
+def _reduce(values: Tensor, reduction: str) -> float:
+    """Of an empty explanation without padding no token could be unnatural: 0."""
+    return REDUCTIONS[reduction](values).item() if values.numel() else 0.0

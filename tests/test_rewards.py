@@ -33,6 +33,25 @@ def test_missing_closing_tag_costs_the_penalty():
     assert parts["match_reward"] == -2.5
 
 
+def test_default_penalty_of_a_missing_tag_is_one():
+    assert TeacherLogprobKL()(scored(closed=False))[1]["match_reward"] == -1.0
+
+
+def test_every_reduction_is_reported_before_normalization_and_clipping():
+    # solution (-1, -3), KL (1, 2); Schulman's estimate is what is reduced where it is asked for
+    _, parts = TeacherLogprobKL(normalize_log_prob_fn="exp", clip_kl=0.5)(scored())
+    assert [parts[f"answer_log_prob_{name}"] for name in REDUCTIONS] == [-2, -4, -3, -1, -3, -2.5, -1.5]
+    found = [parts[f"reasoning_kl_{name}"] for name in REDUCTIONS]
+    assert found == pytest.approx([1.5, 3, 1, 2, 1, 1.25, 1.75])
+    assert parts["solution_log_prob_reward"] == pytest.approx((math.exp(-1) + math.exp(-3)) / 2 + 0.01 * math.exp(-3))
+    assert parts["kl_reward"] == pytest.approx(-(3 * 0.5 + 0.03 * 0.5))
+
+
+def test_a_coefficient_without_a_reduction_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        TeacherLogprobKL(answer_log_prob_coeff=[1, 2], reduction_log_prob_fn=["mean"])(scored())
+
+
 def test_empty_explanation_has_no_kl():
     total, parts = TeacherLogprobKL()(scored(teacher=(), student=()))
     assert parts["kl_reward"] == 0.0
@@ -103,6 +122,16 @@ def test_pieces_of_two_tokenisations():
     )
     assert teacher.tolist() == [-3.0, -4.0]
     assert student.tolist() == [-0.75, -8.0]
+
+
+def test_what_ends_after_the_last_common_place_is_left_out():
+    teacher, student = piece_sums(torch.tensor([-1.0, -2.0]), [2, 5], torch.tensor([-3.0, -4.0]), [2, 4])
+    assert (teacher.tolist(), student.tolist()) == ([-1.0], [-3.0])
+
+
+def test_an_end_for_each_token_is_demanded():
+    with pytest.raises(ValueError, match="zip"):
+        piece_sums(torch.tensor([-1.0, -2.0]), [3], torch.tensor([-1.0, -3.0]), [1, 3])
 
 
 def test_identical_tokenisations_give_the_token_values_back():

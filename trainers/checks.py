@@ -331,6 +331,14 @@ def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
+@check("student_mode", "student_quantization", stages=("rl", "score"))
+def _check_student_mode(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    if options.student_mode != "streamed" or options.student_quantization is None:
+        return []
+    cause = "the layers of a quantized student cannot be streamed"
+    return [Fault("student_mode", "streamed", cause, "student_mode=resident, or student_quantization=null")]
+
+
 @check("scores", stages=("rescore",))
 def _check_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if options.scores is not None and list(Path(options.scores).expanduser().glob("*.safetensors")):

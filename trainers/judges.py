@@ -12,6 +12,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
 from trainers.models import choose_pad_token, generation_end_ids, load_config, load_model, load_tokenizer
+from trainers.quantized import Sample, free_memory, quantization_config, read_samples, report_change, reward_changes
 from trainers.reward_specs import model_keys
 from trainers.scoring import ExplanationScorer
 from trainers.streaming import StreamedBackbone
@@ -60,6 +61,8 @@ def frozen_mode(options: Any, key: str, device: torch.device) -> str:
     mode = options.student_mode if is_student else options.reference_mode
     if mode != "auto":
         return mode
+    if is_student and options.student_quantization:
+        return "resident"
     offload = options.offload_untrained_models and not (is_student and options.disable_student_offloading)
     return "streamed" if offload and device.type == "cuda" else "resident"
 
@@ -72,6 +75,7 @@ def load_frozen(
     dtype: torch.dtype,
     temperature: float,
     writable: bool = False,
+    quantization: str | None = None,
 ) -> FrozenModel:
     """Load a model that is only read, in the mode the options ask for.
 
@@ -79,6 +83,7 @@ def load_frozen(
         path: Its folder or hub id.
         key: student_model, or model_name_or_path for the teacher as it was: the reference.
         temperature: Of its log-probabilities.
+        quantization: None, `8bit` or `4bit`.
         writable: Whether `blend` will be called; weights that are streamed are then kept in host memory.
 
     Raises:
@@ -93,8 +98,11 @@ def load_frozen(
         backbone: Backbone = StreamedBackbone(source, config, device, dtype, attention or "sdpa", key, trust)
     else:
         device = torch.device("cpu") if mode == "cpu" else device
-        model = load_model(path, dtype, attention, key, trust)
-        backbone = ResidentBackbone(model.eval().requires_grad_(False).to(device), device)
+        arguments: dict[str, Any] = {"device_map": {"": device}}
+        if quantization:
+            arguments["quantization_config"] = quantization_config(quantization, dtype)
+        model = load_model(path, dtype, attention, key, trust, **arguments)
+        backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
     logger.info("%s: %s on %s", "student" if key == "student_model" else "reference", mode, device)
     return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
 
@@ -107,11 +115,27 @@ def make_scorer(
     teacher: Renderer,
     device: torch.device,
     dtype: torch.dtype,
+    samples: list[Sample],
 ) -> ExplanationScorer:
-    """Load the student and put the reward's formula on it."""
-    frozen = load_frozen(options, student_path, "student_model", device, dtype, options.student_temperature)
-    config = frozen.backbone.config.get_text_config()
+    """Load the student and put the reward's formula on it.
+
+    Args:
+        samples: Texts on which the change by a quantization is measured.
+    """
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
     keeper = ScoreKeeper(output_dir / "scores") if options.keep_scores else None
-    judge = Student(frozen, student, config.max_position_embeddings)
+
+    def load(quantization: str | None) -> Student:
+        temperature = options.student_temperature
+        arguments = (options, student_path, "student_model", device, dtype, temperature)
+        frozen = load_frozen(*arguments, quantization=quantization)
+        return Student(frozen, student, frozen.backbone.config.get_text_config().max_position_embeddings)
+
+    if kind := options.student_quantization:
+        before = read_samples(load(None), samples)
+        free_memory()
+        judge = load(kind)
+        report_change(kind, reward_changes(before, read_samples(judge, samples), formula))
+    else:
+        judge = load(None)
     return ExplanationScorer(judge, formula, teacher, keeper)

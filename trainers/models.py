@@ -134,11 +134,13 @@ def _not_loadable(key: str, path: str, error: Exception) -> Fault:
     return Fault(key, path, f"neither a model folder here nor to be had from the hub: {reason}", remedy)
 
 
-def load_model(path: str, dtype: torch.dtype, attention: str | None, key: str, trust: bool) -> PreTrainedModel:
-    """Load a causal language model on the CPU, in `dtype`."""
+def load_model(
+    path: str, dtype: torch.dtype, attention: str | None, key: str, trust: bool, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a causal language model in `dtype`, on the CPU unless `kwargs` (of `from_pretrained`) say otherwise."""
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention or "sdpa", trust_remote_code=trust
+            path, dtype=dtype, attn_implementation=attention or "sdpa", trust_remote_code=trust, **kwargs
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(_not_loadable(key, path, error)) from error

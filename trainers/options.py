@@ -121,6 +121,9 @@ class RewardOptions(FormulaOptions):
         "through the device one by one), `cpu` (it computes there); auto: streamed on a GPU with "
         "offload_untrained_models, else resident",
     )
+    student_quantization: Literal["8bit", "4bit"] | None = opt(
+        None, "keep the student in 8 or 4 bits (bitsandbytes); what that changes in the reward is printed at the start"
+    )
     reference_mode: Mode = opt(
         "auto", "the same for the teacher as it was: the reference of beta, the teacher of score"
     )

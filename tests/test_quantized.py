@@ -1,0 +1,61 @@
+"""Students in 8 and 4 bits. Run: ./run_tests.sh tests/test_quantized.py"""
+
+import logging
+
+import pytest
+import torch
+from conftest import ROWS
+
+from data.explanation import written_explanation
+from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.judges import load_frozen, make_scorer
+from trainers.options import options_class
+from trainers.quantized import Sample, reward_changes, samples_of
+from trainers.student import StudentScore
+
+CPU = torch.device("cpu")
+
+
+def options(**values):
+    return options_class("score")(student_system_prompt="Solve.", teacher_system_prompt="Explain.", **values)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_quantized_student_scores_near_the_full_one_and_says_how_near(kind, model_dir, renderer, tmp_path, caplog):
+    samples = samples_of(ROWS)
+    arguments = (tmp_path, str(model_dir), renderer, renderer, CPU, torch.float32, samples)
+    full = make_scorer(options(), *arguments)
+    with caplog.at_level(logging.INFO):
+        quantized = make_scorer(options(student_quantization=kind), *arguments)
+    assert f"student in {kind}: on 4 samples the mean reward goes from" in caplog.text
+    weight = quantized.student.frozen.backbone.model.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype in (torch.int8, torch.uint8)
+    explanations = [written_explanation(renderer, row["reasoning_trace"], True) for row in ROWS]
+    teacher = [torch.full((len(renderer.padding_ids) + len(e.ids),), -1.0) for e in explanations]
+    texts = [row["question"] for row in ROWS], explanations, [row["solution"] for row in ROWS], teacher
+    pairs = [(a.reward, b.reward) for a, b in zip(full.score(*texts), quantized.score(*texts), strict=True)]
+    assert all(a != b for a, b in pairs)
+    assert all(abs(a - b) < 1.0 for a, b in pairs), pairs
+
+
+def test_change_of_the_reward_by_hand():
+    # Full student: solution (-1, -3), explanation (-2,); quantized: solution (-2, -4), explanation (-2.5,).
+    before = StudentScore(torch.tensor([-2.0]), torch.tensor([-1.0, -3.0]), False)
+    after = StudentScore(torch.tensor([-2.5]), torch.tensor([-2.0, -4.0]), False)
+    # old: -2 - 0.03 = -2.03, no KL; new: -3 - 0.04 - 3 * 0.5 - 0.03 * 0.5 = -4.555
+    ((old, new),) = reward_changes([before, None], [after, None], TeacherLogprobKL())
+    assert (old, new) == (pytest.approx(-2.03), pytest.approx(-4.555))
+
+
+def test_samples_take_the_explanation_that_is_there():
+    rows = [
+        {"question": "q", "solution": "s", "explanation": "e", "reasoning_trace": "t"},
+        {"question": "q", "solution": "s", "reasoning_trace": "t"},
+        {"question": "q", "solution": "s", "reasoning_trace": None},
+    ]
+    assert samples_of(rows) == [Sample("q", "e", "s"), Sample("q", "t", "s"), Sample("q", "s", "s")]
+
+
+def test_a_frozen_model_is_quantized_only_on_request(model_dir):
+    frozen = load_frozen(options(), str(model_dir), "student_model", CPU, torch.float32, 1.0)
+    assert {p.dtype for p in frozen.backbone.model.parameters()} == {torch.float32}
