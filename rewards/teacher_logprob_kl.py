@@ -51,8 +51,9 @@ class TeacherLogprobKL:
     def __call__(self, scored: ScoredExplanation) -> tuple[float, dict[str, float]]:
         """Return the reward and its parts: solution_log_prob_reward + kl_reward + match_reward is the reward.
 
-        Every reduction of the solution's log-probs (`answer_log_prob_mean`, ...) and of the KL (`reasoning_kl_mean`,
-        ...) is among the parts, before normalization and clipping, whether it has a coefficient or not.
+        Every reduction of the solution's values (`answer_log_prob_mean`, ...) and of the KL's (`reasoning_kl_mean`,
+        ...) is among the parts, whether it has a coefficient or not; where the values are normalized or clipped, that
+        of the values before is there too (`unprocessed_answer_log_prob_mean`, ...).
 
         Raises:
             ValueError: If there is no solution token, or the two sides of the KL differ in length.
@@ -64,20 +65,15 @@ class TeacherLogprobKL:
             raise ValueError(f"teacher and student log-probs of the explanation differ in shape: {shapes}")
         logprobs = scored.solution_logprobs.double()
         kl = self._kl(scored.teacher_logprobs.double(), scored.student_logprobs.double())
-        solution_reward, kl_reward = self._solution_reward(logprobs), -self._kl_penalty(kl)
+        lowest = None if self.clip_log_prob is None else -self.clip_log_prob
+        answer_values = normalize(logprobs, self.normalize_log_prob_fn, clip_min=lowest)
+        kl_values = normalize(kl, self.normalize_kl_fn, clip_max=self.clip_kl)
+        solution_reward = _weighted(answer_values, self.answer_log_prob_coeff, self.reduction_log_prob_fn)
+        kl_reward = -_weighted(kl_values, self.kl_penalty_reward_coeff, self.reduction_kl_fn)
         match = 0.0 if scored.closed else self.not_matched_penalty
         named = {"solution_log_prob_reward": solution_reward, "kl_reward": kl_reward, "match_reward": match}
-        named |= _reduced(logprobs, "answer_log_prob") | _reduced(kl, "reasoning_kl")
+        named |= _reductions("answer_log_prob", answer_values, logprobs) | _reductions("reasoning_kl", kl_values, kl)
         return solution_reward + kl_reward + match, named
-
-    def _solution_reward(self, logprobs: Tensor) -> float:
-        clip = None if self.clip_log_prob is None else -self.clip_log_prob
-        values = normalize(logprobs, self.normalize_log_prob_fn, clip_min=clip)
-        return _weighted(values, self.answer_log_prob_coeff, self.reduction_log_prob_fn)
-
-    def _kl_penalty(self, kl: Tensor) -> float:
-        values = normalize(kl, self.normalize_kl_fn, clip_max=self.clip_kl)
-        return _weighted(values, self.kl_penalty_reward_coeff, self.reduction_kl_fn)
 
     def _kl(self, teacher: Tensor, student: Tensor) -> Tensor:
         log_ratio = teacher - student if self.include_teacher_think_entropy else -student
@@ -93,8 +89,11 @@ def _weighted(values: Tensor, coefficients: object, reductions: object) -> float
     return sum(coefficient * _reduce(values, reduction) for coefficient, reduction in pairs)
 
 
-def _reduced(values: Tensor, name: str) -> dict[str, float]:
-    return {f"{name}_{reduction}": _reduce(values, reduction) for reduction in REDUCTIONS}
+def _reductions(name: str, values: Tensor, unprocessed: Tensor) -> dict[str, float]:
+    reduced = {f"{name}_{reduction}": _reduce(values, reduction) for reduction in REDUCTIONS}
+    if values is not unprocessed:
+        reduced |= {f"unprocessed_{name}_{reduction}": _reduce(unprocessed, reduction) for reduction in REDUCTIONS}
+    return reduced
 
 
 def _reduce(values: Tensor, reduction: str) -> float:

@@ -54,7 +54,7 @@ def completion(renderer, row):
 def test_means_are_those_of_scoring_each_text(parts, renderer):
     scorer, teacher = parts
     rows = [Evaluated(r["question"], r["solution"], completion(renderer, r)) for r in ROWS]
-    means = Probes(scorer, [renderer.tokenizer.eos_token_id], 3, 4096)(rows, teacher, 0.9)
+    means = Probes(scorer, 3, 4096)(rows, teacher, 0.9)
     assert teacher.training  # as it was found
     model = FrozenModel(ResidentBackbone(teacher.eval(), torch.device("cpu")), 0.9, 4096)
     teacher.train()

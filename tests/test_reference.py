@@ -77,7 +77,7 @@ def test_totals_parts_and_reductions_are_the_reference_s(models, options):
     names = ["solution_log_prob_reward", "kl_reward", "match_reward"]
     names += [f"answer_log_prob_{r}" for r in REDUCTIONS] + [f"reasoning_kl_{r}" for r in REDUCTIONS]
     for row, score, expected in zip(rows, scores, REFERENCE["numbers"][options["name"]], strict=True):
-        found = [score.reward, *(score.parts[name] for name in names)]
+        found = [score.reward, *(score.parts.get(f"unprocessed_{name}", score.parts[name]) for name in names)]
         for name, ours, theirs in zip(["reward", *names], found, expected, strict=True):
             # Seven digits of theirs are kept, and where e^x of a log-ratio enters (Schulman, exp_norm), values of
             # thousands carry fp32's error of the logits as a relative one.

@@ -37,12 +37,19 @@ def test_default_penalty_of_a_missing_tag_is_one():
     assert TeacherLogprobKL()(scored(closed=False))[1]["match_reward"] == -1.0
 
 
-def test_every_reduction_is_reported_before_normalization_and_clipping():
-    # solution (-1, -3), KL (1, 2); Schulman's estimate is what is reduced where it is asked for
+def test_every_reduction_is_reported():
+    # solution (-1, -3), KL (1, 2)
+    _, parts = TeacherLogprobKL()(scored())
+    answer, kl = [-2, -4, -3, -1, -3, -2.5, -1.5], [1.5, 3, 1, 2, 1, 1.25, 1.75]
+    assert [parts[f"answer_log_prob_{name}"] for name in REDUCTIONS] == answer
+    assert [parts[f"reasoning_kl_{name}"] for name in REDUCTIONS] == pytest.approx(kl)
+    assert len(parts) == 3 + 2 * 7
+    # where the values are changed before they are reduced, both are reported
     _, parts = TeacherLogprobKL(normalize_log_prob_fn="exp", clip_kl=0.5)(scored())
-    assert [parts[f"answer_log_prob_{name}"] for name in REDUCTIONS] == [-2, -4, -3, -1, -3, -2.5, -1.5]
-    found = [parts[f"reasoning_kl_{name}"] for name in REDUCTIONS]
-    assert found == pytest.approx([1.5, 3, 1, 2, 1, 1.25, 1.75])
+    assert [parts[f"unprocessed_answer_log_prob_{name}"] for name in REDUCTIONS] == answer
+    assert [parts[f"unprocessed_reasoning_kl_{name}"] for name in REDUCTIONS] == pytest.approx(kl)
+    assert [parts[f"reasoning_kl_{name}"] for name in REDUCTIONS] == [0.5, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    assert parts["answer_log_prob_min"] == pytest.approx(math.exp(-3))
     assert parts["solution_log_prob_reward"] == pytest.approx((math.exp(-1) + math.exp(-3)) / 2 + 0.01 * math.exp(-3))
     assert parts["kl_reward"] == pytest.approx(-(3 * 0.5 + 0.03 * 0.5))
 

@@ -36,13 +36,13 @@ class Probes:
 
     Args:
         scorer: The scorer.
-        end_ids: Tokens that end a completion.
         limit: Most questions to probe.
         tokens_per_pass: See `FrozenModel`.
     """
 
-    def __init__(self, scorer: ExplanationScorer, end_ids: list[int], limit: int, tokens_per_pass: int) -> None:
-        self.scorer, self.end_ids, self.limit, self.tokens_per_pass = scorer, set(end_ids), limit, tokens_per_pass
+    def __init__(self, scorer: ExplanationScorer, limit: int, tokens_per_pass: int) -> None:
+        self.scorer, self.limit, self.tokens_per_pass = scorer, limit, tokens_per_pass
+        self.end_ids = {*scorer.teacher.end_ids, scorer.teacher.tokenizer.pad_token_id}
 
     def __call__(self, rows: list[Evaluated], teacher: nn.Module, temperature: float) -> dict[str, float]:
         """Return the mean reward of each probe, and of the teacher on the same questions, as `probe/NAME`.

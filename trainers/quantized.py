@@ -2,6 +2,8 @@
 
 import gc
 import logging
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +33,12 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def samples_of(rows: list[dict[str, Any]]) -> list[Sample]:
+def samples_of(rows: Iterable[dict[str, Any]]) -> list[Sample]:
     """Texts to measure on: the rows' own explanations, or the solution where there is none."""
     found = ("explanation", "reasoning_trace", "solution")
     return [
         Sample(row["question"], next(row[key] for key in found if row.get(key)), row["solution"])
-        for row in rows[:SAMPLES]
+        for row in islice(rows, SAMPLES)
     ]
 
 

@@ -16,7 +16,7 @@ from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
 from trainers.probes import Probes
-from trainers.quantized import SAMPLES, samples_of
+from trainers.quantized import samples_of
 from trainers.result import write_result
 from trainers.reward_funcs import make_reward_funcs, own_functions
 from trainers.reward_specs import asks_student, reward_names
@@ -56,11 +56,10 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     if student is None:
         logger.info("no reward function asks the student: none is loaded")
     else:
-        samples = samples_of(list(rows.select(range(min(SAMPLES, len(rows))))))
+        samples = samples_of(rows)
         scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
-        end_ids = [*teacher.end_ids, teacher.tokenizer.pad_token_id]
-        probes = Probes(scorer, end_ids, options.num_probes, options.student_tokens_per_pass)
+        probes = Probes(scorer, options.num_probes, options.student_tokens_per_pass)
     reference, sync = None, arguments.sync_ref_model
     if arguments.beta:
         key, temperature = "model_name_or_path", arguments.temperature

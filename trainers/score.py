@@ -12,7 +12,7 @@ from data.load import read_rows, select_texts
 from trainers.errors import ConfigError, Fault
 from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
 from trainers.models import resolve_device, resolve_dtype
-from trainers.quantized import SAMPLES, samples_of
+from trainers.quantized import samples_of
 from trainers.scoring import Scored, teacher_logprobs
 from trainers.warmup import resolve_model
 
@@ -35,7 +35,7 @@ def run_score(options: Any, output_dir: Path) -> Path:
     student_path = resolve_model(options.student_model, options)
     teacher = make_renderer(options, teacher_path, "model_name_or_path")
     student = make_renderer(options, student_path, "student_model")
-    samples = samples_of(rows.select(range(min(SAMPLES, len(rows)))).to_list())
+    samples = samples_of(rows)
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
     teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, options.temperature)
     path = output_dir / "scores.jsonl"
