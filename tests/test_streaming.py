@@ -173,4 +173,4 @@ def test_passes_hold_every_text_once_and_keep_the_limits():
     sizes = [sum(len(batch) * lengths[batch[0]] for batch in batches) for batches in result]
     assert sizes[0] == 9000  # alone: longer than a pass
     assert all(size <= 1200 for size in sizes[1:])
-    assert len(result) == 4
+    assert sizes == [9000, 1000, 3 * 300 + 3 * 7]

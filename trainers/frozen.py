@@ -18,8 +18,8 @@ from data.render import Encoded
 Span = tuple[int, int]
 
 # Padded tokens that go through a layer together: enough to keep a GPU's matrix units busy; on a CPU, memory is dearer.
-MICRO_TOKENS = {"cuda": 4096, "cpu": 1024}
-HEAD_TOKENS = {"cuda": 4096, "cpu": 128}  # positions projected onto the vocabulary together
+MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
+HEAD_TOKENS = {"cuda": 4096, "cpu": 64}  # positions projected onto the vocabulary together
 
 
 class Backbone(Protocol):

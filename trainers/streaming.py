@@ -6,6 +6,7 @@ live on the device between two layers. FlexGen (arXiv 2303.06865) schedules gene
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -110,7 +111,11 @@ class StreamedBackbone:
                 layer_weights = next(weights)
                 for b, call in enumerate(calls):
                     args, kwargs = call[i]
-                    hidden[b] = functional_call(layer, layer_weights, (hidden[b], *args), kwargs, strict=True)
+                    # In place: blocks that live on among short-lived ones would fragment the memory.
+                    hidden[b].copy_(functional_call(layer, layer_weights, (hidden[b], *args), kwargs, strict=True))
+            del layer_weights
+            weights.close()
+            feeder.release()
             with self._placed_head(feeder):
                 for b in range(len(batches)):
                     states, hidden[b] = hidden[b], None
@@ -177,6 +182,11 @@ class _Feeder:
         if self._is_cuda:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
+    def release(self) -> None:
+        """Give the memory of the two groups back."""
+        for slot in self._slots:
+            slot.clear()
+
     def stream(self, groups: list[dict[str, str]]) -> Iterator[Weights]:
         """Yield the tensors of each group by their own names; they are overwritten two groups later."""
         for slot, group in zip(self._slots, groups, strict=False):
@@ -192,15 +202,18 @@ class _Feeder:
                 self._fit(self._slots[(i + 1) % 2], groups[i + 1])
                 ahead = self._thread.submit(self._fill, (i + 1) % 2, groups[i + 1])
             yield self._slots[i % 2]
-        for slot in self._slots:
-            slot.clear()
 
     def _fit(self, slot: Weights, group: dict[str, str]) -> None:
         """Make the slot hold tensors of this group's shapes; layers are mostly alike, and nothing is allocated."""
         shapes = {name: self.source.shape(stored) for name, stored in group.items()}
         if {name: tuple(t.shape) for name, t in slot.items()} != shapes:
             slot.clear()
-            slot.update({n: torch.empty(s, dtype=self.dtype, device=self.device) for n, s in shapes.items()})
+            # One block for the whole group: a large one goes back to the system when it is freed. Each tensor in it
+            # begins at a multiple of 64 elements, as matrix kernels like it.
+            sizes = [math.prod(shape) for shape in shapes.values()]
+            block = torch.empty(sum(-(-n // 64) * 64 for n in sizes), dtype=self.dtype, device=self.device)
+            parts = zip(shapes.items(), sizes, block.split([-(-n // 64) * 64 for n in sizes]), strict=True)
+            slot.update({name: part[:n].view(shape) for (name, shape), n, part in parts})
             if self._is_cuda:
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
