@@ -1,6 +1,7 @@
 """stage=score against the formula and a plain forward pass. Run: ./run_tests.sh tests/test_score.py"""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_row_that_cannot_be_scored_says_why(model_dir, tmp_path):
     assert long["reward"] is None
     assert "512 tokens" in long["reason"]
     assert short["reward"] < 0
+
+
+def test_text_longer_than_the_teacher_reads_says_so(model_dir, tmp_path):
+    short = tmp_path / "teacher"
+    shutil.copytree(model_dir, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    rows = [{**ROWS[0], "explanation": "2+3=5 " * 20}, {**ROWS[0], "explanation": "2+3=5"}]
+    values = {"model_name_or_path": str(short), "student_model": str(model_dir)}
+    path = run_score(options(model_dir, write(tmp_path / "rows.jsonl", rows), **values), tmp_path)
+    long, fits = [json.loads(line) for line in path.read_text().splitlines()]
+    assert long == {"reward": None, "reason": "longer than the 100 tokens that the teacher can read"}
+    assert fits["reward"] < 0
 
 
 def test_missing_explanations_are_named(model_dir, tmp_path):

@@ -57,13 +57,14 @@ class ExplanationScorer:
         questions: list[str],
         explanations: list[Explanation],
         solutions: list[str],
-        teacher_logprobs: list[Tensor],
+        teacher_logprobs: list[Tensor | str],
         keep: bool = True,
     ) -> list[Scored | str]:
         """Score a batch.
 
         Args:
-            teacher_logprobs: Of each explanation and the padding before it, `[padding and explanation tokens]`.
+            teacher_logprobs: Of each explanation and the padding before it, `[padding and explanation tokens]`;
+                or why there are none.
             keep: Whether these scores belong to what `keep_scores` keeps.
 
         Returns:
@@ -77,7 +78,10 @@ class ExplanationScorer:
             shown = self.student.renderer.student(questions[0], explanations[0].text, solutions[0])
             show_sample("first student text, with the teacher's explanation as its thought", shown)
         texts = [self._encode(*row) for row in zip(questions, explanations, solutions, strict=True)]
-        results: list[Scored | str | None] = [self.student.why_not(text) for text in texts]
+        results: list[Scored | str | None] = [
+            lp if isinstance(lp, str) else self.student.why_not(text)
+            for lp, text in zip(teacher_logprobs, texts, strict=True)
+        ]
         kept = [i for i, reason in enumerate(results) if reason is None]
         kept_rows: list[KeptRow] = []
         for i, score in zip(kept, self.student.score([texts[i] for i in kept]), strict=True):
@@ -117,19 +121,24 @@ def teacher_logprobs(
     explanations: list[Explanation],
     renderer: Renderer,
     model: FrozenModel,
-) -> list[Tensor]:
+) -> list[Tensor | str]:
     """How likely a teacher was to write explanations it did not sample, by a forward pass.
 
     Returns:
-        For each explanation `[padding and explanation tokens]`.
+        For each explanation `[padding and explanation tokens]`, or why the teacher cannot read it.
     """
+    limit = model.backbone.config.get_text_config().max_position_embeddings
     texts = [
         renderer.encode(renderer.teacher(question, solution, e.text), {"explanation": e.ids})
         for question, solution, e in zip(questions, solutions, explanations, strict=True)
     ]
-    spans = [explained_span(text) for text in texts]
-    scores = model.score(texts, [[span] for span in spans])
-    return [logprobs[slice(*span)] for (logprobs, _), span in zip(scores, spans, strict=True)]
+    results: list[Tensor | str] = [f"longer than the {limit} tokens that the teacher can read"] * len(texts)
+    read = [i for i, text in enumerate(texts) if len(text.ids) <= limit]
+    spans = [explained_span(texts[i]) for i in read]
+    scores = model.score([texts[i] for i in read], [[span] for span in spans])
+    for i, (logprobs, _), span in zip(read, scores, spans, strict=True):
+        results[i] = logprobs[slice(*span)]
+    return results
 
 
 def _stop(i: int, reward: float, parts: dict[str, float], question: str, explanation: Explanation) -> None:
