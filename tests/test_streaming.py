@@ -1,7 +1,12 @@
 """Streamed weights against the plain model. Run: ./run_tests.sh tests/test_streaming.py"""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import REPO
 from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -146,6 +151,65 @@ def test_completions_of_a_padded_batch(tmp_path):
     assert torch.allclose(logps[0], first[-3:], atol=1e-5)
     assert torch.allclose(logps[1], torch.tensor([second[-1], 0, 0]), atol=1e-5)
     assert logps[2].tolist() == [0, 0, 0]
+
+
+LARGER_THAN_MEMORY = """
+import resource, sys
+sys.path[:0] = [{repo!r}, {repo!r} + "/tests"]
+import torch
+from test_streaming import FrozenModel, make_texts, stream
+from transformers import AutoModelForCausalLM
+way, folder, small, headroom = *sys.argv[1:4], int(sys.argv[4])
+texts, parts = make_texts(4)
+FrozenModel(stream(small), 1.0, 1000).score(texts, parts)  # what threads and libraries take once
+held = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + headroom, held + headroom))
+if way == "whole":
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+else:
+    for (logprobs, _), (_, (start, end)) in zip(FrozenModel(stream(folder), 1.0, 1000).score(texts, parts), parts):
+        print(*logprobs[start:end].tolist())
+"""
+
+
+def test_a_model_larger_than_the_memory_that_is_left(tmp_path):
+    """In a process that may take half of the model's size beyond what it has; the limit is the kernel's."""
+    model = save("qwen2", tmp_path / "large", hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    save("qwen2", tmp_path / "small")
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 200 * 2**20
+    script = LARGER_THAN_MEMORY.format(repo=str(REPO))
+    runs = {}
+    for way in ("whole", "streamed"):
+        words = [sys.executable, "-c", script, way, str(tmp_path / "large"), str(tmp_path / "small"), str(size // 2)]
+        # The limit counts address space: what malloc frees must go back, and not stay as a hole in its heap.
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        runs[way] = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
+    assert runs["whole"].returncode != 0
+    assert "memory" in runs["whole"].stderr.lower()
+    assert runs["streamed"].returncode == 0, runs["streamed"].stderr[-2000:]
+    texts, parts = make_texts(4)
+    lines = runs["streamed"].stdout.splitlines()
+    for line, expected, (_, (start, end)) in zip(lines, plain(model, texts, 1.0), parts, strict=True):
+        found = torch.tensor([float(word) for word in line.split()])
+        assert torch.allclose(found, expected[start - 1 : end - 1], atol=1e-4)
+
+
+def test_a_quantized_checkpoint_and_a_torn_file_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save("qwen2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.zeros(64, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="I8: only plain floats"):
+        stream(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    backbone = stream(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate((tmp_path / "model.safetensors").stat().st_size // 2)
+    with pytest.raises(OSError, match="ends within a tensor"):
+        for stored in backbone.source:
+            backbone.source.read({"x": stored}, {"x": torch.empty(backbone.source.shape(stored))})
 
 
 def test_missing_tensors_are_named_with_a_remedy(tmp_path):

@@ -3,33 +3,32 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from trainers.errors import ConfigError, Fault
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-def find_weight_files(path: str, key: str) -> dict[str, Path]:
-    """For each tensor of a checkpoint (a folder or a hub id) its safetensors file.
+
+def find_weight_files(path: str, key: str) -> list[Path]:
+    """The safetensors files of a checkpoint (a folder or a hub id).
 
     Raises:
         ConfigError: If it has none.
     """
     missing = {"_raise_exceptions_for_missing_entries": False}
     if single := cached_file(path, SAFE_WEIGHTS_NAME, **missing):
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), Path(single))
+        return [Path(single)]
     if index := cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **missing):
-        shards = {Path(shard).name: Path(shard) for shard in get_checkpoint_shard_files(path, index)[0]}
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        return {name: shards[file] for name, file in weight_map.items()}
+        return [Path(shard) for shard in get_checkpoint_shard_files(path, index)[0]]
     cause = "it has no safetensors files, and only those can be read layer by layer"
     raise ConfigError(Fault(key, path, cause, "save it anew with save_pretrained, or student_mode=resident"))
 
@@ -39,47 +38,86 @@ def fits_in_memory(num_bytes: int) -> bool:
     return num_bytes < 0.8 * psutil.virtual_memory().available
 
 
+class _Place(NamedTuple):
+    """Where a tensor lies on disk; `offset` in bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _places(file: Path, key: str) -> dict[str, _Place]:
+    """Read the header of a safetensors file: eight bytes with its length, then JSON with type, shape and offsets.
+
+    The library's `safe_open` maps the file as a whole, copy-on-write, and Linux refuses to map more than the machine's
+    memory that way.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    if strange := {entry["dtype"] for entry in header.values()} - set(DTYPES):
+        cause = f"{file.name} holds {', '.join(sorted(strange))}: only plain floats can be streamed"
+        raise ConfigError(Fault(key, str(file.parent), cause, "a checkpoint that is not quantized"))
+    return {
+        name: _Place(file, DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+        for name, e in header.items()
+    }
+
+
 class WeightFiles:
-    """The tensors of a checkpoint on disk. Each is mapped into memory only while it is used.
+    """The tensors of a checkpoint on disk, each read when it is asked for.
 
     Attributes:
         bytes_read: Bytes handed out by `read` so far.
     """
 
     def __init__(self, path: str, key: str) -> None:
-        self.files = find_weight_files(path, key)
         self.bytes_read = 0
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in set(self.files.values()):
-            with safe_open(file, framework="pt") as opened:
-                self._shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        self._places = {n: p for file in find_weight_files(path, key) for n, p in _places(file, key).items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
+        return iter(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._places[name].shape
 
     def num_elements(self) -> int:
-        return sum(math.prod(shape) for shape in self._shapes.values())
+        return sum(math.prod(place.shape) for place in self._places.values())
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as it is stored; pages are read when touched, and given back with the tensor."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        """The tensor as it is stored, mapped: a page is read when it is touched, and given back with the tensor."""
+        file, dtype, shape, offset = self._places[name]
+        size = math.prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        data = np.memmap(file, dtype=np.uint8, mode="c", offset=offset, shape=(size,))
+        return torch.from_numpy(data).view(dtype).reshape(shape)
 
     def read(self, group: dict[str, str], into: dict[str, Tensor]) -> None:
         """Copy the tensors `group` names into the tensors of the same keys."""
-        with ExitStack() as stack:
-            files = {self.files[stored] for stored in group.values()}
-            opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-            for name, stored in group.items():
-                tensor = opened[self.files[stored]].get_tensor(stored)
-                into[name].copy_(tensor)
-                self.bytes_read += tensor.nbytes
+        for name, stored in group.items():
+            place, target = self._places[stored], into[name]
+            if target.device.type == "cpu" and target.dtype == place.dtype and target.is_contiguous():
+                _read_into(place, target)
+            else:
+                target.copy_(self.tensor(stored))
+            self.bytes_read += math.prod(place.shape) * place.dtype.itemsize
+
+
+def _read_into(place: _Place, target: Tensor) -> None:
+    left = memoryview(target.view(-1).view(torch.uint8).numpy())
+    with place.file.open("rb", buffering=0) as file:
+        file.seek(place.offset)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise OSError(f"{place.file} ends within a tensor: it is not whole")
+            left = left[count:]
 
 
 class HostWeights:
