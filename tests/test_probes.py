@@ -44,7 +44,7 @@ def parts(model_dir, renderer):
     student_model = load_model(str(model_dir), torch.float32, None, "student_model", False).eval()
     teacher = load_model(str(model_dir), torch.float32, None, "model_name_or_path", False).train()
     student = Student(FrozenModel(ResidentBackbone(student_model, torch.device("cpu")), 0.7, 4096), renderer, 512)
-    return ExplanationScorer(student, TeacherLogprobKL(), renderer), teacher
+    return ExplanationScorer(student, TeacherLogprobKL(), renderer, True), teacher
 
 
 def completion(renderer, row):
@@ -66,7 +66,7 @@ def test_means_are_those_of_scoring_each_text(parts, renderer):
     }.items():
         questions, solutions = [r.question for r in rows[:3]], [r.solution for r in rows[:3]]
         written = [written_explanation(renderer, text, True) for text in texts]
-        logprobs = teacher_logprobs(questions, solutions, written, renderer, model)
+        logprobs = teacher_logprobs(questions, solutions, written, renderer, model, True)
         rewards = [s.reward for s in scorer.score(questions, written, solutions, logprobs)]
         assert means[f"probe/{name}"] == pytest.approx(sum(rewards) / 3, abs=1e-5), name
     assert set(means) == {f"probe/{name}" for name in ("teacher", "empty", "shuffled", "solution", "other")}

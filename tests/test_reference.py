@@ -66,12 +66,12 @@ def test_totals_parts_and_reductions_are_the_reference_s(models, options):
     teacher, student, teacher_model, student_model = models
     rows = REFERENCE["rows"]
     frozen = FrozenModel(student_model, options["unbias_student_log_probs_temp"] or 1.0, 8192)
-    scorer = ExplanationScorer(Student(frozen, student, 2048), formula(options), teacher)
+    scorer = ExplanationScorer(Student(frozen, student, 2048), formula(options), teacher, True)
     questions, solutions = [row["question"] for row in rows], [row["solution"] for row in rows]
     explanations = [written_explanation(teacher, row["explanation"], row["closed"]) for row in rows]
     temperature = options["temperature"] if options["unbias_teacher_log_probs"] else 1.0
     model = FrozenModel(teacher_model, temperature, 8192)
-    logprobs = teacher_logprobs(questions, solutions, explanations, teacher, model)
+    logprobs = teacher_logprobs(questions, solutions, explanations, teacher, model, True)
     scores = scorer.score(questions, explanations, solutions, logprobs)
     assert len(scores) == len(REFERENCE["numbers"][options["name"]]) == 200
     names = ["solution_log_prob_reward", "kl_reward", "match_reward"]
@@ -113,7 +113,7 @@ def scored_by_student(models, question, explanation, solution):
 
 def test_an_empty_solution_has_no_score_and_a_reason(models):
     teacher, student, _, model = models
-    scorer = ExplanationScorer(Student(FrozenModel(model, 0.7, 8192), student, 2048), TeacherLogprobKL(), teacher)
+    scorer = ExplanationScorer(Student(FrozenModel(model, 0.7, 8192), student, 2048), TeacherLogprobKL(), teacher, True)
     explanation = written_explanation(teacher, "2+3=5", True)
     logprobs = torch.zeros(len(teacher.padding_ids) + len(explanation.ids))
     assert scorer.score(["What is 2+3?"], [explanation], [""], [logprobs]) == ["the solution has no tokens"]

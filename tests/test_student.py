@@ -62,8 +62,8 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
     assert [s.solves for s in student.score([solved, missed])] == [True, False]
 
 
-def make_reward(student, teacher, **options):
-    scorer = ExplanationScorer(student, TeacherLogprobKL(**options), teacher)
+def make_reward(student, teacher, padding_in_kl=True, **options):
+    scorer = ExplanationScorer(student, TeacherLogprobKL(**options), teacher, padding_in_kl)
     return StudentReward(scorer, {teacher.tokenizer.eos_token_id})
 
 
@@ -95,6 +95,18 @@ def test_reward_of_a_completion_by_hand(model_dir, renderer):
     assert reward == pytest.approx(expected.item(), abs=1e-5)
     assert metrics["explanation_length"] == 5
     assert metrics["match_reward"] == 0
+
+
+def test_without_the_padding_the_kl_covers_what_was_sampled(model_dir, renderer):
+    student = make_student(model_dir, renderer)
+    explanation = renderer.encode_text("2+3=5")
+    completion = explanation + renderer.encode_text("<|end_of_explanation|>") + [renderer.tokenizer.eos_token_id]
+    teacher = [-0.1 * i for i in range(len(completion))]
+    _, metrics = call(make_reward(student, renderer, padding_in_kl=False), [completion], [teacher])
+    (score,) = student.score(texts(renderer)[:1])
+    kl = torch.tensor(teacher[:5]) - score.explanation_logprobs[len(renderer.padding_ids) :]
+    assert metrics["reasoning_kl_mean"] == pytest.approx(kl.mean().item(), abs=1e-5)
+    assert metrics["reasoning_kl_sum"] == pytest.approx(kl.sum().item(), abs=1e-5)
 
 
 def test_poisoned_score_stops_with_the_sample_named(model_dir, renderer):

@@ -138,4 +138,4 @@ def make_scorer(
         report_change(kind, reward_changes(before, read_samples(judge, samples), formula))
     else:
         judge = load(None)
-    return ExplanationScorer(judge, formula, teacher, keeper)
+    return ExplanationScorer(judge, formula, teacher, options.padding_in_kl, keeper)

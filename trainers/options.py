@@ -132,6 +132,11 @@ class RewardOptions(FormulaOptions):
     )
     offload_untrained_models: bool = opt(False, "keep the student and the reference off the GPU: see student_mode")
     disable_student_offloading: bool = opt(False, "exempt the student from offload_untrained_models")
+    padding_in_kl: bool = opt(
+        True,
+        "the KL covers all between the explanation's tags, the padding after the opening tag included, as in the "
+        "reference implementation; that padding is given to the teacher, so RL leaves it out (trainer_cfg/grpo.yaml)",
+    )
     student_temperature: float = opt(0.7, "temperature of the student's log-probs", gt=0)
     keep_scores: bool = opt(
         False, "keep the raw log-probs of every scored batch in output_dir/scores, for stage=rescore"

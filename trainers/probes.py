@@ -69,7 +69,7 @@ class Probes:
             model = FrozenModel(
                 ResidentBackbone(teacher, next(teacher.parameters()).device), temperature, self.tokens_per_pass
             )
-            logprobs = teacher_logprobs(questions, solutions, explanations, renderer, model)
+            logprobs = teacher_logprobs(questions, solutions, explanations, renderer, model, self.scorer.padding_in_kl)
         scores = self.scorer.score(questions, explanations, solutions, logprobs, keep=False)
         means = {}
         for i, name in enumerate(kinds):

@@ -96,14 +96,15 @@ class StudentReward:
         Args:
             completion_ids: Sampled tokens of each completion.
             question, solution: Of each completion.
-            teacher_logprobs: Log-probability of each token of the padding and of what was sampled, at the sampling
-                temperature.
+            teacher_logprobs: Log-probability of each token that was sampled, with `padding_in_kl` after those of the
+                padding, at the sampling temperature.
             log_metric, log_extra: TRL's loggers.
         """
         if completion_ids is self._batch:
             return self._results
         tag = self.scorer.student.renderer.tags.explanation[1]
-        tokenizer, padding = self.scorer.teacher.tokenizer, len(self.scorer.teacher.padding_ids)
+        tokenizer = self.scorer.teacher.tokenizer
+        padding = len(self.scorer.teacher.padding_ids) if self.scorer.padding_in_kl else 0
         explanations = [read_explanation(tokenizer, ids, tag, self.end_ids) for ids in completion_ids]
         kept = [torch.tensor(lp[: padding + len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
         results = self.scorer.score(question, explanations, solution, kept)

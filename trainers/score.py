@@ -45,7 +45,9 @@ def run_score(options: Any, output_dir: Path) -> Path:
             batch = rows.select(range(start, min(start + BATCH, len(rows)))).to_list()
             explanations = [written_explanation(teacher, row["explanation"], row["closed"]) for row in batch]
             questions, solutions = [r["question"] for r in batch], [r["solution"] for r in batch]
-            logprobs = teacher_logprobs(questions, solutions, explanations, teacher, teacher_model)
+            logprobs = teacher_logprobs(
+                questions, solutions, explanations, teacher, teacher_model, options.padding_in_kl
+            )
             for result in scorer.score(questions, explanations, solutions, logprobs):
                 file.write(json.dumps(_line(result)) + "\n")
                 rewards += [result.reward] if isinstance(result, Scored) else []

@@ -36,6 +36,7 @@ class ExplanationScorer:
         student: The frozen student.
         reward: The formula.
         teacher: Template and tokenizer of the explanations.
+        padding_in_kl: Whether the KL covers the padding after the opening tag, too.
         keeper: Where the raw scores of each batch are kept, if anywhere.
     """
 
@@ -44,9 +45,11 @@ class ExplanationScorer:
         student: Student,
         reward: TeacherLogprobKL,
         teacher: Renderer,
+        padding_in_kl: bool,
         keeper: ScoreKeeper | None = None,
     ) -> None:
         self.student, self.reward, self.teacher, self.keeper = student, reward, teacher, keeper
+        self.padding_in_kl = padding_in_kl
         self._shown = False
         self.same_tokenizer = teacher.tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
         if not self.same_tokenizer:
@@ -63,8 +66,8 @@ class ExplanationScorer:
         """Score a batch.
 
         Args:
-            teacher_logprobs: Of each explanation and the padding before it, `[padding and explanation tokens]`;
-                or why there are none.
+            teacher_logprobs: Of each explanation, with `padding_in_kl` after that of the padding, `[tokens]`; or why
+                there are none.
             keep: Whether these scores belong to what `keep_scores` keeps.
 
         Returns:
@@ -106,12 +109,14 @@ class ExplanationScorer:
         return self.student.renderer.encode(parts, given)
 
     def _compared(self, explanation: Explanation, teacher: Tensor, score: StudentScore) -> ScoredExplanation:
-        student = score.explanation_logprobs
+        reader = self.student.renderer
+        student = score.explanation_logprobs[0 if self.padding_in_kl else len(reader.padding_ids) :]
         if not self.same_tokenizer:
-            reader = self.student.renderer
-            _, ends = token_ends(reader.tokenizer, reader.encode_text(explanation.text))
-            pieces = piece_sums(teacher, self.teacher.padded(explanation.ends), student, reader.padded(ends))
-            teacher, student = pieces
+            _, reader_ends = token_ends(reader.tokenizer, reader.encode_text(explanation.text))
+            ends = explanation.ends
+            if self.padding_in_kl:
+                ends, reader_ends = self.teacher.padded(ends), reader.padded(reader_ends)
+            teacher, student = piece_sums(teacher, ends, student, reader_ends)
         return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
 
 
@@ -121,11 +126,12 @@ def teacher_logprobs(
     explanations: list[Explanation],
     renderer: Renderer,
     model: FrozenModel,
+    padding_in_kl: bool,
 ) -> list[Tensor | str]:
     """How likely a teacher was to write explanations it did not sample, by a forward pass.
 
     Returns:
-        For each explanation `[padding and explanation tokens]`, or why the teacher cannot read it.
+        For each explanation `[tokens]`, with `padding_in_kl` the padding's first, or why the teacher cannot read it.
     """
     limit = model.backbone.config.get_text_config().max_position_embeddings
     texts = [
@@ -134,7 +140,7 @@ def teacher_logprobs(
     ]
     results: list[Tensor | str] = [f"longer than the {limit} tokens that the teacher can read"] * len(texts)
     read = [i for i, text in enumerate(texts) if len(text.ids) <= limit]
-    spans = [explained_span(texts[i]) for i in read]
+    spans = [explained_span(texts[i]) if padding_in_kl else texts[i].spans["explanation"] for i in read]
     scores = model.score([texts[i] for i in read], [[span] for span in spans])
     for i, (logprobs, _), span in zip(read, scores, spans, strict=True):
         results[i] = logprobs[slice(*span)]

@@ -33,13 +33,14 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     }
     step = trainer._step if trainer.model.training else EVAL_STEP
     with trainer.timer("generate"):
-        padding = trainer.engine.given_logprobs(prompt_ids, len(trainer.renderer.padding_ids), trainer.temperature)
+        count = len(trainer.renderer.padding_ids) if trainer.options.padding_in_kl else 0
+        padding = trainer.engine.given_logprobs(prompt_ids, count, trainer.temperature)
         sampled = trainer.engine.generate(prompt_ids, sampling, step)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": sampled.completion_ids,
         "logprobs": sampled.logprobs,
-        # Reaches the reward function as a column: the explanation begins with the padding, which is given.
+        # Reaches the reward function as a column.
         "teacher_logprobs": [given + own for given, own in zip(padding, sampled.logprobs, strict=True)],
     }
 
