@@ -24,6 +24,11 @@ class Explanation:
     ends: list[int]
     closed: bool
 
+    @property
+    def tail(self) -> str:
+        """What of `text` no token of `ids` holds: its last signs, where they share a token with the closing tag."""
+        return self.text[self.ends[-1] if self.ends else 0 :]
+
 
 def written_explanation(renderer: Renderer, text: str, closed: bool) -> Explanation:
     """An explanation from anywhere, in the tokens that the renderer's model would read."""

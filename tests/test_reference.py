@@ -157,6 +157,21 @@ def test_signs_that_could_merge_with_a_tag_are_kept(models, explanation):
         tokenizer, renderer.encode_text(explanation + tags.explanation[1]), tags.explanation[1], set()
     )
     assert (read.text, read.closed) == (explanation, True)
+    # What the student reads of it is the whole explanation; what is compared are the tokens that are all the teacher's.
+    model = make_model(tokenizer, 0)
+    scorer = ExplanationScorer(
+        Student(FrozenModel(model, 0.7, 8192), renderer, 2048), TeacherLogprobKL(), renderer, False
+    )
+    (score,) = scorer.score(["What is it?"], [read], ["7."], [torch.full((len(read.ids),), -1.0)])
+    ids = {"explanation": read.ids + renderer.encode_text(read.tail)}
+    assert tokenizer.decode(ids["explanation"]) == explanation
+    encoded = renderer.encode(renderer.student("What is it?", explanation, "7."), ids)
+    expected = plain(model, encoded, 0.7)
+    start = encoded.spans["explanation"][0]
+    solution = expected[slice(*encoded.spans["solution"])]
+    assert score.parts["answer_log_prob_mean"] == pytest.approx(solution.mean().item(), abs=1e-4)
+    kl = -1.0 - expected[start : start + len(read.ids)]
+    assert score.parts["reasoning_kl_sum"] == pytest.approx(kl.sum().item(), abs=1e-3)
 
 
 def test_softmax_of_a_bf16_model_is_in_fp32(models):

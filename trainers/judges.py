@@ -76,8 +76,9 @@ def load_frozen(
     temperature: float,
     writable: bool = False,
     quantization: str | None = None,
+    mode: str | None = None,
 ) -> FrozenModel:
-    """Load a model that is only read, in the mode the options ask for.
+    """Load a model that is only read, in the mode the options ask for unless `mode` says another.
 
     Args:
         path: Its folder or hub id.
@@ -89,7 +90,8 @@ def load_frozen(
     Raises:
         ConfigError: If it cannot be loaded, or not in this mode.
     """
-    mode, trust, attention = frozen_mode(options, key, device), options.trust_remote_code, options.attn_implementation
+    mode = mode or frozen_mode(options, key, device)
+    trust, attention = options.trust_remote_code, options.attn_implementation
     if mode == "streamed":
         config = load_config(path, key, trust)
         source: WeightFiles | HostWeights = WeightFiles(path, key)
@@ -125,14 +127,15 @@ def make_scorer(
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
     keeper = ScoreKeeper(output_dir / "scores") if options.keep_scores else None
 
-    def load(quantization: str | None) -> Student:
+    def load(quantization: str | None, mode: str | None = None) -> Student:
         temperature = options.student_temperature
         arguments = (options, student_path, "student_model", device, dtype, temperature)
-        frozen = load_frozen(*arguments, quantization=quantization)
+        frozen = load_frozen(*arguments, quantization=quantization, mode=mode)
         return Student(frozen, student, frozen.backbone.config.get_text_config().max_position_embeddings)
 
     if kind := options.student_quantization:
-        before = read_samples(load(None), samples)
+        # Streamed, since a student is quantized where the full one is too large.
+        before = read_samples(load(None, mode="streamed"), samples)
         free_memory()
         judge = load(kind)
         report_change(kind, reward_changes(before, read_samples(judge, samples), formula))

@@ -47,13 +47,15 @@ class Probes:
     def __call__(self, rows: list[Evaluated], teacher: nn.Module, temperature: float) -> dict[str, float]:
         """Return the mean reward of each probe, and of the teacher on the same questions, as `probe/NAME`.
 
+        Of several completions of a question the first counts.
+
         Warns where a probe beats the teacher: the reward can then be had without explaining.
 
         Args:
             teacher: The model that is trained; what it never sampled has its log-probabilities from a forward pass.
             temperature: Of the teacher's log-probabilities.
         """
-        rows = rows[: self.limit]
+        rows = list({(row.question, row.solution): row for row in reversed(rows)}.values())[::-1][: self.limit]
         renderer = self.scorer.teacher
         tag = renderer.tags.explanation[1]
         own = [read_explanation(renderer.tokenizer, row.completion_ids, tag, self.end_ids) for row in rows]

@@ -105,7 +105,8 @@ class ExplanationScorer:
     def _encode(self, question: str, explanation: Explanation, solution: str) -> Encoded:
         """The student reads the teacher's tokens themselves where it has the same tokenizer."""
         parts = self.student.renderer.student(question, explanation.text, solution)
-        given = {"explanation": explanation.ids} if self.same_tokenizer else None
+        tail = self.student.renderer.encode_text(explanation.tail)
+        given = {"explanation": explanation.ids + tail} if self.same_tokenizer else None
         return self.student.renderer.encode(parts, given)
 
     def _compared(self, explanation: Explanation, teacher: Tensor, score: StudentScore) -> ScoredExplanation:
@@ -117,6 +118,7 @@ class ExplanationScorer:
             if self.padding_in_kl:
                 ends, reader_ends = self.teacher.padded(ends), reader.padded(reader_ends)
             teacher, student = piece_sums(teacher, ends, student, reader_ends)
+        student = student[: len(teacher)]  # without the tail, which the teacher wrote in one token with its closing tag
         return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
 
 

@@ -8,7 +8,7 @@ live on the device between two layers. FlexGen (arXiv 2303.06865) schedules gene
 import logging
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,7 +71,10 @@ class StreamedBackbone:
         ]
         self._embedding, self._lm_head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         self._embedding.padding_idx = None  # it may lie outside the few rows that are looked up
+        head = _name_of(self.model, self._lm_head).rpartition(".")[0]
+        self._head_names = {leaf: self._names[f"{head}.{leaf}"] for leaf, _ in self._lm_head.named_parameters()}
         self._place_the_rest()
+        self._try(key)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -109,6 +112,8 @@ class StreamedBackbone:
                 calls.append(call)
             for i, layer in enumerate(self.layers):
                 layer_weights = next(weights)
+                if i + 1 == len(self.layers):
+                    head = feeder.begin(self._head_names)  # on its way while the last layer computes
                 for b, call in enumerate(calls):
                     args, kwargs = call[i]
                     # In place: blocks that live on among short-lived ones would fragment the memory.
@@ -116,10 +121,29 @@ class StreamedBackbone:
             del layer_weights
             weights.close()
             feeder.release()
-            with self._placed_head(feeder):
+            with self._placed_head(feeder.end(head)):
                 for b in range(len(batches)):
                     states, hidden[b] = hidden[b], None
                     yield self._finish(states)
+
+    def _try(self, key: str) -> None:
+        """See on two tokens that the layers can be taken out of the model's forward.
+
+        Raises:
+            ConfigError: If it does anything else with the layers than to call one after the other.
+        """
+        kind, path = type(self.model).__name__, self.config._name_or_path
+        if any(True for layer in self.layers for _ in layer.buffers()):
+            cause = f"the layers of {kind} hold more than parameters: it cannot be streamed"
+            raise ConfigError(Fault(key, path, cause, _remedy(key)))
+        try:
+            with torch.no_grad():
+                self._finish(self._record(torch.zeros(1, 2, dtype=torch.long))[0])
+        except (IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            cause = (
+                f"{kind} does more with its layers than to call one after the other ({error}): it cannot be streamed"
+            )
+            raise ConfigError(Fault(key, path, cause, _remedy(key))) from error
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
         """The states that enter the first layer, and what else each layer is called with."""
@@ -134,7 +158,7 @@ class StreamedBackbone:
         with _forwards_replaced(self.layers, record):
             self.base(inputs_embeds=self._embed(ids), use_cache=False)
         if len(calls) != len(self.layers) or any(states is not entered[0] for states in entered):
-            raise RuntimeError(f"{type(self.base).__name__} computes between its layers: it cannot be streamed")
+            raise RuntimeError("it computes between them")
         return entered[0], calls
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -149,11 +173,9 @@ class StreamedBackbone:
             return self.base(inputs_embeds=states, use_cache=False).last_hidden_state
 
     @contextmanager
-    def _placed_head(self, feeder: "_Feeder") -> Iterator[None]:
+    def _placed_head(self, weights: Weights) -> Iterator[None]:
         empty = dict(self._lm_head._parameters)
-        prefix = _name_of(self.model, self._lm_head).rpartition(".")[0]
-        names = {leaf: self._names[f"{prefix}.{leaf}"] for leaf, p in empty.items() if p is not None}
-        for leaf, value in feeder.load(names).items():
+        for leaf, value in weights.items():
             self._lm_head._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         try:
             yield
@@ -188,10 +210,15 @@ class _Feeder:
             slot.clear()
 
     def stream(self, groups: list[dict[str, str]]) -> Iterator[Weights]:
-        """Yield the tensors of each group by their own names; they are overwritten two groups later."""
+        """Yield the tensors of each group by their own names; they are overwritten two groups later.
+
+        The first group is on its way as soon as this is called.
+        """
         for slot, group in zip(self._slots, groups, strict=False):
             self._fit(slot, group)
-        ahead = self._thread.submit(self._fill, 0, groups[0]) if groups else None
+        return self._follow(groups, self._thread.submit(self._fill, 0, groups[0]))
+
+    def _follow(self, groups: list[dict[str, str]], ahead: Future) -> Iterator[Weights]:
         for i in range(len(groups)):
             if (event := ahead.result()) is not None:
                 torch.cuda.current_stream(self.device).wait_event(event)
@@ -228,16 +255,31 @@ class _Feeder:
             self.source.read(group, slot)
             return self._stream.record_event()
 
-    def load(self, group: dict[str, str]) -> Weights:
-        """The tensors of one group, on the device; on a CPU they stay where they are."""
-        if self._is_cuda:
-            values = {
-                n: torch.empty(self.source.shape(s), dtype=self.dtype, device=self.device) for n, s in group.items()
-            }
+    def begin(self, group: dict[str, str]) -> Future:
+        """Start to bring one more group; on a CPU its tensors stay where they are."""
+        if not self._is_cuda:
+            return self._thread.submit(self._mapped, group)
+        shapes = {name: self.source.shape(stored) for name, stored in group.items()}
+        values = {name: torch.empty(s, dtype=self.dtype, device=self.device) for name, s in shapes.items()}
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return self._thread.submit(self._bring, group, values)
+
+    def end(self, started: Future) -> Weights:
+        """The tensors of the group that `begin` has started, there for what the device computes from here on."""
+        values, event = started.result()
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        return values
+
+    def _mapped(self, group: dict[str, str]) -> tuple[Weights, None]:
+        stored = {name: self.source.tensor(name_there) for name, name_there in group.items()}
+        self.source.bytes_read += sum(tensor.nbytes for tensor in stored.values())
+        return {name: tensor.to(self.dtype) for name, tensor in stored.items()}, None
+
+    def _bring(self, group: dict[str, str], values: Weights) -> "tuple[Weights, torch.cuda.Event]":
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             self.source.read(group, values)
-            return values
-        self.source.bytes_read += sum(self.source.tensor(stored).nbytes for stored in group.values())
-        return {name: self.source.tensor(stored).to(self.dtype) for name, stored in group.items()}
+            return values, self._stream.record_event()
 
 
 @contextmanager

@@ -121,6 +121,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
                 teacher = self.accelerator.unwrap_model(self.model)
                 means = self.probes(self._evaluated, teacher, self.temperature)
                 logs |= {f"eval_{name}": value for name, value in means.items()}
+                self._evaluated.clear()
         elif steps := self.state.global_step - self._logged_step:
             self._logged_step = self.state.global_step
             phases = {phase: seconds.get(phase, 0.0) for phase in ("generate", "score")}
@@ -159,8 +160,10 @@ def _no_reference_of_trl(args: Any) -> Iterator[None]:
     """TRL would load a reference of its own onto the device; ours may rest on the host or on disk."""
     beta, sync = args.beta, args.sync_ref_model
     args.beta, args.sync_ref_model = 0.0, False
-    yield
-    args.beta, args.sync_ref_model = beta, sync
+    try:
+        yield
+    finally:
+        args.beta, args.sync_ref_model = beta, sync
 
 
 class ReferenceSync(SyncRefModelCallback):

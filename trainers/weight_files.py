@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,10 @@ def find_weight_files(path: str, key: str) -> list[Path]:
     if index := cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **missing):
         return [Path(shard) for shard in get_checkpoint_shard_files(path, index)[0]]
     cause = "it has no safetensors files, and only those can be read layer by layer"
-    raise ConfigError(Fault(key, path, cause, "save it anew with save_pretrained, or student_mode=resident"))
+    remedy = (
+        f"save it anew with save_pretrained, or {'student' if key == 'student_model' else 'reference'}_mode=resident"
+    )
+    raise ConfigError(Fault(key, path, cause, remedy))
 
 
 def fits_in_memory(num_bytes: int) -> bool:
@@ -47,7 +51,7 @@ class _Place(NamedTuple):
     offset: int
 
 
-def _places(file: Path, key: str) -> dict[str, _Place]:
+def _places(file: Path) -> dict[str, _Place]:
     """Read the header of a safetensors file: eight bytes with its length, then JSON with type, shape and offsets.
 
     The library's `safe_open` maps the file as a whole, copy-on-write, and Linux refuses to map more than the machine's
@@ -56,13 +60,10 @@ def _places(file: Path, key: str) -> dict[str, _Place]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    if strange := {entry["dtype"] for entry in header.values()} - set(DTYPES):
-        cause = f"{file.name} holds {', '.join(sorted(strange))}: only plain floats can be streamed"
-        raise ConfigError(Fault(key, str(file.parent), cause, "a checkpoint that is not quantized"))
     return {
         name: _Place(file, DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
         for name, e in header.items()
+        if e.get("dtype") in DTYPES  # neither the metadata nor what is no plain float
     }
 
 
@@ -75,7 +76,7 @@ class WeightFiles:
 
     def __init__(self, path: str, key: str) -> None:
         self.bytes_read = 0
-        self._places = {n: p for file in find_weight_files(path, key) for n, p in _places(file, key).items()}
+        self._places = {n: p for file in find_weight_files(path, key) for n, p in _places(file).items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -130,10 +131,15 @@ class HostWeights:
 
     def __init__(self, files: WeightFiles, dtype: torch.dtype, pin: bool) -> None:
         self.bytes_read = 0
-        self._tensors = {name: files.tensor(name).to(dtype, copy=True) for name in files}
+        sizes = {name: math.prod(files.shape(name)) for name in files}
+        block = torch.empty(sum(sizes.values()), dtype=dtype)
+        parts = zip(sizes, block.split(list(sizes.values())), strict=True)
+        self._tensors = {name: part.view(files.shape(name)) for name, part in parts}
+        for name, tensor in self._tensors.items():
+            tensor.copy_(files.tensor(name))
         if pin:
-            for tensor in self._tensors.values():
-                _pin(tensor)
+            _pin(block)
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, block.data_ptr())
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -153,6 +159,6 @@ class HostWeights:
 
 
 def _pin(tensor: Tensor) -> None:
-    """Page-lock memory in place: `Tensor.pin_memory` would round each tensor up to a power of two."""
+    """Page-lock memory in place: `Tensor.pin_memory` would round it up to a power of two."""
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
