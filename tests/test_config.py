@@ -109,6 +109,7 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("loss_type=vespo", "vllm_importance_sampling_mode", "token by token", "token_mask"),
         ("reward_weights=[1,2]", "reward_weights", "2 weights for 1 reward", "[1.0]"),
         ("bf16_full_eval=true", "bf16_full_eval", "sets it itself", "as they are"),
+        ("student_mode=streamed student_quantization=4bit", "student_mode", "quantized", "student_mode=resident"),
         ("student_model=null", "student_model", "needs a student", "student_model="),
         ("eval_dataset_id_or_path=null", "eval_dataset_id_or_path", "none is named", "report_before_after=false"),
         (
@@ -176,6 +177,7 @@ def test_misspelt_run_gets_a_suggestion():
 
 
 def test_overrides_may_set_keys_that_no_yaml_mentions():
+    assert hydra_arguments(["unbias_student_log_probs_temp=0.5"])[1:] == ["++student_temperature=0.5"]
     arguments = hydra_arguments(["max_steps=5", "+epsilon_high=0.28", "trainer_cfg=grpo_tiny", "--cfg", "job"])
     assert arguments == [
         "run_cfg=teacher_rlt_tiny",

@@ -72,6 +72,15 @@ def test_means_are_those_of_scoring_each_text(parts, renderer):
     assert set(means) == {f"probe/{name}" for name in ("teacher", "empty", "shuffled", "solution", "other")}
 
 
+def test_of_several_completions_of_a_question_the_first_counts(parts, renderer):
+    scorer, teacher = parts
+    one = Evaluated(ROWS[0]["question"], ROWS[0]["solution"], completion(renderer, ROWS[0]))
+    again = one._replace(completion_ids=completion(renderer, ROWS[1]))
+    other = Evaluated(ROWS[1]["question"], ROWS[1]["solution"], completion(renderer, ROWS[1]))
+    probes = Probes(scorer, 2, 4096)
+    assert probes([one, again, other], teacher, 1.0) == probes([one, other], teacher, 1.0)
+
+
 def test_a_probe_that_beats_the_teacher_is_warned_of(caplog):
     means = {"probe/teacher": -0.5, "probe/empty": -2.0, "probe/solution": -0.25, "probe/shuffled": -0.5}
     with caplog.at_level(logging.WARNING):

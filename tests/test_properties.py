@@ -44,6 +44,17 @@ def test_every_part_of_a_student_text_is_cut_out_exactly(renderer, question, exp
     assert cursor == len(encoded.ids)
 
 
+def test_a_very_long_explanation_is_cut_out_exactly(renderer, tokenizer, tags):
+    explanation = "café ☕ 12 + 3\n<|begin_of_thought|> 𝒳 " * 3000
+    parts = renderer.student("q", explanation, "s")
+    encoded = renderer.encode(parts)
+    assert len(encoded.ids) > 30_000
+    assert tokenizer.decode(encoded.ids[slice(*encoded.spans["explanation"])]) == explanation
+    read = read_explanation(tokenizer, encode(tokenizer, explanation + tags.explanation[1]), tags.explanation[1], set())
+    assert (read.text, read.closed, len(read.ends)) == (explanation, True, len(read.ids))
+    assert read.ends[-1] == len(explanation)
+
+
 @FIXTURE
 @given(explanation=TEXT, rest=TEXT)
 def test_an_explanation_is_what_stands_before_the_first_closing_tag(tokenizer, tags, explanation, rest):

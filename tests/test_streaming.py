@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data.render import Encoded
 from trainers.errors import ConfigError
 from trainers.frozen import FrozenModel, ResidentBackbone, passes
+from trainers.judges import frozen_mode
+from trainers.options import options_class
 from trainers.streaming import StreamedBackbone
 from trainers.teacher_grpo import completion_logps
 from trainers.weight_files import HostWeights, WeightFiles
@@ -35,15 +37,15 @@ def save(family, folder, dtype=torch.float32, seed=0, **changes):
         values = {k: v for k, v in values.items() if not k.startswith(("hidden", "num", "inter", "max"))}
     config = AutoConfig.for_model(family, **values, initializer_range=0.2)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    model.save_pretrained(folder, max_shard_size=changes.get("shard", "1GB"))
+    model.save_pretrained(folder)
     return model
 
 
-def stream(folder, in_memory=False, dtype=torch.float32):
+def stream(folder, in_memory=False, dtype=torch.float32, attention="sdpa"):
     files = WeightFiles(str(folder), "student_model")
     source = HostWeights(files, dtype, pin=False) if in_memory else files
     config = AutoConfig.from_pretrained(folder)
-    return StreamedBackbone(source, config, CPU, dtype, "sdpa", "student_model")
+    return StreamedBackbone(source, config, CPU, dtype, attention, "student_model")
 
 
 def make_texts(count=9, seed=1):
@@ -210,6 +212,63 @@ def test_a_quantized_checkpoint_and_a_torn_file_are_refused(tmp_path):
     with pytest.raises(OSError, match="ends within a tensor"):
         for stored in backbone.source:
             backbone.source.read({"x": stored}, {"x": torch.empty(backbone.source.shape(stored))})
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_streamed_bf16_equals_resident_bf16(family, tmp_path):
+    model = save(family, tmp_path, dtype=torch.bfloat16)
+    texts, parts = make_texts()
+    resident = FrozenModel(ResidentBackbone(model, CPU), 0.7, 10_000).score(texts, parts)
+    streamed = FrozenModel(stream(tmp_path, dtype=torch.bfloat16), 0.7, 10_000).score(texts, parts)
+    for (a, _), (b, _) in zip(streamed, resident, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_streamed_on_a_gpu_equals_the_plain_forward(in_memory, tmp_path):
+    """From pinned memory and from disk, several passes one after the other."""
+    model = save("qwen2", tmp_path, num_hidden_layers=6)
+    device = torch.device("cuda")
+    files = WeightFiles(str(tmp_path), "student_model")
+    source = HostWeights(files, torch.float32, pin=True) if in_memory else files
+    config = AutoConfig.from_pretrained(tmp_path)
+    backbone = StreamedBackbone(source, config, device, torch.float32, "sdpa", "student_model")
+    texts, parts = make_texts(64)
+    for _ in range(3):
+        scores = FrozenModel(backbone, 0.7, 500).score(texts, parts)
+        for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(model, texts, 0.7), parts, strict=True):
+            assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "student", "reference"),
+    [
+        ({}, "resident", "resident"),
+        ({"offload_untrained_models": True}, "streamed", "streamed"),
+        ({"offload_untrained_models": True, "disable_student_offloading": True}, "resident", "streamed"),
+        ({"offload_untrained_models": True, "student_quantization": "4bit"}, "resident", "streamed"),
+        ({"offload_untrained_models": True, "student_mode": "cpu", "reference_mode": "resident"}, "cpu", "resident"),
+        ({"student_mode": "streamed"}, "streamed", "resident"),
+    ],
+)
+def test_where_student_and_reference_rest(values, student, reference):
+    options = options_class("rl")(**values)
+    found = [frozen_mode(options, key, torch.device("cuda")) for key in ("student_model", "model_name_or_path")]
+    assert found == [student, reference]
+    if "student_mode" not in values:  # on a machine without a GPU there is nothing to keep free
+        assert frozen_mode(options, "student_model", CPU) == "resident"
+
+
+def test_a_model_whose_layers_cannot_be_taken_out_is_refused(tmp_path):
+    """Bloom takes the first of what a layer returns."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bloom", vocab_size=480, hidden_size=64, n_layer=2, n_head=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"sdpa[\s\S]*attn_implementation=eager"):
+        stream(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be streamed[\s\S]*student_mode=resident"):
+        stream(tmp_path, attention="eager")
 
 
 def test_missing_tensors_are_named_with_a_remedy(tmp_path):

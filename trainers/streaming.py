@@ -56,10 +56,14 @@ class StreamedBackbone:
         trust: bool = False,
     ) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
-            )
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+                )
+        except (ValueError, ImportError) as error:  # an attention that the model has not, or that is not installed
+            cause = str(error).strip().splitlines()[0]
+            raise ConfigError(Fault("attn_implementation", attention, cause, "attn_implementation=eager")) from error
         self.model.eval().requires_grad_(False)
         self.model.tie_weights()
         self.base = self.model.base_model
