@@ -1,7 +1,8 @@
 """Scoring a batch with a student that does not stay on the device: streamed, against two other ways, in one run.
 
     python benchmarks/score.py                      on a CPU: 0.16B random parameters kept on disk, 64 completions
-    python benchmarks/score.py --model 7b           on a GPU: the shape of Qwen2.5-7B, 8 completions the slow way
+    python benchmarks/score.py --model 7b --mean-tokens 256
+                                                    on a GPU: the shape of Qwen2.5-7B, 16k tokens, 8 completions by (a)
 
 (a) the way of the original implementation: one completion per forward, `accelerate.cpu_offload`, log-softmax over all
     logits;
@@ -255,6 +256,9 @@ def show(report: dict[str, Any], args: Any) -> None:
             f"{report['bytes_moved'][way] / report['model_bytes']:15.1f}x{peak / 2**20:10.0f}"
             f"{peak / report['model_bytes']:10.2f}"
         )
+    if report["device"] != "cpu":
+        resident = ", ".join(f"({way}) {peak / 2**20:.0f} MiB" for way, peak in report["peak_resident_bytes"].items())
+        print(f"peak memory of the process beyond what it had: {resident}")
     median, moved = report["median"], report["bytes_moved"]
     rate = moved["c"] / median["c"]
     print(
