@@ -67,7 +67,7 @@ class CountingScorer(ExplanationScorer):
 
 def make_scorer(model_dir, renderer):
     frozen = load_frozen(options(), str(model_dir), "student_model", torch.device("cpu"), torch.float32, 0.7)
-    return CountingScorer(Student(frozen, renderer, 512), TeacherLogprobKL(), renderer)
+    return CountingScorer(Student(frozen, renderer, 512), TeacherLogprobKL(), renderer, padding_in_kl=True)
 
 
 def test_format_wants_an_explanation_its_tag_and_the_end():
