@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from trl.trainer.utils import add_fused_lm_head
@@ -157,10 +158,7 @@ def _positions(spans: list[Span]) -> list[int]:
 
 def _padded(rows: list[list[int]]) -> Tensor:
     """Pad on the right, `[texts, tokens]`: attention looks to the left, so no mask is needed for the real tokens."""
-    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def passes(lengths: list[int], tokens_per_pass: int, micro_tokens: int) -> list[list[list[int]]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
@@ -12,7 +13,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
 from trainers.models import choose_pad_token, generation_end_ids, load_config, load_model, load_tokenizer
-from trainers.quantized import Sample, free_memory, quantization_config, read_samples, report_change, reward_changes
+from trainers.quantized import Sample, quantization_config, read_samples, report_change, reward_changes
 from trainers.reward_specs import model_keys
 from trainers.scoring import ExplanationScorer
 from trainers.streaming import StreamedBackbone
@@ -136,7 +137,7 @@ def make_scorer(
     if kind := options.student_quantization:
         # Streamed, since a student is quantized where the full one is too large.
         before = read_samples(load(None, mode="streamed"), samples)
-        free_memory()
+        clear_device_cache(garbage_collection=True)
         judge = load(kind)
         report_change(kind, reward_changes(before, read_samples(judge, samples), formula))
     else:

@@ -1,6 +1,5 @@
 """Students in 8 or 4 bits (bitsandbytes): a quarter to half of the memory, and how much that changes the reward."""
 
-import gc
 import logging
 from collections.abc import Iterable
 from itertools import islice
@@ -91,9 +90,3 @@ def report_change(kind: str, changes: list[tuple[float, float]]) -> None:
         sum(abs(d) for d in differences) / len(differences),
         max(abs(d) for d in differences),
     )
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

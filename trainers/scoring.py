@@ -118,7 +118,8 @@ class ExplanationScorer:
             if self.padding_in_kl:
                 ends, reader_ends = self.teacher.padded(ends), reader.padded(reader_ends)
             teacher, student = piece_sums(teacher, ends, student, reader_ends)
-        student = student[: len(teacher)]  # without the tail, which the teacher wrote in one token with its closing tag
+        elif explanation.tail:  # the teacher wrote it in one token with its closing tag: it has no log-prob of its own
+            student = student[: len(teacher)]
         return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
 
 
