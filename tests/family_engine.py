@@ -41,7 +41,7 @@ def main(family: str) -> None:
         model.save_pretrained(folder)
         make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
         options = options_class("rl")(max_prompt_length=64, max_completion_length=64, seed=1)
-        engine = Engine(model, folder, options, torch.float32, [2])
+        engine = Engine(model, folder, options, torch.device("cpu"), torch.float32, [2])
     prompts = [torch.randint(3, 470, (20,)).tolist() for _ in range(8)]
     sampling = {"temperature": 1.0, "max_tokens": 16}
     before = largest_difference(model, prompts, engine.generate(prompts, sampling, 0))

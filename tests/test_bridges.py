@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.bridges import engine_tensors, share_weights
 from trainers.errors import ConfigError
+from trainers.shared_weights import engine_tensors, share_weights
 
 
 class Fused(nn.Module):
@@ -66,6 +66,11 @@ def make_pair(rows=8):
     return Outer(TrainerModel()), OuterEngine(EngineModel(rows))
 
 
+def share(trainer, engine):
+    engine.load_weights(trainer.named_parameters())
+    share_weights(trainer, engine)
+
+
 def test_parts_of_a_fused_layer_are_row_slices_in_order():
     trainer, engine = make_pair()
     engine.model.ab.weight.data.copy_(torch.arange(20.0).view(5, 4))
@@ -77,7 +82,7 @@ def test_parts_of_a_fused_layer_are_row_slices_in_order():
 def test_shared_parameters_see_updates_on_both_sides_and_padding_is_zero():
     trainer, engine = make_pair()
     original = trainer.model.b.weight.detach().clone()
-    share_weights(trainer, engine)
+    share(trainer, engine)
     assert torch.equal(engine.model.ab.weight[2:], original)
     with torch.no_grad():
         trainer.model.b.weight.add_(1)
@@ -89,21 +94,21 @@ def test_parameter_that_the_engine_lacks_is_named():
     trainer, engine = make_pair()
     trainer.model.c = nn.Linear(4, 1, bias=False)
     with pytest.raises(ConfigError, match=r"model\.c\.weight"):
-        share_weights(trainer, engine)
+        share(trainer, engine)
 
 
 def test_engine_weight_that_nobody_trains_is_named():
     trainer, engine = make_pair()
     engine.model.extra = nn.Linear(4, 4, bias=False)
     with pytest.raises(ConfigError, match=r"model\.extra\.weight"):
-        share_weights(trainer, engine)
+        share(trainer, engine)
 
 
 def test_other_shape_is_refused():
     trainer, engine = make_pair()
     trainer.model.a = nn.Linear(4, 1, bias=False)
     with pytest.raises(ConfigError, match=r"model\.a\.weight is \(1, 4\)"):
-        share_weights(trainer, engine)
+        share(trainer, engine)
 
 
 def test_weights_that_the_engine_repacks_are_refused_with_the_copying_bridge_as_remedy():
@@ -111,4 +116,4 @@ def test_weights_that_the_engine_repacks_are_refused_with_the_copying_bridge_as_
     trainer, engine = make_pair()
     engine.repack = lambda tensor: tensor.flip(0)
     with pytest.raises(ConfigError, match=r"another layout[\s\S]*weight_bridge=copy"):
-        share_weights(trainer, engine)
+        share(trainer, engine)

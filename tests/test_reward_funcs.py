@@ -20,7 +20,7 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.judges import load_frozen
-from trainers.reward_funcs import guarded, make_reward_funcs, own_functions
+from trainers.reward_funcs import StudentReward, guarded, make_reward_funcs, own_functions
 from trainers.scoring import ExplanationScorer
 from trainers.student import Student
 
@@ -33,7 +33,7 @@ def options(*overrides):
 
 def make(renderer, *overrides, scorer=None):
     chosen = options(*overrides)
-    return make_reward_funcs(chosen, renderer, scorer, own_functions(chosen))
+    return make_reward_funcs(chosen, renderer, scorer and StudentReward(scorer), own_functions(chosen))
 
 
 def batch(renderer, texts, rows=None, **columns):

@@ -64,7 +64,7 @@ def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
 
 def make_reward(student, teacher, padding_in_kl=True, **options):
     scorer = ExplanationScorer(student, TeacherLogprobKL(**options), teacher, padding_in_kl)
-    return StudentReward(scorer, {teacher.tokenizer.eos_token_id})
+    return StudentReward(scorer)
 
 
 def call(reward, completion_ids, logprobs, rows=ROWS[:1]):

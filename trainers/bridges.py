@@ -1,98 +1,235 @@
 """How the engine gets the trainer's weights.
 
-shared: the trainer's parameters ARE the engine's tensors. vLLM keeps q/k/v (and gate/up) fused in one tensor; each of
-the trainer's parameters becomes a view of its rows. An optimizer step in place is then also the engine's update, and
-the weights are held once.
+shared: the trainer's parameters ARE the engine's tensors; there is nothing to do after an update, and the weights are
+held once.
 
-copy: the engine holds its own weights, and `load_weights` copies the trainer's into them after each update.
+copy: the engine holds weights of its own, and `load_weights` copies the trainer's into them after each update.
+
+lora: the frozen base is shared; the adapters, trained in fp32, are written into the engine's adapter buffers.
+
+restart: the weights are saved and a new engine is built from the checkpoint after each update.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from trainers.adapters import base_model
 from trainers.errors import ConfigError, Fault
+from trainers.shared_weights import base_parameters, held_bytes, share_weights
+
+LOAD_FORMAT = "trainer"
+ADAPTER = "default"  # peft's name for the adapter in training
 
 
-def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """For each of the trainer's parameter names, yield the part of the engine's weights that holds it.
+class CopyBridge:
+    """The engine's own weights; also what the other bridges have in common.
 
-    What is fused with what is read from vLLM's model class (`packed_modules_mapping`) and the sizes of the parts from
-    its fused layers (`output_sizes`), so no table of names for one architecture is needed.
-
-    Raises:
-        KeyError: If the engine has no tensor for a name.
+    Args:
+        model: The trainer's model.
     """
-    parameters = dict(engine_model.named_parameters(remove_duplicate=False))
-    modules = dict(engine_model.named_modules())
-    fused_into = {
-        part: (fused, index)
-        for fused, parts in getattr(engine_model, "packed_modules_mapping", {}).items()
-        for index, part in enumerate(parts)
-    }
-    for name in names:
-        if name in parameters:
-            yield name, parameters[name].data
-            continue
+
+    rebuilds = False  # whether an update needs a new engine
+    lora_request: Any = None  # goes with every generation request
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of vllm.LLM."""
+        return {"load_format": LOAD_FORMAT}
+
+    def attach(self, runner: Any) -> None:
+        """Connect with a new engine, which has loaded the trainer's weights.
+
+        Args:
+            runner: vLLM's model runner.
+
+        Raises:
+            ConfigError: If this bridge cannot serve this model.
+        """
+        self.engine_model = runner.model
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What the engine loads: the weights by their Hugging Face names."""
+        return merged_weights(self.model)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Make the engine see the trainer's current weights."""
+        self.engine_model.load_weights(self.weights())
+
+    def weight_bytes(self) -> int:
+        """Bytes that trainer and engine hold for weights, together."""
+        return held_bytes(self.model.parameters(), self.engine_model.parameters())
+
+
+class SharedBridge(CopyBridge):
+    """The trainer's parameters are views of the engine's tensors."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p.data) for name, p in base_parameters(self.model).items())
+
+    def attach(self, runner: Any) -> None:
+        super().attach(runner)
+        share_weights(self.model, self.engine_model)
+        self._shared = {name: p.data_ptr() for name, p in base_parameters(self.model).items()}
+
+    def sync(self) -> None:
+        """See that no update has moved a parameter away.
+
+        Raises:
+            RuntimeError: If one was, with its name.
+        """
+        for name, parameter in base_parameters(self.model).items():
+            if parameter.data_ptr() != self._shared[name]:
+                raise RuntimeError(
+                    f"{name} was moved away from the engine's weights, so the engine no longer sees its updates. "
+                    "Whatever replaced the parameter's data (an optimizer, a callback, model.to) must write in place "
+                    "(copy_, add_); weight_bridge=copy works without that"
+                )
+
+
+class LoraBridge(SharedBridge):
+    """The frozen base is shared, the adapters are written into the engine's buffers.
+
+    vLLM has no call that takes an adapter from memory. An empty one is registered under the id that the requests name,
+    and the layers' own `set_lora` writes the values, in place: captured CUDA graphs stay valid.
+    """
+
+    def arguments(self) -> dict[str, Any]:
+        config = self.model.peft_config[ADAPTER]
+        leaves = sorted({name.rpartition(".")[2] for name in self._adapters()})
+        rank = next(r for r in lora_ranks() if r >= config.r)
+        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, "lora_target_modules": leaves}
+        return super().arguments() | lora
+
+    def attach(self, runner: Any) -> None:
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.request import LoRARequest
+
+        super().attach(runner)
+        self._layers = adapted_layers(self.engine_model, self._adapters())
+        manager = runner.lora_manager._adapter_manager
+        manager.add_adapter(LoRAModel(1, self.model.peft_config[ADAPTER].r, {}))
+        manager.activate_adapter(1)
+        self.lora_request = LoRARequest("teacher", 1, "in-memory")
+        self.sync()
+
+    def _adapters(self) -> dict[str, LoraLayer]:
+        modules = base_model(self.model).named_modules()
+        return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Write the adapters, the scaling folded into B as vLLM does."""
+        super().sync()
+        for layer, parts in self._layers:
+            a = [p and p.lora_A[ADAPTER].weight for p in parts]
+            b = [p and p.lora_B[ADAPTER].weight * p.scaling[ADAPTER] for p in parts]
+            layer.set_lora(0, a if len(a) > 1 else a[0], b if len(b) > 1 else b[0])
+
+    def weight_bytes(self) -> int:
+        buffers = [t for layer, _ in self._layers for t in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+        return held_bytes(self.model.parameters(), self.engine_model.parameters(), buffers)
+
+
+class RestartBridge(CopyBridge):
+    """A new engine from a checkpoint; slow, and independent of everything the other bridges rely on."""
+
+    rebuilds = True
+
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
+    def sync(self) -> None:
+        raise AssertionError("the engine is rebuilt instead")
+
+    def save(self, folder: str) -> None:
+        """Write the weights, adapters merged, as a checkpoint without a tokenizer."""
+        with torch.no_grad():
+            base_model(self.model).save_pretrained(folder, state_dict=dict(merged_weights(self.model)))
+
+
+def make_bridge(name: str, model: nn.Module) -> CopyBridge:
+    """The bridge that `weight_bridge` names."""
+    return {"shared": SharedBridge, "copy": CopyBridge, "lora": LoraBridge, "restart": RestartBridge}[name](model)
+
+
+def lora_ranks() -> tuple[int, ...]:
+    """The ranks for which vLLM has adapter buffers."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return MaxLoRARanks.__args__
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model by the names they have without adapters, each adapter added to its layer's.
+
+    One layer's sum at a time: a caller that copies as it goes holds no second set of weights.
+    """
+    modules = dict(base_model(model).named_modules())
+    for name, parameter in base_parameters(model).items():
         path, _, kind = name.rpartition(".")
-        parent, _, leaf = path.rpartition(".")
-        if leaf not in fused_into:
-            raise KeyError(name)
-        fused, index = fused_into[leaf]
-        module_name = f"{parent}.{fused}"
-        sizes = modules[module_name].output_sizes
-        start = sum(sizes[:index])
-        yield name, parameters[f"{module_name}.{kind}"].data[start : start + sizes[index]]
+        layer, weight = modules.get(path), parameter.data
+        if kind == "weight" and isinstance(layer, LoraLayer):
+            weight = weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
+        yield name, weight
 
 
-def share_weights(model: nn.Module, engine_model: nn.Module) -> int:
-    """Load the trainer's weights into the engine and make the trainer's parameters views of the engine's tensors.
-
-    The engine loads them its own way; only what then stands in it value by value as in the trainer can be shared.
-
-    Returns:
-        Bytes held by the shared weights.
+def adapted_layers(
+    engine_model: nn.Module, adapters: dict[str, LoraLayer]
+) -> list[tuple[nn.Module, list[LoraLayer | None]]]:
+    """The engine's layers that take an adapter, each with the trainer's adapters of its parts, in their order.
 
     Raises:
-        ConfigError: If a parameter has no such counterpart (some architectures are repacked), or the engine holds
-            weights that no parameter of the trainer covers: these would never be trained.
+        ConfigError: If the engine has no adapter buffer for one of them.
     """
-    copy_weights(model, engine_model)
-    owners = dict(model.named_parameters())
-    try:
-        targets = dict(engine_tensors(engine_model, list(owners)))
-    except KeyError as error:
-        raise _unshareable(f"the engine has no tensor for the parameter {error.args[0]}") from None
-    covered: dict[int, int] = {}
-    embeddings = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer]
-    for name, parameter in owners.items():
-        target = targets[name]
-        if target.shape != parameter.shape and any(parameter is e for e in embeddings):
-            target[parameter.shape[0] :].zero_()  # rows that vLLM adds to round the vocabulary up
-            covered[target.untyped_storage().data_ptr()] = target[parameter.shape[0] :].nbytes
-            target = target[: parameter.shape[0]]
-        if target.shape != parameter.shape or target.dtype != parameter.dtype:
-            ours, theirs = f"{tuple(parameter.shape)} {parameter.dtype}", f"{tuple(target.shape)} {target.dtype}"
-            raise _unshareable(f"{name} is {ours} in the trainer and {theirs} in the engine")
-        if not torch.equal(target, parameter):
-            raise _unshareable(f"the engine holds {name} in another layout")
-        parameter.data = target
-        key = target.untyped_storage().data_ptr()
-        covered[key] = covered.get(key, 0) + target.nbytes
-    for name, tensor in engine_model.named_parameters():
-        if covered.get(tensor.untyped_storage().data_ptr(), 0) != tensor.nbytes:
-            raise _unshareable(f"the engine's weight {name} is not covered by the trainer's parameters")
-    return sum(covered.values())
+    modules = dict(engine_model.named_modules())
+    packed = getattr(engine_model, "packed_modules_mapping", {})
+    fused_into = {part: (fused, parts.index(part)) for fused, parts in packed.items() for part in parts}
+    found: dict[str, dict[int, LoraLayer]] = defaultdict(dict)
+    for name, adapter in adapters.items():
+        parent, _, leaf = name.rpartition(".")
+        fused, index = fused_into.get(leaf, (leaf, 0))
+        found[f"{parent}.{fused}" if parent else fused][index] = adapter
+    layers = []
+    for name, parts in found.items():
+        layer = modules.get(name)
+        if not hasattr(layer, "lora_a_stacked"):
+            cause = f"vLLM has no adapter buffer for {name}"
+            raise ConfigError(
+                Fault(
+                    "lora_target_modules", sorted(adapters)[0], cause, "lora_target_modules=all-linear, or its layers"
+                )
+            )
+        count = len(packed.get(name.rpartition(".")[2], [None]))
+        layers.append((layer, [parts.get(i) for i in range(count)]))
+    return layers
 
 
-def _unshareable(cause: str) -> ConfigError:
-    return ConfigError(Fault("weight_bridge", "shared", cause, "weight_bridge=copy"))
+def register_loader(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+    """Let vLLM's `load_format="trainer"` read the trainer's weights, in memory.
 
+    vLLM loads before it wraps layers for LoRA and before it processes weights, so this is where they come in.
+    """
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-def copy_weights(model: nn.Module, engine_model: nn.Module) -> None:
-    """Load the trainer's weights into the engine's own."""
-    engine_model.load_weights((name, parameter.data) for name, parameter in model.named_parameters())
+    class TrainerLoader(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            """There is nothing to fetch."""
+
+        @torch.no_grad()
+        def load_weights(self, engine_model: nn.Module, model_config: Any) -> None:
+            engine_model.load_weights(weights())
+
+    _LOAD_FORMAT_TO_MODEL_LOADER.pop(LOAD_FORMAT, None)  # an earlier engine's in this process
+    register_model_loader(LOAD_FORMAT)(TrainerLoader)
 
 
 def keep_linear_weights_on_cpu() -> None:

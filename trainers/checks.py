@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainers.batch import batch_plan, check_batch
+from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
 from trainers.options import DERIVED, RENAMED, CommonOptions, admits_none, options_class
@@ -279,6 +280,24 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         cause = "there is no reference model while beta is 0"
         faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false, or beta=0.04"))
     return faults
+
+
+@check(
+    "weight_bridge",
+    "use_vllm",
+    "use_peft",
+    "vllm_kwargs",
+    "max_num_seqs",
+    "sync_ref_model",
+    "reference_mode",
+    "student_mode",
+    "overlap_scoring",
+    "record_rollouts",
+    "replay_rollouts",
+    stages=("rl",),
+)
+def _check_generation(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    return engine_faults(options)
 
 
 @check("reward_funcs", "reward_weights", "max_completion_length", "length_soft_cache", "keep_scores", stages=("rl",))

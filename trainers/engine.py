@@ -1,31 +1,28 @@
 """vLLM inside the trainer's process."""
 
+import gc
 import hashlib
 import logging
 import os
-from collections import Counter
-from dataclasses import dataclass
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from trainers.bridges import copy_weights, keep_linear_weights_on_cpu, share_weights
+from trainers.bridges import RestartBridge, keep_linear_weights_on_cpu, make_bridge, register_loader
+from trainers.engine_specs import bridge_name
+from trainers.rollouts import Ended, Rollout
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Rollout:
-    """Sampled completions, in the order of the prompts.
-
-    Attributes:
-        completion_ids: Sampled tokens of each completion, the end of turn included where it was written.
-        logprobs: Log-probability of each sampled token, at the sampling temperature.
-    """
-
-    completion_ids: list[list[int]]
-    logprobs: list[list[float]]
+OnGroup = Callable[[list[int], list[list[int]], list[list[float]]], None]
 
 
 def prepare_environment(device: torch.device) -> None:
@@ -46,89 +43,168 @@ class Engine:
     """A vLLM engine on the trainer's weights.
 
     Args:
-        model: The trainer's model; with the shared bridge its parameters become views of the engine's tensors.
-        model_path: Folder with the model's config.
+        model: The trainer's model; with the shared bridge its parameters become views of the engine's tensors, and so
+            move to the engine's device.
+        model_path: Folder or hub id of the model's config and tokenizer.
         options: RL options.
-        eos_ids: Tokens that end a completion.
+        device: Where the engine computes.
+        dtype: Type of the weights.
+        end_ids: Tokens that end a completion.
+        closing_tag: A text that ends a completion too, if any.
+        closing_tag_ids: Its tokens.
+        output_dir: Where the restart bridge may write.
     """
 
-    def __init__(self, model: nn.Module, model_path: str, options: Any, dtype: torch.dtype, eos_ids: list[int]) -> None:
-        device = next(model.parameters()).device
+    def __init__(
+        self,
+        model: nn.Module,
+        model_path: str,
+        options: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        end_ids: list[int],
+        closing_tag: str | None = None,
+        closing_tag_ids: list[int] | None = None,
+        output_dir: Path = Path(),
+    ) -> None:
         prepare_environment(device)
-        from vllm import LLM
-
         if device.type == "cpu":
             keep_linear_weights_on_cpu()
-        self.seed, self.eos_ids, self.bridge, self.model = options.seed, eos_ids, options.weight_bridge, model
-        arguments = {
-            "model": model_path,
-            "load_format": "dummy",  # the weights are the trainer's
-            "dtype": str(dtype).removeprefix("torch."),
-            "seed": options.seed,
-            "max_model_len": options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length,
-            "enforce_eager": options.enforce_eager or device.type == "cpu",
-            "enable_prefix_caching": options.enable_prefix_caching,
-            "logprobs_mode": "processed_logprobs",
-            "trust_remote_code": options.trust_remote_code,
-            "disable_log_stats": True,
-        }
-        if device.type == "cuda":
-            arguments["gpu_memory_utilization"] = options.vllm_gpu_memory_utilization
-        else:
-            # A prompt cut in two makes vLLM rewind the request's generator, which torch cannot do on a CPU.
-            arguments["enable_chunked_prefill"] = False
-            arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
-        self.llm = LLM(**{**arguments, **options.vllm_kwargs})
-        if self.bridge == "shared":
-            held = share_weights(model, self.engine_model)
-            logger.info("one copy of the weights for trainer and engine: %.1f MiB", held / 2**20)
-            self._shared = {name: p.data_ptr() for name, p in model.named_parameters()}
-        else:
-            self.sync_weights()
+        self.seed, self.end_ids, self.device, self.output_dir = options.seed, list(end_ids), device, output_dir
+        self.bridge = make_bridge(bridge_name(options), model)
+        self._stop: dict[str, Any] = {"stop_token_ids": self.end_ids, "detokenize": False}
+        if closing_tag is not None and len(closing_tag_ids) == 1:
+            self._stop["stop_token_ids"] = self.end_ids + closing_tag_ids
+        elif closing_tag is not None:
+            self._stop |= {"stop": [closing_tag], "include_stop_str_in_output": True, "detokenize": True}
+            self._stop["skip_special_tokens"] = False  # the tag may be made of them
+        self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
+        self._arguments |= options.vllm_kwargs
+        self._released = False
+        self._build()
+        held = self.bridge.weight_bytes() / 2**20
+        logger.info("weight_bridge=%s: trainer and engine hold %.1f MiB of weights", bridge_name(options), held)
+
+    def _build(self) -> None:
+        """Start vLLM on the trainer's current weights."""
+        from vllm import LLM
+
+        with _kept_random_state():  # vLLM seeds the generators of the whole process
+            if isinstance(self.bridge, RestartBridge):
+                with TemporaryDirectory(prefix="engine-weights-", dir=self.output_dir) as folder:
+                    self.bridge.save(folder)
+                    self.llm = LLM(**self._arguments | {"model": folder, "tokenizer": self._arguments["model"]})
+            else:
+                register_loader(self.bridge.weights)
+                self.llm = LLM(**self._arguments)
+        self.bridge.attach(self.llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+
+    def close(self) -> None:
+        """Stop vLLM and free what it holds; parameters that are shared keep their memory."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        self.bridge.engine_model = None
+        del self.llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
 
     @property
     def engine_model(self) -> nn.Module:
         """vLLM's own module."""
-        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        return self.bridge.engine_model
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in one block of the prefix cache."""
+        return self.llm.llm_engine.vllm_config.cache_config.block_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and completion together, in tokens."""
+        return self.llm.llm_engine.vllm_config.model_config.max_model_len
 
     def sync_weights(self) -> None:
-        """Make the engine see the trainer's current weights; keys and values cached under older ones are dropped."""
-        if self.bridge == "copy":
-            copy_weights(self.model, self.engine_model)
-        else:
-            for name, parameter in self.model.named_parameters():
-                if parameter.data_ptr() != self._shared[name]:
-                    raise RuntimeError(f"{name} was moved away from the engine's weights: updates must be in place")
-        self.llm.reset_prefix_cache()
+        """Make the engine see the trainer's current weights; keys and values cached under older ones are dropped.
 
-    def generate(self, prompt_ids: list[list[int]], sampling: dict[str, Any], step: int) -> Rollout:
+        Raises:
+            RuntimeError: If either is not possible.
+        """
+        self.restore_cache()
+        if self.bridge.rebuilds:
+            self.close()
+            self._build()
+            return
+        self.bridge.sync()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
+
+    def release_cache(self) -> None:
+        """Give the memory of the KV cache back to the device, until the next request.
+
+        vLLM's CPU build cannot: there the engine is only paused.
+        """
+        if self._released:
+            return
+        self.llm.sleep(level=0)
+        if self.device.type == "cuda":
+            self.llm.release_kv_cache_memory()
+        self._released = True
+
+    def restore_cache(self) -> None:
+        """Take the KV cache's memory again."""
+        if self._released:
+            self.llm.wake_up(tags=["kv_cache" if self.device.type == "cuda" else "scheduling"])
+            self._released = False
+
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        cache = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
+        return sum(t.untyped_storage().nbytes() for t in cache if isinstance(t, torch.Tensor))
+
+    def generate(
+        self, prompt_ids: list[list[int]], sampling: dict[str, Any], step: int, on_group: OnGroup | None = None
+    ) -> Rollout:
         """Sample one completion for each prompt.
 
-        Each request has its own seed, a hash of (run seed, step, prompt, how often the prompt came before in this
-        call): the same run samples the same tokens whatever else is in the batch.
+        The completions of one prompt are one request. Each has its own seed: a hash of (run seed, step, prompt), plus
+        how often the prompt came before in this call. The same run samples the same tokens whatever else is in the
+        batch.
 
         Args:
             prompt_ids: Token ids, with a prompt repeated for each completion wanted of it.
             sampling: Arguments of `vllm.SamplingParams`.
             step: Training step; evaluations use a step of their own.
+            on_group: Called when all completions of one prompt are there, while others are still written, with their
+                places in `prompt_ids`, their tokens and their log-probabilities.
         """
         from vllm import SamplingParams
 
-        seen: Counter[tuple[int, ...]] = Counter()
-        params = []
-        for ids in prompt_ids:
-            key = tuple(ids)
-            seed = request_seed(self.seed, step, ids, seen[key])
-            seen[key] += 1
-            params.append(
-                SamplingParams(**sampling, seed=seed, logprobs=0, stop_token_ids=self.eos_ids, detokenize=False)
+        places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, ids in enumerate(prompt_ids):
+            places[tuple(ids)].append(place)
+        requests = [
+            (
+                ids,
+                SamplingParams(**self._stop | sampling, n=len(at), seed=request_seed(self.seed, step, ids), logprobs=0),
             )
-        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-        outputs = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
-        logprobs = [
-            [position[token].logprob for token, position in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs
+            for ids, at in places.items()
         ]
-        return Rollout([list(o.token_ids) for o in outputs], logprobs)
+        groups = list(places.values())
+        completions: list[list[int]] = [[]] * len(prompt_ids)
+        logprobs: list[list[float]] = [[]] * len(prompt_ids)
+        ended: list[Ended] = ["length"] * len(prompt_ids)
+        for index, output in self._run(requests):
+            for place, sample in zip(groups[index], sorted(output.outputs, key=lambda o: o.index), strict=True):
+                completions[place] = list(sample.token_ids)
+                pairs = zip(sample.token_ids, sample.logprobs, strict=True)
+                logprobs[place] = [position[token].logprob for token, position in pairs]
+                if sample.finish_reason != "length":
+                    ended[place] = "eos" if sample.token_ids[-1] in self.end_ids else "closing_tag"
+            if on_group is not None:
+                at = groups[index]
+                on_group(at, [completions[i] for i in at], [logprobs[i] for i in at])
+        return Rollout(prompt_ids, completions, logprobs, [[] for _ in prompt_ids], ended)
 
     def given_logprobs(self, prompt_ids: list[list[int]], count: int, temperature: float) -> list[list[float]]:
         """How likely the model would have been to write the last `count` tokens of each prompt itself.
@@ -139,27 +215,85 @@ class Engine:
         Returns:
             For each prompt the log-probabilities of its last `count` tokens, at `temperature`.
         """
-        from vllm import SamplingParams
-
         distinct = list(dict.fromkeys(tuple(ids) for ids in prompt_ids))
-        prompts, params = [], []
-        for ids in distinct:
-            for position in range(len(ids) - count, len(ids)):
-                prompts.append({"prompt_token_ids": list(ids[:position])})
-                asked = [ids[position]]
-                params.append(
-                    SamplingParams(
-                        temperature=temperature, max_tokens=1, seed=0, logprob_token_ids=asked, detokenize=False
-                    )
-                )
-        outputs = self.llm.generate(prompts, params, use_tqdm=False) if prompts else []
-        asked = (param.logprob_token_ids[0] for param in params)
-        values = iter(o.outputs[0].logprobs[0][token].logprob for o, token in zip(outputs, asked, strict=True))
-        found = {ids: [next(values) for _ in range(count)] for ids in distinct}
+        asked = [(ids, at) for ids in distinct for at in range(len(ids) - count, len(ids))]
+        found: dict[tuple[int, ...], list[float]] = {ids: [] for ids in distinct}
+        answers = self.next_logprobs([ids[:at] for ids, at in asked], [[ids[at]] for ids, at in asked], temperature)
+        for (ids, _), (values, _) in zip(asked, answers, strict=True):
+            found[ids] += values
         return [found[tuple(ids)] for ids in prompt_ids]
 
+    def next_logprobs(
+        self, prompt_ids: list[tuple[int, ...]], tokens: list[list[int]], temperature: float
+    ) -> list[tuple[list[float], int]]:
+        """For each prompt the log-probabilities of some tokens as the next one, and how many of the prompt's tokens
+        were found in the prefix cache."""
+        from vllm import SamplingParams
 
-def request_seed(run_seed: int, step: int, prompt_ids: list[int], sample: int) -> int:
-    """Return the seed of one completion, a number below 2^63."""
-    text = f"{run_seed},{step},{sample}:{','.join(map(str, prompt_ids))}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+        requests = []
+        for ids, wanted in zip(prompt_ids, tokens, strict=True):
+            params = SamplingParams(
+                temperature=temperature, max_tokens=1, seed=0, logprob_token_ids=wanted, detokenize=False
+            )
+            requests.append((ids, params))
+        answers: list[tuple[list[float], int]] = [([], 0)] * len(requests)
+        for index, output in self._run(requests):
+            first = output.outputs[0].logprobs[0]
+            answers[index] = ([first[token].logprob for token in tokens[index]], output.num_cached_tokens)
+        return answers
+
+    def _run(self, requests: list[tuple[tuple[int, ...], Any]]) -> Iterator[tuple[int, Any]]:
+        """Process requests; yield the place and vLLM's output of each as it finishes."""
+        if not requests:
+            return
+        self.restore_cache()
+        prompts = [{"prompt_token_ids": list(ids)} for ids, _ in requests]
+        params = [p for _, p in requests]
+        ids = self.llm.enqueue(prompts, params, lora_request=self.bridge.lora_request, use_tqdm=False)
+        place = {request_id.partition("-")[0]: index for index, request_id in enumerate(ids)}
+        engine = self.llm.llm_engine
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield place[output.request_id], output
+
+
+def engine_arguments(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of vllm.LLM for these options, those of the bridge and `vllm_kwargs` aside."""
+    arguments = {
+        "model": model_path,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "max_model_len": options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length,
+        "enforce_eager": options.enforce_eager or device.type == "cpu",
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "gpu_memory_utilization": options.vllm_gpu_memory_utilization,
+        "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": options.trust_remote_code,
+        "disable_log_stats": True,
+    }
+    if options.max_num_seqs is not None:
+        arguments["max_num_seqs"] = options.max_num_seqs
+    if device.type == "cuda":
+        arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
+    else:
+        # A prompt cut in two makes vLLM rewind the request's generator, which torch cannot do on a CPU.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
+    return arguments
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Put the process's random generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def request_seed(run_seed: int, step: int, prompt_ids: tuple[int, ...]) -> int:
+    """Return the seed of a prompt's first completion, a number below 2^62; the n-th after it has this plus n."""
+    text = f"{run_seed},{step}:{','.join(map(str, prompt_ids))}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2

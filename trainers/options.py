@@ -165,12 +165,44 @@ class RLOptions(TrainOptions, RewardOptions):
     )
     use_vllm_server: bool = opt(False, "not in this project: the engine lives in the trainer's process")
     use_ray: bool = opt(False, "not in this project: one process trains, generates and scores")
-    weight_bridge: Literal["shared", "copy"] = opt(
-        "shared", "how the engine gets new weights: one copy used by both, or copied after each update"
+    use_vllm: bool = opt(True, "generate with the vLLM engine in this process; false: with transformers, slower")
+    weight_bridge: Literal["shared", "copy", "lora", "restart", "none", "shared_vllm", "lora_only"] | None = opt(
+        None,
+        "how the engine gets new weights: `shared` (one copy, used by trainer and engine), `copy` (the engine's own, "
+        "copied after each update), `lora` (one copy of the frozen base, adapters written into the engine's buffers), "
+        "`restart` (a new engine from a checkpoint after each update; for debugging); default: shared, lora with "
+        "use_peft. Atropos' names for three of them: shared_vllm, lora_only, and none for restart",
+    )
+    use_peft: bool = opt(False, "train LoRA adapters (peft) and keep the weights as they are")
+    lora_r: int = opt(16, "rank of the adapters", ge=1, le=512)
+    lora_alpha: int = opt(32, "the adapters count lora_alpha / lora_r times", ge=1)
+    lora_dropout: float = opt(
+        0.0, "dropout in front of the adapters; above 0 the trainer differs from the engine by it", ge=0, lt=1
+    )
+    lora_target_modules: str | list[str] = opt(
+        "all-linear", "layers that get an adapter: all-linear, or the last parts of their names, e.g. [q_proj, v_proj]"
     )
     enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
     enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
+    max_num_seqs: int | None = opt(None, "completions that vLLM writes at once; default: vLLM's", ge=1)
     vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
+    stop_at_closing_tag: bool = opt(
+        True, "a completion ends at the closing explanation tag; what the teacher would write after it is not read"
+    )
+    sentinel_tolerance: float | None = opt(
+        None,
+        "after each update, log-probs of a fixed prompt may differ between trainer and engine by so much, else the run "
+        "stops; default: 0.001 in fp32, 0.3 in bf16",
+        gt=0,
+    )
+    overlap_scoring: bool = opt(
+        False,
+        "score a question's explanations while the engine still writes those of others; not with student_mode=streamed",
+    )
+    record_rollouts: str | None = opt(None, "folder in which every sampled batch is kept")
+    replay_rollouts: str | None = opt(
+        None, "folder of record_rollouts: take the completions from there, in order, and start no engine"
+    )
     num_probes: int = opt(
         32,
         "held-out questions on which every evaluation also scores what explains nothing (an empty explanation, a "
@@ -231,7 +263,6 @@ DERIVED = {
     "bf16": "use precision=bf16",
     "fp16": "use precision=bf16 or precision=fp32",
     "use_cpu": "use device=cpu",
-    "use_vllm": "generation always goes through the vLLM engine in this process",
     "vllm_mode": "the engine is always in this process",
     "vllm_server_base_url": "there is no vLLM server",
     "vllm_server_host": "there is no vLLM server",
@@ -277,6 +308,13 @@ RENAMED = {
     "system_prompt": "teacher_system_prompt or student_system_prompt",
     "torch_dtype": "precision",
     "dtype": "precision",
+    "load_in_4bit": "precision=bf16: vLLM keeps q, k and v in one 4-bit tensor, so the base cannot be shared",
+    "load_in_8bit": "precision=bf16: vLLM keeps q, k and v in one 8-bit tensor, so the base cannot be shared",
+    "lora_rank": "lora_r",
+    "max_lora_rank": "lora_r",
+    "weight_bridge_mode": "weight_bridge",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "max_model_len": "vllm_max_model_length",
 }
 
 

@@ -167,7 +167,9 @@ class MetricsWriter(TrainerCallback):
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.timer.seconds["step"] += time.perf_counter() - self._start
+        self.timer.add("step", time.perf_counter() - self._start)
+        if self.timer.memory is not None:
+            self.timer.memory.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:

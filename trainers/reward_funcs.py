@@ -11,10 +11,11 @@ from hydra.utils import get_object, instantiate
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment
 from trl.trainer.utils import is_async_callable
 
-from data.explanation import read_explanation
+from data.explanation import Explanation, read_explanation
 from data.render import Renderer
 from rewards.explanation_format import explanation_format
 from trainers.errors import ConfigError, Fault
+from trainers.overlap import ScoreAhead
 from trainers.reward_specs import GIVEN, OWN_FUNCTION, length_soft_cache, reward_name
 from trainers.scoring import ExplanationScorer, Scored
 
@@ -23,17 +24,15 @@ MAX = torch.finfo(torch.float32).max  # TRL keeps rewards in this type
 
 
 def make_reward_funcs(
-    options: Any, teacher: Renderer, scorer: ExplanationScorer | None, own: dict[str, RewardFunction]
+    options: Any, teacher: Renderer, student: "StudentReward | None", own: dict[str, RewardFunction]
 ) -> list[RewardFunction]:
     """Return one function for each entry of `reward_funcs`, each guarded against numbers that are not finite.
 
     Args:
         teacher: The teacher's tokenizer and tags.
-        scorer: What asks the student; None where no entry needs it.
+        student: What asks the student; None where no entry needs it.
         own: The user's functions, as `own_functions` returns them.
     """
-    end_ids = {*teacher.end_ids, teacher.tokenizer.pad_token_id}
-    student = None if scorer is None else StudentReward(scorer, end_ids)
     limit = options.max_completion_length
     functions: list[RewardFunction] = []
     for entry in options.reward_funcs:
@@ -63,19 +62,35 @@ class StudentReward:
 
     Args:
         scorer: The scorer.
-        end_ids: Tokens that end a completion.
     """
 
     __name__ = "teacher_logprob_kl"
 
-    def __init__(self, scorer: ExplanationScorer, end_ids: set[int]) -> None:
-        self.scorer, self.end_ids = scorer, set(end_ids)
+    def __init__(self, scorer: ExplanationScorer) -> None:
+        self.scorer = scorer
+        self.end_ids = {*scorer.teacher.end_ids, scorer.teacher.tokenizer.pad_token_id}
+        self.ahead: ScoreAhead | None = None  # where groups are scored while others are still written
         self._batch: list[list[int]] | None = None  # TRL hands the same object to each function of a batch
         self._results: list[Scored | str] = []
 
     def __call__(self, **batch: Any) -> list[float | None]:
         """Return the student's reward of each completion, None for one that cannot be scored."""
         return [r.reward if isinstance(r, Scored) else None for r in self.ask(**batch)]
+
+    def score(
+        self,
+        completion_ids: list[list[int]],
+        question: list[str],
+        solution: list[str],
+        teacher_logprobs: list[list[float]],
+    ) -> list[tuple[Scored | str, Explanation]]:
+        """Read the explanations out of completions and score them; the arguments are those of `ask`."""
+        tag = self.scorer.student.renderer.tags.explanation[1]
+        tokenizer = self.scorer.teacher.tokenizer
+        padding = len(self.scorer.teacher.padding_ids) if self.scorer.padding_in_kl else 0
+        explanations = [read_explanation(tokenizer, ids, tag, self.end_ids) for ids in completion_ids]
+        kept = [torch.tensor(lp[: padding + len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
+        return list(zip(self.scorer.score(question, explanations, solution, kept), explanations, strict=True))
 
     def answers(self, **batch: Any) -> list[float | None]:
         """Return 1.0 where the student, decoding greedily, writes the solution; None where it cannot be asked."""
@@ -102,13 +117,11 @@ class StudentReward:
         """
         if completion_ids is self._batch:
             return self._results
-        tag = self.scorer.student.renderer.tags.explanation[1]
-        tokenizer = self.scorer.teacher.tokenizer
-        padding = len(self.scorer.teacher.padding_ids) if self.scorer.padding_in_kl else 0
-        explanations = [read_explanation(tokenizer, ids, tag, self.end_ids) for ids in completion_ids]
-        kept = [torch.tensor(lp[: padding + len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
-        results = self.scorer.score(question, explanations, solution, kept)
-        scored = [(r, e) for r, e in zip(results, explanations, strict=True) if isinstance(r, Scored)]
+        found = self.ahead.take() if self.ahead is not None else None
+        if found is None:
+            found = self.score(completion_ids, question, solution, teacher_logprobs)
+        results = [result for result, _ in found]
+        scored = [(r, e) for r, e in found if isinstance(r, Scored)]
         for name in scored[0][0].parts if scored else ():
             log_metric(name, sum(r.parts[name] for r, _ in scored) / len(scored))
         if scored:

@@ -20,6 +20,7 @@ GIVEN = (
     "solution",
     "prompt_tokens",
     "teacher_logprobs",
+    "ended",
     "trainer_state",
     "log_extra",
     "log_metric",

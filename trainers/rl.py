@@ -8,18 +8,24 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
+from data.render import Renderer
+from trainers.adapters import add_adapters
 from trainers.batch import batch_plan
+from trainers.engine import Engine
 from trainers.errors import ConfigError, Fault
 from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
+from trainers.memory_watch import MemoryWatch
 from trainers.models import load_config, load_model, resolve_device, resolve_dtype
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
+from trainers.overlap import ScoreAhead
 from trainers.phases import PhaseTimer
 from trainers.probes import Probes
 from trainers.quantized import samples_of
 from trainers.result import write_result
-from trainers.reward_funcs import make_reward_funcs, own_functions
+from trainers.reward_funcs import StudentReward, make_reward_funcs, own_functions
 from trainers.reward_specs import asks_student, reward_names
+from trainers.sentinel import Sentinel
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
 from trainers.trl_config import precision_arguments
@@ -51,29 +57,45 @@ def run_rl(options: Any, output_dir: Path) -> Path:
 
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)
-    timer = PhaseTimer()
-    scorer = probes = None
+    model = load_model(
+        teacher_path, dtype, options.attn_implementation, "model_name_or_path", options.trust_remote_code
+    )
+    if options.use_peft:
+        model = add_adapters(model, options)
+    engine = sentinel = None
+    if options.use_vllm and options.replay_rollouts is None:
+        # First on the device: the weights go straight to where the engine keeps them.
+        engine = start_engine(options, model, teacher, teacher_path, device, dtype, output_dir)
+        prompt = teacher.encode_prompt(teacher.teacher_prompt(train_set[0]["question"], train_set[0]["solution"]))
+        sentinel = Sentinel(engine, model, prompt, dtype, options.sentinel_tolerance)
+    scorer = judge = ahead = probes = None
     if student is None:
         logger.info("no reward function asks the student: none is loaded")
     else:
         samples = samples_of(rows)
         scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
+        judge = StudentReward(scorer)
+        if options.overlap_scoring:
+            judge.ahead = ahead = ScoreAhead(judge.score, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
         probes = Probes(scorer, options.num_probes, options.student_tokens_per_pass)
     reference, sync = None, arguments.sync_ref_model
-    if arguments.beta:
+    if arguments.beta and not options.use_peft:
         key, temperature = "model_name_or_path", arguments.temperature
         reference = load_frozen(options, teacher_path, key, device, dtype, temperature, writable=sync)
-    trust, attention = options.trust_remote_code, options.attn_implementation
+    timer = PhaseTimer(MemoryWatch(device))
     trainer = TeacherGRPOTrainer(
         options=options,
         renderer=teacher,
         timer=timer,
-        model=load_model(teacher_path, dtype, attention, "model_name_or_path", trust),
-        reward_funcs=make_reward_funcs(options, teacher, scorer, own),
+        model=model,
+        reward_funcs=make_reward_funcs(options, teacher, judge, own),
         args=arguments,
         reference=reference,
         probes=probes,
+        engine=engine,
+        sentinel=sentinel,
+        ahead=ahead,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,
@@ -87,6 +109,21 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(eval_set), reward_names(options))
     return output_dir
+
+
+def start_engine(
+    options: Any,
+    model: Any,
+    teacher: Renderer,
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    output_dir: Path,
+) -> Engine:
+    """Start vLLM on the teacher's weights."""
+    tag = teacher.tags.explanation[1] if options.stop_at_closing_tag else None
+    tag_ids = teacher.encode_text(tag) if tag else None
+    return Engine(model, path, options, device, dtype, list(teacher.end_ids), tag, tag_ids, output_dir)
 
 
 def check_positions(options: Any, path: str) -> None:

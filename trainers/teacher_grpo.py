@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,15 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from data.render import Encoded, Renderer
+from trainers.adapters import base_model
 from trainers.engine import Engine
 from trainers.frozen import FrozenModel
+from trainers.hf_generation import generate_with_transformers
+from trainers.overlap import ScoreAhead
 from trainers.phases import PhaseTimer
 from trainers.probes import Evaluated, Probes
+from trainers.rollouts import Rollout, RolloutFiles
+from trainers.sentinel import Sentinel
 
 EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
 
@@ -22,26 +29,24 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     """Sample one completion for each prompt (a prompt comes once for each completion wanted of it)."""
     limit = trainer.options.max_prompt_length
     prompt_ids = [trainer.renderer.encode_prompt(prompt)[-limit:] for prompt in prompts]
-    sampling = {
-        "temperature": trainer.temperature,
-        "top_p": trainer.top_p,
-        "top_k": trainer.top_k,
-        "min_p": trainer.min_p or 0.0,
-        "repetition_penalty": trainer.repetition_penalty,
-        "max_tokens": trainer.max_completion_length,
-        **(trainer.args.generation_kwargs or {}),
-    }
-    step = trainer._step if trainer.model.training else EVAL_STEP
     with trainer.timer("generate"):
-        count = len(trainer.renderer.padding_ids) if trainer.options.padding_in_kl else 0
-        padding = trainer.engine.given_logprobs(prompt_ids, count, trainer.temperature)
-        sampled = trainer.engine.generate(prompt_ids, sampling, step)
+        sampled = trainer.sample(prompt_ids)
+    completions, logprobs, own = [], [], []
+    for ids, logps, ended in zip(sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True):
+        # TRL knows a finished completion by its end of turn. Where the closing tag took its place, one is put there
+        # that the loss leaves out.
+        forced = [trainer.processing_class.eos_token_id] if ended == "closing_tag" else []
+        completions.append(ids + forced)
+        logprobs.append(logps + [0.0] * len(forced))
+        own.append([1] * len(ids) + [0] * len(forced))
     return {
         "prompt_ids": prompt_ids,
-        "completion_ids": sampled.completion_ids,
-        "logprobs": sampled.logprobs,
-        # Reaches the reward function as a column.
-        "teacher_logprobs": [given + own for given, own in zip(padding, sampled.logprobs, strict=True)],
+        "completion_ids": completions,
+        "logprobs": logprobs,
+        "env_mask": own,
+        # These two reach the reward functions as columns.
+        "teacher_logprobs": [g + logps for g, logps in zip(sampled.given_logprobs, sampled.logprobs, strict=True)],
+        "ended": sampled.ended,
     }
 
 
@@ -54,10 +59,13 @@ class TeacherGRPOTrainer(GRPOTrainer):
     Args:
         options: RL options.
         renderer: The teacher's template and tokenizer.
-        timer: Seconds of the phases `generate`, `score` and `step` are added here.
+        timer: Seconds of the phases `sync`, `sentinel`, `generate`, `score` and `step` are added here.
         args: TRL's arguments; `use_vllm` must be false.
-        reference: The teacher as it was, where `args.beta` is not 0.
+        reference: The teacher as it was, where `args.beta` is not 0 and it is not the model without its adapters.
         probes: What is scored beside the teacher's explanations at every evaluation, if anything.
+        engine: What generates; None for transformers, or where rollouts are replayed.
+        sentinel: Compares engine and trainer after each update, if anything does.
+        ahead: Scores groups while others are still generated, if anything does.
         kwargs: Further arguments of `trl.GRPOTrainer`.
     """
 
@@ -69,21 +77,87 @@ class TeacherGRPOTrainer(GRPOTrainer):
         args: GRPOConfig,
         reference: FrozenModel | None,
         probes: Probes | None,
+        engine: Engine | None,
+        sentinel: Sentinel | None,
+        ahead: ScoreAhead | None,
         **kwargs: Any,
     ) -> None:
         self.options, self.renderer, self.timer = options, renderer, timer
         self.probes, self._evaluated = probes, []
+        self.engine, self.sentinel, self.ahead = engine, sentinel, ahead
+        self.record, self.replay = (
+            RolloutFiles(Path(folder).expanduser()) if folder else None
+            for folder in (options.record_rollouts, options.replay_rollouts)
+        )
         self._logged_step = 0
         with _no_reference_of_trl(args):
             super().__init__(args=args, rollout_func=rollout, **kwargs)
         self.beta, self.ref_model = args.beta, reference
         if args.sync_ref_model:
             self.add_callback(ReferenceSync(reference, self.accelerator))
-        path = self.model.config._name_or_path
-        self.engine = Engine(self.model, path, options, self.model.dtype, self.eos_token_ids)
-        # From here on TRL treats the rollouts as vLLM's: it calls sync_weights before each and corrects for the
-        # difference between the sampling and the training log-probabilities.
-        self.use_vllm, self.vllm_generation, self._last_loaded_step = True, self.engine, -1
+        if options.use_vllm:
+            # From here on TRL treats the rollouts as vLLM's: it calls sync_weights before each and corrects for the
+            # difference between the sampling and the training log-probabilities.
+            self.use_vllm, self.vllm_generation, self._last_loaded_step = True, self, -1
+
+    def sync_weights(self) -> None:
+        """Bring the current weights to the engine, and see that they are there."""
+        if self.engine is None:  # rollouts are replayed
+            return
+        with self.timer("sync"):
+            self.engine.sync_weights()
+        with self.timer("sentinel"):
+            for name, value in self.sentinel.check().items():
+                self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def sample(self, prompt_ids: list[list[int]]) -> Rollout:
+        """Sample a completion for each prompt, or read what was sampled for it."""
+        mode = "train" if self.model.training else "eval"
+        if self.replay is not None:
+            return self.replay.read(prompt_ids, mode)
+        step = self._step if self.model.training else EVAL_STEP
+        given = len(self.renderer.padding_ids) if self.options.padding_in_kl else 0
+        if self.engine is None:
+            sampled = generate_with_transformers(self, prompt_ids, step, given)
+        else:
+            sampled = self._sample_with_engine(prompt_ids, step, given)
+        if self.record is not None:
+            self.record.write(sampled, mode)
+        return sampled
+
+    def _sample_with_engine(self, prompt_ids: list[list[int]], step: int, given: int) -> Rollout:
+        engine, memory = self.engine, self.timer.memory
+        given_logprobs = engine.given_logprobs(prompt_ids, given, self.temperature)
+
+        def score_group(places: list[int], completion_ids: list[list[int]], logprobs: list[list[float]]) -> None:
+            self.ahead.submit(
+                places,
+                completion_ids=completion_ids,
+                question=[self._rows[i]["question"] for i in places],
+                solution=[self._rows[i]["solution"] for i in places],
+                teacher_logprobs=[given_logprobs[i] + own for i, own in zip(places, logprobs, strict=True)],
+            )
+
+        sampling = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            "max_tokens": self.max_completion_length,
+            **(self.args.generation_kwargs or {}),
+        }
+        sampled = engine.generate(prompt_ids, sampling, step, score_group if self.ahead is not None else None)
+        before = memory.used() if memory is not None else 0
+        engine.release_cache()
+        if memory is not None and engine.device.type == "cuda":
+            memory.freed("the KV cache", before, engine.kv_cache_bytes())
+        return replace(sampled, given_logprobs=given_logprobs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """As TRL's; the rows are at hand while their completions are written."""
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -109,22 +183,27 @@ class TeacherGRPOTrainer(GRPOTrainer):
         """As TRL's, every reward function timed as scoring; an evaluation's completions are kept for the probes."""
         if self.probes is not None and not self.model.training:
             self._evaluated += [Evaluated(x["question"], x["solution"], i) for x, i in zip(inputs, ids, strict=True)]
+        self._log_completion_extra("ended", [row["ended"] for row in inputs])
         with self.timer("score"):
             return super()._calculate_rewards(inputs, prompts, completions, ids)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the seconds of each phase: per optimizer step while training, in total for an evaluation."""
+        """Add the seconds of each phase (per optimizer step while training, in total for an evaluation) and the
+        memory in use after it."""
         seconds = self.timer.take()
+        if self.timer.memory is not None:
+            prefix = "" if self.model.training else "eval_"
+            logs |= {f"{prefix}{name}": value for name, value in self.timer.memory.take().items()}
         if not self.model.training:
             logs |= {f"eval_seconds/{phase}": value for phase, value in seconds.items()}
             if self._evaluated:
-                teacher = self.accelerator.unwrap_model(self.model)
+                teacher = base_model(self.accelerator.unwrap_model(self.model))
                 means = self.probes(self._evaluated, teacher, self.temperature)
                 logs |= {f"eval_{name}": value for name, value in means.items()}
                 self._evaluated.clear()
         elif steps := self.state.global_step - self._logged_step:
             self._logged_step = self.state.global_step
-            phases = {phase: seconds.get(phase, 0.0) for phase in ("generate", "score")}
+            phases = {phase: seconds.get(phase, 0.0) for phase in ("sync", "sentinel", "generate", "score")}
             phases["update"] = seconds["step"] - sum(phases.values())
             logs |= {f"seconds/{phase}": value / steps for phase, value in phases.items()}
         # TRL names the file of completions by the step alone: an evaluation would overwrite the training step's.

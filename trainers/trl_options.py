@@ -63,7 +63,7 @@ def _is_init_false(call: ast.expr | None) -> bool:
     return any(k.arg == "init" and getattr(k.value, "value", True) is False for k in keywords)
 
 
-def _class_body(package: str, file: str, class_name: str) -> list[ast.stmt]:
+def class_body(package: str, file: str, class_name: str) -> list[ast.stmt]:
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ImportError(f"{package} is not installed; run ./launch_mono.sh once, it sets up .venv")
@@ -74,7 +74,7 @@ def _class_body(package: str, file: str, class_name: str) -> list[ast.stmt]:
 @cache
 def enum_values(file: str, class_name: str) -> tuple[str, ...]:
     """The values of one of transformers' enumerations of strings."""
-    body = _class_body("transformers", file, class_name)
+    body = class_body("transformers", file, class_name)
     return tuple(ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign))
 
 
@@ -87,7 +87,7 @@ def trl_options(kind: str) -> dict[str, TrlOption]:
     """
     options: dict[str, TrlOption] = {}
     for package, file, class_name in SOURCES[kind]:
-        body = _class_body(package, file, class_name)
+        body = class_body(package, file, class_name)
         for node in body:
             if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_") or _is_init_false(node.value):
                 continue

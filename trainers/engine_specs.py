@@ -1,0 +1,123 @@
+"""What the options of the engine may be together; imports neither torch nor vLLM."""
+
+import ast
+import difflib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trainers.errors import Fault
+from trainers.trl_options import class_body
+
+# Names of the Atropos trainer for the same things.
+ATROPOS = {"shared_vllm": "shared", "lora_only": "lora", "none": "restart"}
+
+# Arguments of vllm.LLM that this project sets itself, and the option to use instead.
+SET_HERE = {
+    "model": "model_name_or_path",
+    "tokenizer": "model_name_or_path",
+    "seed": "seed",
+    "dtype": "precision",
+    "max_model_len": "vllm_max_model_length",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "enforce_eager": "enforce_eager",
+    "enable_prefix_caching": "enable_prefix_caching",
+    "max_num_seqs": "max_num_seqs",
+    "trust_remote_code": "trust_remote_code",
+    "load_format": "weight_bridge",
+    "enable_lora": "use_peft",
+    "max_loras": "use_peft",
+    "max_lora_rank": "lora_r",
+    "lora_target_modules": "lora_target_modules",
+    "enable_sleep_mode": None,
+    "enable_cumem_allocator": None,
+    "logprobs_mode": None,
+}
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def bridge_name(options: Any) -> str:
+    """The weight bridge by this project's name for it."""
+    if options.weight_bridge is None:
+        return "lora" if options.use_peft else "shared"
+    return ATROPOS.get(options.weight_bridge, options.weight_bridge)
+
+
+@cache
+def vllm_arguments() -> frozenset[str]:
+    """The arguments of vllm.LLM, read from its source."""
+    names = {
+        n.target.id for n in class_body("vllm", "engine/arg_utils.py", "EngineArgs") if isinstance(n, ast.AnnAssign)
+    }
+    for node in class_body("vllm", "entrypoints/llm.py", "LLM"):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            names |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} - {"self"}
+    return frozenset(names)
+
+
+def engine_faults(options: Any) -> list[Fault]:
+    """What is wrong with the options of generation, as far as that shows without loading anything."""
+    faults = _bridge_faults(options) + _kwargs_faults(options) + _rollout_faults(options)
+    if not options.use_vllm:
+        cause = "use_vllm=false generates with transformers, without an engine"
+        for key, empty in (("weight_bridge", None), ("vllm_kwargs", {}), ("max_num_seqs", None)):
+            if getattr(options, key) != empty:
+                faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
+    if options.use_peft and options.sync_ref_model:
+        cause = "with use_peft the reference is the model without its adapters, and stays what it is"
+        faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false"))
+    if options.use_peft and options.reference_mode != "auto":
+        cause = "with use_peft the reference is the teacher without its adapters: no second model is loaded"
+        faults.append(Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto"))
+    return faults
+
+
+def _bridge_faults(options: Any) -> list[Fault]:
+    bridge, given = bridge_name(options), options.weight_bridge
+    if bridge == "lora" and not options.use_peft:
+        cause = "it brings adapters to the engine, and none are trained"
+        return [Fault("weight_bridge", given, cause, "use_peft=true, or weight_bridge=shared")]
+    if bridge == "shared" and options.use_peft:
+        cause = "it shares weights that are trained, and use_peft trains adapters"
+        return [Fault("weight_bridge", given, cause, "weight_bridge=lora, which shares the base, or leave it out")]
+    return []
+
+
+def _kwargs_faults(options: Any) -> list[Fault]:
+    faults = []
+    for name, value in options.vllm_kwargs.items():
+        if name in PARALLEL:
+            if value != 1:
+                cause = "the engine computes in the trainer's process, on its one GPU"
+                faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, f"leave {name} out"))
+        elif name in SET_HERE:
+            remedy = f"use the option {SET_HERE[name]}" if SET_HERE[name] else "leave it out"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", "this project sets it itself", remedy))
+        elif name == "quantization" and bridge_name(options) != "restart":
+            cause = "vLLM packs quantized weights its own way, so the trainer's cannot be put in their place"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "weight_bridge=restart, or no quantization"))
+        elif name not in vllm_arguments():
+            near = difflib.get_close_matches(name, vllm_arguments(), n=2)
+            remedy = f"did you mean {' or '.join(near)}?" if near else "see the arguments of vllm.LLM"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", "vLLM has no such argument", remedy))
+    return faults
+
+
+def _rollout_faults(options: Any) -> list[Fault]:
+    faults = []
+    replay = options.replay_rollouts
+    if replay is not None and not (Path(replay).expanduser() / "train-00000.parquet").is_file():
+        cause = "the folder holds no recorded rollouts"
+        faults.append(Fault("replay_rollouts", replay, cause, "a folder written by record_rollouts"))
+    if replay is not None and options.record_rollouts is not None:
+        faults.append(Fault("record_rollouts", options.record_rollouts, "nothing new is sampled", "leave one out"))
+    if options.record_rollouts is not None and list(Path(options.record_rollouts).expanduser().glob("*.parquet")):
+        cause = "the folder already holds a recording"
+        faults.append(Fault("record_rollouts", options.record_rollouts, cause, "name a new folder"))
+    if options.overlap_scoring and options.student_mode == "streamed":
+        cause = "a streamed student reads its weights once for a whole batch, not for each group"
+        faults.append(Fault("overlap_scoring", True, cause, "student_mode=cpu or resident, or overlap_scoring=false"))
+    if options.overlap_scoring and (not options.use_vllm or replay is not None):
+        cause = "without the engine there is no generation to overlap with"
+        faults.append(Fault("overlap_scoring", True, cause, "overlap_scoring=false"))
+    return faults

@@ -1,0 +1,72 @@
+"""Memory in use after each phase of a step."""
+
+import logging
+
+import psutil
+import torch
+
+logger = logging.getLogger(__name__)
+
+WARM_UP, WINDOW = 3, 10  # steps
+CREEP = 1.05
+RELEASED = 0.9
+
+
+class MemoryWatch:
+    """Notes the memory in use at the end of each phase: of the GPU, or, without one, the resident set of the process.
+
+    It warns, once each, when the peak creeps up from step to step, and when a phase frees less than it should.
+
+    Args:
+        device: Whose memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._phases: dict[str, int] = {}
+        self._peaks: list[int] = []
+        self._warned: set[str] = set()
+
+    def used(self) -> int:
+        """Bytes in use now. On a GPU all of it that is taken, by whomever: vLLM's pools are not in torch's figures."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return total - free
+        return psutil.Process().memory_info().rss
+
+    def note(self, phase: str) -> None:
+        """A phase has ended. Its peak, on a GPU, is what torch had reserved at most, above what it holds now."""
+        used = self.used()
+        if self.device.type == "cuda":
+            reserved = torch.cuda.memory_reserved(self.device)
+            self._phases[f"{phase}_peak"] = used + torch.cuda.max_memory_reserved(self.device) - reserved
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._phases[phase] = used
+
+    def freed(self, what: str, before: int, expected: int) -> None:
+        """Warn if since `before` bytes were in use clearly less was freed than `expected`."""
+        freed = before - self.used()
+        if freed < RELEASED * expected:
+            message = "%s freed %.2f GiB where %.2f were expected: the next phase has that much less room"
+            self._warn(what, message, what, freed / 2**30, expected / 2**30)
+
+    def step(self) -> None:
+        """An optimizer step has ended: see whether its peak is part of a rise."""
+        if not self._phases:
+            return
+        self._peaks.append(max(self._phases.values()))
+        seen = self._peaks[WARM_UP:]
+        if len(seen) >= 2 * WINDOW and min(seen[-WINDOW:]) > CREEP * max(seen[:WINDOW]):
+            first, last = max(seen[:WINDOW]) / 2**30, min(seen[-WINDOW:]) / 2**30
+            self._warn("creep", "memory creeps up: %.2f GiB at most in the first steps, %.2f at least now", first, last)
+
+    def take(self) -> dict[str, float]:
+        """`memory/<phase>`, in GiB, of the phases since the last call."""
+        taken = {f"memory/{phase}": used / 2**30 for phase, used in self._phases.items()}
+        self._phases.clear()
+        return taken
+
+    def _warn(self, about: str, message: str, *values: object) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            logger.warning(message, *values)

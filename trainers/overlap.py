@@ -1,0 +1,41 @@
+"""Scoring while the engine still generates."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+
+class ScoreAhead:
+    """Scores each group of completions in a thread, as the engine finishes it.
+
+    Args:
+        score: Called with keyword arguments for a group; returns a result for each of its completions.
+        device: Where it computes; on a GPU it gets a stream of its own, beside the engine's.
+    """
+
+    def __init__(self, score: Callable[..., list[Any]], device: torch.device) -> None:
+        self.score = score
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="score-ahead")
+        self._pending: list[tuple[list[int], Future]] = []
+
+    def submit(self, places: list[int], **group: Any) -> None:
+        """Score a group; `places` says where its results belong in the batch."""
+        self._pending.append((places, self._thread.submit(self._run, group)))
+
+    def _run(self, group: dict[str, Any]) -> list[Any]:
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            return self.score(**group)
+
+    def take(self) -> list[Any] | None:
+        """The results of all groups since the last call, in the order of the batch; None if there were none."""
+        if not self._pending:
+            return None
+        pending, self._pending = self._pending, []
+        found = {
+            place: result for places, future in pending for place, result in zip(places, future.result(), strict=True)
+        }
+        return [found[place] for place in range(len(found))]

@@ -1,0 +1,81 @@
+"""What was sampled: its type, and keeping it on disk to train on it again."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from trainers.errors import ConfigError, Fault
+
+Ended = Literal["eos", "closing_tag", "length"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled completions, in the order of the prompts.
+
+    Attributes:
+        prompt_ids: Tokens that each completion continues.
+        completion_ids: Sampled tokens of each completion, those that ended it included.
+        logprobs: Log-probability of each sampled token, at the sampling temperature.
+        given_logprobs: The same for the last tokens of each prompt, where the reward asks for them (`padding_in_kl`).
+        ended: What ended each completion; `length`: it was cut off.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+    given_logprobs: list[list[float]]
+    ended: list[Ended]
+
+
+class RolloutFiles:
+    """One parquet file for each call that samples: `train-00000.parquet`, `eval-00000.parquet`, in order.
+
+    Args:
+        folder: Where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._counts = {"train": 0, "eval": 0}
+
+    def _next(self, mode: str) -> Path:
+        path = self.folder / f"{mode}-{self._counts[mode]:05d}.parquet"
+        self._counts[mode] += 1
+        return path
+
+    def write(self, rollout: Rollout, mode: str) -> None:
+        """Keep the rollout of one call."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._next(mode)
+        partial = path.with_suffix(".partial")
+        pd.DataFrame(asdict(rollout)).to_parquet(partial)
+        partial.replace(path)
+
+    def read(self, prompt_ids: list[list[int]], mode: str) -> Rollout:
+        """Return the rollout of the next call.
+
+        Args:
+            prompt_ids: What this run would sample from.
+
+        Raises:
+            ConfigError: If there is none left, or it was sampled from other prompts.
+        """
+        path = self._next(mode)
+        key, value = "replay_rollouts", str(self.folder)
+        if not path.is_file():
+            count = self._counts[mode] - 1
+            cause = f"{count} {mode} rollouts were recorded, and this run asks for one more ({path.name})"
+            raise ConfigError(Fault(key, value, cause, "fewer steps or evaluations, or a longer recording"))
+        rollout = Rollout(**{f.name: _lists(pd.read_parquet(path)[f.name]) for f in fields(Rollout)})
+        if rollout.prompt_ids != prompt_ids:
+            cause = f"{path.name} was sampled from other prompts than this run's"
+            remedy = "the recording run's data, seed, tokenizer, templates and batch sizes"
+            raise ConfigError(Fault(key, value, cause, remedy))
+        return rollout
+
+
+def _lists(column: pd.Series) -> list:
+    return [value.tolist() if hasattr(value, "tolist") else value for value in column]

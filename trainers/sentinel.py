@@ -1,0 +1,83 @@
+"""Watches that the engine computes with the trainer's weights."""
+
+import logging
+
+import torch
+from torch import nn
+
+from trainers.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+NUM_TOKENS = 16  # below vLLM's limit of 20 log-probs a position
+TOLERANCE = {torch.float32: 1e-3}  # nats; kernels of trainer and engine differ by about 1e-6 in fp32
+# bf16 and fp16 round a logit of 32 by up to 1/8, in the trainer and in the engine.
+HALF_TOLERANCE = 0.3
+
+
+class SentinelError(RuntimeError):
+    """The engine does not compute with the trainer's weights."""
+
+
+class Sentinel:
+    """After each update, compares log-probabilities after a fixed prompt between trainer and engine.
+
+    The prompt is longer than a block of the prefix cache: its keys and values are kept there from one check to the
+    next, unless the update drops them as it must.
+
+    Args:
+        engine: The engine.
+        model: The trainer's model.
+        prompt_ids: A prompt; it is repeated to the length that is needed.
+        dtype: Type of the weights.
+        tolerance: Largest difference allowed, in nats; None for the default of the type.
+    """
+
+    def __init__(
+        self, engine: Engine, model: nn.Module, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None
+    ) -> None:
+        self.engine, self.model = engine, model
+        self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
+        length = min(engine.block_size + 8, engine.max_model_len - 1)
+        repeats = length // len(prompt_ids) + 1
+        self.prompt_ids = (prompt_ids * repeats)[:length]
+        self._tokens: list[int] = []
+
+    @torch.no_grad()
+    def _trainer_logprobs(self) -> torch.Tensor:
+        """`[vocabulary]`, fp32: the log-probabilities of the next token."""
+        training = self.model.training
+        self.model.eval()
+        ids = torch.tensor([self.prompt_ids], device=self.engine.device)
+        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+        self.model.train(training)
+        return logits.float().log_softmax(-1)
+
+    def check(self) -> dict[str, float]:
+        """Compare; call after `Engine.sync_weights`.
+
+        Returns:
+            `sentinel/mismatch_mean` and `sentinel/mismatch_max`, in nats.
+
+        Raises:
+            SentinelError: If the difference is beyond the tolerance, or the prefix cache outlived the update.
+        """
+        ours = self._trainer_logprobs()
+        if not self._tokens:
+            self._tokens = ours.topk(min(NUM_TOKENS, len(ours))).indices.tolist()
+        ((theirs, cached),) = self.engine.next_logprobs([tuple(self.prompt_ids)], [self._tokens], 1.0)
+        if cached:
+            raise SentinelError(
+                f"vLLM found {cached} tokens of a prompt in its prefix cache right after a weight update: keys and "
+                "values of older weights would be used\n  -> enable_prefix_caching=false, and please report this"
+            )
+        difference = (ours[self._tokens].cpu() - torch.tensor(theirs)).abs()
+        worst = difference.max().item()
+        if not worst <= self.tolerance:  # NaN too
+            raise SentinelError(
+                f"trainer and engine disagree: the log-probability of a token differs by {worst:.3g}, allowed is "
+                f"{self.tolerance:g} (sentinel_tolerance). The engine does not compute with the trainer's weights\n"
+                "  -> weight_bridge=restart shows whether the bridge is at fault; if the engine is meant to differ "
+                "(vllm_kwargs with a quantization), set sentinel_tolerance"
+            )
+        return {"sentinel/mismatch_mean": difference.mean().item(), "sentinel/mismatch_max": worst}
