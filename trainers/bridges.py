@@ -97,8 +97,9 @@ class SharedBridge(CopyBridge):
 class LoraBridge(SharedBridge):
     """The frozen base is shared, the adapters are written into the engine's buffers.
 
-    vLLM has no call that takes an adapter from memory. An empty one is registered under the id that the requests name,
-    and the layers' own `set_lora` writes the values, in place: captured CUDA graphs stay valid.
+    vLLM has no call that takes an adapter from memory. One of zeros is registered under the id that the requests name,
+    as vLLM does to warm up, and the layers' own `set_lora` writes the values, in place: captured CUDA graphs stay
+    valid.
     """
 
     def arguments(self) -> dict[str, Any]:
@@ -109,15 +110,13 @@ class LoraBridge(SharedBridge):
         return super().arguments() | lora
 
     def attach(self, runner: Any) -> None:
-        from vllm.lora.lora_model import LoRAModel
         from vllm.lora.request import LoRARequest
 
         super().attach(runner)
         self._layers = adapted_layers(self.engine_model, self._adapters())
-        manager = runner.lora_manager._adapter_manager
-        manager.add_adapter(LoRAModel(1, self.model.peft_config[ADAPTER].r, {}))
-        manager.activate_adapter(1)
         self.lora_request = LoRARequest("teacher", 1, "in-memory")
+        runner.lora_manager.add_dummy_lora(self.lora_request, self.model.peft_config[ADAPTER].r)
+        runner.lora_manager.add_adapter(self.lora_request)  # known by now, so nothing is read: it gets its buffers
         self.sync()
 
     def _adapters(self) -> dict[str, LoraLayer]:
