@@ -22,7 +22,8 @@ def engine_and_model(model_dir, renderer):
     engine = Engine(
         model, str(model_dir), options, torch.device("cpu"), torch.float32, [renderer.tokenizer.eos_token_id]
     )
-    return engine, model, original
+    yield engine, model, original
+    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from trainers.adapters import base_model
 from trainers.engine import Engine
 from trainers.frozen import FrozenModel
 from trainers.hf_generation import generate_with_transformers
+from trainers.importance_sampling import importance_sampling_ratio, mismatch_metrics
 from trainers.overlap import ScoreAhead
 from trainers.phases import PhaseTimer
 from trainers.probes import Evaluated, Probes
@@ -90,6 +91,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             for folder in (options.record_rollouts, options.replay_rollouts)
         )
         self._logged_step = 0
+        self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
         with _no_reference_of_trl(args):
             super().__init__(args=args, rollout_func=rollout, **kwargs)
         self.beta, self.ref_model = args.beta, reference
@@ -155,20 +157,50 @@ class TeacherGRPOTrainer(GRPOTrainer):
         return replace(sampled, given_logprobs=given_logprobs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """As TRL's; the rows are at hand while their completions are written."""
+        """As TRL's; the rows are at hand while their completions are written. Where a rollout serves one optimizer
+        step, no forward pass is spent on log-probabilities that the update will compute."""
         self._rows = inputs
-        return super()._generate_and_score_completions(inputs)
+        correction = self.vllm_importance_sampling_correction
+        one_step = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
+        self.vllm_importance_sampling_correction = correction and not one_step
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self.vllm_importance_sampling_correction = correction
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """As TRL's; the reference scores the whole batch in one pass over its weights."""
+        """As TRL's; the reference scores the whole batch in one pass over its weights, and what an update computes
+        serves to correct it."""
         if model is self.ref_model is not None:
             logps = completion_logps(model, input_ids, attention_mask, logits_to_keep)
             return logps.to(self.accelerator.device), None, None
-        return super()._get_per_token_logps_and_entropies(
+        result = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
+        if self._uncorrected is not None:
+            self._correct(result[0].detach(), self._uncorrected)
+        return result
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """As TRL's; the importance-sampling ratio is computed on the way where it was put off until here."""
+        put_off = self.use_vllm and self.vllm_importance_sampling_correction
+        self._uncorrected = inputs if put_off and "importance_sampling_ratio" not in inputs else None
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._uncorrected = None
+
+    def _correct(self, logps: Tensor, inputs: dict[str, Tensor]) -> None:
+        mask = inputs["completion_mask"] * inputs["tool_mask"]
+        sampling = inputs["sampling_per_token_logps"]
+        limits = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        ratio = importance_sampling_ratio(logps, sampling, mask, self.vllm_importance_sampling_mode, *limits)
+        inputs["importance_sampling_ratio"] = ratio
+        mode = "train" if self.model.training else "eval"
+        for name, value in mismatch_metrics(logps, sampling, mask, ratio).items():
+            self._metrics[mode][name].append(value)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; the seconds of a training interval that an evaluation interrupts are put back."""

@@ -1,0 +1,378 @@
+"""A GRPO step with each weight bridge, and with stock `trl.GRPOTrainer` on the same engine, in one run.
+
+    python benchmarks/bridges.py                    on a CPU: 34M random parameters, 16 completions of 48 tokens a step
+    python benchmarks/bridges.py --model 7b         on a GPU: the shape of Qwen2.5-7B, 64 completions of 256 tokens
+
+Ways:
+    shared, copy, restart       this project's bridges, all weights trained
+    lora                        this project's, adapters of rank 16 trained
+    trl                         TRL's trainer as it comes: vllm_mode=colocate, its importance-sampling correction on
+    trl-fastest                 the same without that correction, so without the forward pass it costs
+    trl-lora                    TRL as it comes, adapters of rank 16 trained: it merges them and copies all weights
+    score, score-overlap        shared, with this project's reward by a student of the same shape, afterwards and while
+                                the engine still generates (overlap_scoring)
+
+Every way samples as many tokens from the same prompts (end of turn ignored), earns the same kind of reward (score ways
+aside), and updates with the same optimizer. TRL's engine gets this project's engine arguments (fp32 and eager on a CPU,
+where it would otherwise compile); on a CPU both need the live linear weights of `keep_linear_weights_on_cpu`.
+
+Each way runs in a process of its own, `--steps` steps after one that is not counted; the ways take turns for
+`--repeats` rounds, and the medians over all steps are printed. The last line is JSON.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+
+from data.formats import TAG_FORMATS
+from trainers.models import make_model, make_tokenizer
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
+    "34m": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    | {"num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+}
+OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
+THEIRS = ("trl", "trl-fastest", "trl-lora")
+TAGS = TAG_FORMATS["stratos"].with_prompts("Explain.", "Solve.")
+ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
+
+
+def by_parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that costs nothing and differs within a group."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+class Clock:
+    """Seconds by phase, of functions that it wraps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.steps: list[dict[str, float]] = []
+
+    def wrap(self, owner: Any, name: str, phase: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[phase] += self.now() - start
+
+        setattr(owner, name, timed)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Steps(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                clock.seconds.clear()
+                clock.start = clock.now()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                total = clock.now() - clock.start
+                clock.steps.append({**clock.seconds, "step": total, "rest": total - sum(clock.seconds.values())})
+
+        return Steps()
+
+
+def make_folder(folder: str, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    """A random model and its tokenizer, as a checkpoint."""
+    tags = [t for pair in (TAGS.explanation, TAGS.thought, TAGS.solution) for t in pair]
+    tokenizer = make_tokenizer([" ".join(row.values()) for row in ROWS] * 4, tags, 400)
+    model = {"model_type": "qwen2", "max_position_embeddings": 4096, **shape}
+    make_model(model, tokenizer, 0, dtype, None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def work(way: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps one way; return the seconds of each step by phase, and what was held."""
+    import transformers
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    transformers.logging.set_verbosity_error()
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory() as out:
+        trained = ours if way in OURS else stock
+        trainer, bytes_held = trained(way, folder, out, arguments, device, dtype, clock)
+        trainer.add_callback(clock.callback())
+        trainer.train()
+        return {"steps": clock.steps[1:], "weight_bytes": bytes_held()} | freed_by_release(trainer, device)
+
+
+def freed_by_release(trainer: Any, device: torch.device) -> dict[str, int]:
+    """Free bytes of the GPU with the KV cache in place and after its release."""
+    engine = getattr(trainer, "engine", None)
+    if engine is None or device.type != "cuda":
+        return {}
+    engine.restore_cache()
+    before = torch.cuda.mem_get_info()[0]
+    engine.release_cache()
+    return {"free_before_release": before, "free_after_release": torch.cuda.mem_get_info()[0]}
+
+
+def training_arguments(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What both trainers are told."""
+    completions = arguments.questions * arguments.generations
+    return {
+        "max_steps": arguments.steps + 1,
+        "learning_rate": 1e-5,
+        "num_generations": arguments.generations,
+        "per_device_train_batch_size": arguments.micro_batch or completions,
+        "max_completion_length": arguments.completion,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": device.type == "cuda",
+        "generation_kwargs": {"min_tokens": arguments.completion, "ignore_eos": True},
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "vllm_gpu_memory_utilization": arguments.utilization,
+    }
+
+
+def engine_lengths(arguments: argparse.Namespace) -> int:
+    return arguments.prompt + arguments.completion
+
+
+def ours(
+    way: str,
+    folder: str,
+    out: str,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Clock,
+) -> tuple[Any, Any]:
+    """This project's trainer."""
+    from datasets import Dataset
+
+    from trainers.adapters import add_adapters
+    from trainers.judges import make_renderer, make_scorer
+    from trainers.models import load_model
+    from trainers.options import options_class
+    from trainers.outputs import MetricsWriter
+    from trainers.overlap import ScoreAhead
+    from trainers.phases import PhaseTimer
+    from trainers.reward_funcs import StudentReward
+    from trainers.rl import grpo_config, start_engine
+    from trainers.sentinel import Sentinel
+    from trainers.teacher_grpo import TeacherGRPOTrainer
+    from trainers.texts import rl_rows
+
+    bridge = {"score": "shared", "score-overlap": "shared"}.get(way, way)
+    options = options_class("rl")(
+        model_name_or_path=folder,
+        student_model=folder,
+        student_mode="cpu" if way == "score-overlap" or device.type == "cpu" else "auto",
+        teacher_system_prompt="Explain.",
+        student_system_prompt="Solve.",
+        max_prompt_length=arguments.prompt,
+        train_batch_size=arguments.questions * arguments.generations,
+        weight_bridge=bridge,
+        use_peft=bridge == "lora",
+        stop_at_closing_tag=False,
+        padding_in_kl=False,
+        **training_arguments(arguments, device),
+    )
+    teacher = make_renderer(options, folder, "model_name_or_path")
+    rows = rl_rows(Dataset.from_list(ROWS), teacher, options, "questions")
+    model = load_model(folder, dtype, None, "model_name_or_path", False)
+    if options.use_peft:
+        model = add_adapters(model, options)
+    engine = start_engine(options, model, teacher, folder, device, dtype, Path(out))
+    reward, ahead = by_parity, None
+    if way.startswith("score"):
+        student = make_renderer(options, folder, "student_model")
+        reward = StudentReward(make_scorer(options, Path(out), folder, student, teacher, device, dtype, []))
+        if way == "score-overlap":
+            reward.ahead = ahead = ScoreAhead(reward.score, device)
+    timer = PhaseTimer()
+    trainer = TeacherGRPOTrainer(
+        options=options,
+        renderer=teacher,
+        timer=timer,
+        model=model,
+        reward_funcs=[reward],
+        args=grpo_config(options, Path(out), dtype),
+        reference=None,
+        probes=None,
+        engine=engine,
+        sentinel=Sentinel(engine, model, teacher.encode_prompt(rows[0]["prompt"]), dtype, None),
+        ahead=ahead,
+        train_dataset=rows,
+        processing_class=teacher.tokenizer,
+        callbacks=[MetricsWriter(Path(out), timer)],
+    )
+    clock.wrap(engine, "sync_weights", "sync")
+    clock.wrap(trainer.sentinel, "check", "sentinel")
+    clock.wrap(engine, "generate", "generate")
+    clock.wrap(trainer, "_calculate_rewards", "score")
+    return trainer, engine.bridge.weight_bytes
+
+
+def stock(
+    way: str,
+    folder: str,
+    out: str,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Clock,
+) -> tuple[Any, Any]:
+    """TRL's trainer."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from trainers.bridges import keep_linear_weights_on_cpu
+    from trainers.engine import prepare_environment
+    from trainers.judges import make_renderer
+    from trainers.models import load_model
+    from trainers.options import options_class
+    from trainers.shared_weights import held_bytes
+    from trainers.texts import rl_rows
+
+    prepare_environment(device)
+    import trl.generation.vllm_generation as generation
+
+    changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    if device.type == "cpu":
+        keep_linear_weights_on_cpu()
+        changes |= {"enforce_eager": True, "distributed_executor_backend": "uni", "max_num_batched_tokens": 8192}
+    engine_class = generation.LLM
+    generation.LLM = lambda **kwargs: engine_class(**kwargs | changes)
+    prompts = options_class("rl")(
+        teacher_system_prompt="Explain.", student_system_prompt="Solve.", max_prompt_length=arguments.prompt
+    )
+    teacher = make_renderer(prompts, folder, "model_name_or_path")
+    rows = rl_rows(Dataset.from_list(ROWS), teacher, prompts, "questions")
+    completions = arguments.questions * arguments.generations
+    config = GRPOConfig(
+        output_dir=out,
+        gradient_accumulation_steps=completions // (arguments.micro_batch or completions),
+        use_cpu=device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=engine_lengths(arguments),
+        vllm_importance_sampling_correction=way != "trl-fastest",
+        disable_tqdm=True,
+        **training_arguments(arguments, device),
+    )
+    trainer = GRPOTrainer(
+        model=load_model(folder, dtype, None, "model_name_or_path", False),
+        reward_funcs=[by_parity],
+        args=config,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if way == "trl-lora" else None,
+    )
+    clock.wrap(trainer.vllm_generation, "sync_weights", "sync")
+    clock.wrap(trainer.vllm_generation, "generate", "generate")
+    clock.wrap(trainer, "_calculate_rewards", "score")
+    runner = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return trainer, lambda: held_bytes(trainer.model.parameters(), runner.model.parameters())
+
+
+def parse() -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SHAPES, default="1.5b" if gpu else "34m")
+    parser.add_argument("--ways", nargs="+", choices=(*OURS, *THEIRS), default=[*OURS, *THEIRS])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--questions", type=int, default=8 if gpu else 4)
+    parser.add_argument("--generations", type=int, default=8 if gpu else 4)
+    parser.add_argument("--prompt", type=int, default=256 if gpu else 64, help="longest prompt, in tokens")
+    parser.add_argument("--completion", type=int, default=256 if gpu else 48, help="tokens of each completion")
+    parser.add_argument("--micro-batch", type=int, default=8 if gpu else None, help="completions in one backward pass")
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of the GPU for vLLM")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.way:
+        print(json.dumps(work(arguments.way, arguments.folder, arguments)))
+        return
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        make_folder(folder, SHAPES[arguments.model], dtype)
+        for _ in range(arguments.repeats):
+            for way in arguments.ways:
+                command = [sys.executable, *sys.argv, "--way", way, "--folder", folder]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(f"{way} failed:\n{done.stderr[-3000:]}")
+                runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{way}: {[round(s['step'], 2) for s in runs[way][-1]['steps']]} s", file=sys.stderr)
+    report(runs, arguments)
+
+
+def report(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
+    """Print the table, the ratios and a line of JSON."""
+    tokens = arguments.questions * arguments.generations * arguments.completion
+    phases = ("sync", "sentinel", "generate", "score", "rest", "step")
+    result: dict[str, dict[str, float]] = {}
+    for way, rounds in runs.items():
+        steps = [step for one in rounds for step in one["steps"]]
+        result[way] = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in phases}
+        result[way]["tokens_per_second"] = tokens / result[way]["generate"]
+        result[way]["weight_mib"] = rounds[0]["weight_bytes"] / 2**20
+        for name in ("free_before_release", "free_after_release"):
+            if name in rounds[0]:
+                result[way][f"{name}_gib"] = rounds[0][name] / 2**30
+    heads = ("sync ms", "sentinel ms", "generate s", "score s", "update s", "step s", "tokens/s", "weights MiB")
+    print(f"{'':14}" + "".join(f"{head:>12}" for head in heads))
+    for way, row in result.items():
+        values = [row["sync"] * 1e3, row["sentinel"] * 1e3, *(row[p] for p in ("generate", "score", "rest", "step"))]
+        values += [row["tokens_per_second"], row["weight_mib"]]
+        print(f"{way:14}" + "".join(f"{value:12.2f}" for value in values))
+    for way in ("shared", "copy", "lora"):
+        for other in THEIRS:
+            if way in result and other in result and (way == "lora") == (other == "trl-lora"):
+                print(f"a step of {way} against {other}: {result[other]['step'] / result[way]['step']:.2f}x as fast")
+    if {"score", "score-overlap"} <= set(result):
+        print(f"overlap_scoring: {result['score']['step'] / result['score-overlap']['step']:.2f}x as fast as without")
+    print(json.dumps({"model": arguments.model, "tokens": tokens, "ways": result}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A small TeacherGRPOTrainer on the real engine, in this process, for tests that need to reach into it."""
+
+from pathlib import Path
+
+import torch
+from conftest import ROWS
+from datasets import Dataset
+
+from trainers.adapters import add_adapters
+from trainers.memory_watch import MemoryWatch
+from trainers.models import load_model
+from trainers.options import options_class
+from trainers.outputs import MetricsWriter
+from trainers.phases import PhaseTimer
+from trainers.rl import grpo_config, start_engine
+from trainers.sentinel import Sentinel
+from trainers.teacher_grpo import TeacherGRPOTrainer
+from trainers.texts import rl_rows
+
+CPU = torch.device("cpu")
+
+
+def by_parity(completion_ids, **_):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def small_options(**options):
+    defaults = {
+        "teacher_system_prompt": "Explain.",
+        "student_system_prompt": "Solve.",
+        "max_prompt_length": 128,
+        "max_completion_length": 16,
+        "train_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "report_before_after": False,
+        "padding_in_kl": False,
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "sequence_mask",
+        "vllm_importance_sampling_clip_min": None,
+        "vllm_importance_sampling_clip_max": 3.0,
+        "num_iterations": 1,
+        "temperature": 1.0,
+        "beta": 0.0,
+    }
+    return options_class("rl")(**defaults | options)
+
+
+def make_engine(options, renderer, model_dir, output_dir):
+    model = load_model(str(model_dir), torch.float32, None, "model_name_or_path", False)
+    if options.use_peft:
+        model = add_adapters(model, options)
+    return start_engine(options, model, renderer, str(model_dir), CPU, torch.float32, Path(output_dir)), model
+
+
+def make_trainer(renderer, model_dir, output_dir, callbacks=(), **chosen):
+    options = small_options(**chosen)
+    engine, model = make_engine(options, renderer, model_dir, output_dir)
+    rows = rl_rows(Dataset.from_list(ROWS * 8), renderer, options, "questions")
+    prompt = renderer.encode_prompt(rows[0]["prompt"])
+    timer = PhaseTimer(MemoryWatch(CPU))
+    return TeacherGRPOTrainer(
+        options=options,
+        renderer=renderer,
+        timer=timer,
+        model=model,
+        reward_funcs=[by_parity],
+        args=grpo_config(options, Path(output_dir), torch.float32),
+        reference=None,
+        probes=None,
+        engine=engine,
+        sentinel=Sentinel(engine, model, prompt, torch.float32, options.sentinel_tolerance),
+        ahead=None,
+        train_dataset=rows,
+        processing_class=renderer.tokenizer,
+        callbacks=[MetricsWriter(Path(output_dir), timer), *callbacks],
+    )

@@ -1,0 +1,92 @@
+"""Engine options that cannot be, told before anything loads. Run: ./run_tests.sh tests/test_engine_specs.py"""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.engine_specs import bridge_name, vllm_arguments
+from trainers.errors import ConfigError
+
+
+def options(*overrides):
+    return load_options(compose_run("teacher_rlt_tiny", ["device=cpu", *overrides]), repo=REPO)
+
+
+@pytest.mark.parametrize(
+    ("words", "bridge"),
+    [
+        ([], "shared"),
+        (["use_peft=true"], "lora"),
+        (["use_peft=true", "weight_bridge=copy"], "copy"),
+        (["weight_bridge=shared_vllm"], "shared"),
+        (["weight_bridge=lora_only", "use_peft=true"], "lora"),
+        (["weight_bridge=none"], "restart"),
+    ],
+)
+def test_bridge_and_its_names_elsewhere(words, bridge):
+    assert bridge_name(options(*words)) == bridge
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "cause", "remedy"),
+    [
+        (["weight_bridge=lora"], "weight_bridge", "none are trained", "use_peft=true"),
+        (["weight_bridge=lora_only"], "weight_bridge", "none are trained", "use_peft=true"),
+        (["weight_bridge=shared", "use_peft=true"], "weight_bridge", "use_peft trains adapters", "weight_bridge=lora"),
+        (["weight_bridge=ipc"], "weight_bridge", "'shared'", "--help"),
+        (["vllm_kwargs={tensor_parallel_size: 2}"], "vllm_kwargs", "one GPU", "leave tensor_parallel_size out"),
+        (["vllm_kwargs={pipeline_parallel_size: 2}"], "vllm_kwargs", "one GPU", "leave pipeline_parallel_size out"),
+        (["vllm_kwargs={quantization: fp8}"], "vllm_kwargs", "packs quantized weights", "weight_bridge=restart"),
+        (
+            ["vllm_kwargs={quantization: fp8}", "weight_bridge=copy"],
+            "vllm_kwargs",
+            "packs quantized weights",
+            "weight_bridge=restart",
+        ),
+        (["vllm_kwargs={max_num_seqs: 4}"], "vllm_kwargs", "sets it itself", "use the option max_num_seqs"),
+        (["vllm_kwargs={dtype: bfloat16}"], "vllm_kwargs", "sets it itself", "use the option precision"),
+        (["vllm_kwargs={logprobs_mode: raw_logits}"], "vllm_kwargs", "sets it itself", "leave it out"),
+        (["vllm_kwargs={blocksize: 4}"], "vllm_kwargs", "no such argument", "block_size"),
+        (["use_vllm=false", "weight_bridge=copy"], "weight_bridge", "without an engine", "use_vllm=true"),
+        (["use_vllm=false", "max_num_seqs=4"], "max_num_seqs", "without an engine", "use_vllm=true"),
+        (["use_vllm=false", "overlap_scoring=true"], "overlap_scoring", "no generation", "overlap_scoring=false"),
+        (["overlap_scoring=true", "student_mode=streamed"], "overlap_scoring", "whole batch", "student_mode=cpu"),
+        (["replay_rollouts=nowhere"], "replay_rollouts", "no recorded rollouts", "record_rollouts"),
+        (["use_peft=true", "sync_ref_model=true", "beta=0.1"], "sync_ref_model", "without its adapters", "=false"),
+        (["use_peft=true", "reference_mode=cpu"], "reference_mode", "no second model", "reference_mode=auto"),
+        (["load_in_4bit=true"], "load_in_4bit", "unknown under this name", "4-bit"),
+        (["lora_r=0"], "lora_r", "greater than or equal to 1", "--help"),
+    ],
+)
+def test_fault_has_cause_and_remedy(words, key, cause, remedy):
+    with pytest.raises(ConfigError) as error:
+        options(*words)
+    message = str(error.value)
+    assert f"{key}=" in message and cause in message and remedy in message, message
+
+
+def test_recording_does_not_overwrite_another(tmp_path):
+    (tmp_path / "train-00000.parquet").touch()
+    with pytest.raises(ConfigError, match="already holds a recording"):
+        options(f"record_rollouts={tmp_path}")
+    assert options(f"replay_rollouts={tmp_path}").replay_rollouts == str(tmp_path)
+    with pytest.raises(ConfigError, match="no generation to overlap"):
+        options(f"replay_rollouts={tmp_path}", "overlap_scoring=true")
+
+
+def test_arguments_are_those_of_the_installed_vllm():
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert {field for field in EngineArgs.__dataclass_fields__} <= vllm_arguments()
+    assert "cpu_offload_gb" in vllm_arguments()
+
+
+def test_checking_imports_neither_torch_nor_vllm():
+    code = "import sys, train; from trainers.checks import load_options; from trainers.config import compose_run\n"
+    code += "load_options(compose_run('teacher_rlt_tiny', ['device=cpu', 'vllm_kwargs={block_size: 32}']))\n"
+    code += "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)

@@ -1,0 +1,64 @@
+"""Warnings about memory. Run: ./run_tests.sh tests/test_memory_watch.py"""
+
+import logging
+
+import pytest
+import torch
+
+from trainers.memory_watch import MemoryWatch
+
+GIB = 2**30
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    watch = MemoryWatch(torch.device("cpu"))
+    watch.now = 10 * GIB
+    monkeypatch.setattr(watch, "used", lambda: int(watch.now))
+    return watch
+
+
+def run(watch, sizes):
+    for size in sizes:
+        watch.now = size * GIB
+        watch.note("generate")
+        watch.note("step")
+        watch.step()
+        watch.take()
+
+
+def test_memory_of_each_phase_is_told_in_gib(watch):
+    watch.note("generate")
+    watch.now = 4 * GIB
+    watch.note("score")
+    assert watch.take() == {"memory/generate": 10.0, "memory/score": 4.0}
+    assert watch.take() == {}
+
+
+def test_rising_peaks_warn_once(watch, caplog):
+    run(watch, [10 + 0.1 * step for step in range(60)])
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert "creeps up" in caplog.text
+
+
+def test_a_jump_at_the_start_and_noise_do_not_warn(watch, caplog):
+    run(watch, [5, 8, 10] + [10 + 0.2 * (step % 2) for step in range(60)])
+    assert not caplog.records
+
+
+def test_too_little_freed_warns_once(watch, caplog):
+    before = watch.used()
+    watch.now = 9.5 * GIB
+    watch.freed("the KV cache", before, GIB // 2)
+    assert not caplog.records
+    watch.freed("the KV cache", before, GIB)
+    watch.freed("the KV cache", before, GIB)
+    assert len(caplog.records) == 1
+    assert "the KV cache freed 0.50 GiB where 1.00 were expected" in caplog.text
+
+
+def test_resident_set_is_what_is_read_without_a_gpu():
+    watch = MemoryWatch(torch.device("cpu"))
+    before = watch.used()
+    held = torch.ones(64 * 2**20 // 4)
+    assert watch.used() - before > 0.9 * held.nbytes

@@ -1,0 +1,168 @@
+"""What stops a run whose engine has other weights than its trainer; long runs. Real engine, in this process.
+
+Run: ./run_tests.sh tests/test_sentinel.py
+"""
+
+import json
+
+import psutil
+import pytest
+import torch
+from small_run import make_trainer
+from transformers import TrainerCallback
+
+from trainers.importance_sampling import importance_sampling_ratio
+from trainers.sentinel import SentinelError
+
+
+class AtStep(TrainerCallback):
+    """Does something to the trainer after an optimizer step."""
+
+    def __init__(self, step, action):
+        self.step, self.action, self.trainer = step, action, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(self.trainer)
+
+
+@pytest.fixture
+def start(renderer, model_dir, tmp_path):
+    started = []
+
+    def make(action=None, step=2, **options):
+        callback = AtStep(step, action or (lambda _: None))
+        trainer = make_trainer(renderer, model_dir, tmp_path, [callback], max_steps=4, **options)
+        callback.trainer = trainer
+        started.append(trainer)
+        return trainer
+
+    yield make
+    for trainer in started:
+        trainer.engine.close()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_mismatch_is_measured_after_every_update(start, tmp_path):
+    start().train()
+    steps = [line for line in lines(tmp_path) if "reward" in line]
+    assert len(steps) == 4
+    for line in steps:
+        assert 0 <= line["sentinel/mismatch_mean"] <= line["sentinel/mismatch_max"] < 1e-5
+        assert line["seconds/sentinel"] > 0
+        assert line["memory/generate"] > 0.1 and line["memory/step"] > 0.1
+        assert line["sampling/sampling_logp_difference/max"] < 1e-5
+        assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+
+
+def keep_the_prefix_cache(trainer):
+    trainer.engine.llm.reset_prefix_cache = lambda: True
+
+
+def test_stale_prefix_cache_stops_the_run(start):
+    trainer = start(keep_the_prefix_cache)
+    with pytest.raises(SentinelError, match="prefix cache"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_prefix_cache_that_cannot_be_reset_stops_the_run(start):
+    trainer = start(lambda t: setattr(t.engine.llm, "reset_prefix_cache", lambda: False))
+    with pytest.raises(RuntimeError, match="could not reset its prefix cache"):
+        trainer.train()
+
+
+def move_away(trainer):
+    parameter = trainer.model.model.layers[0].mlp.down_proj.weight
+    parameter.data = parameter.data.clone()
+
+
+def test_parameter_that_was_moved_away_stops_the_run(start):
+    trainer = start(move_away)
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.down_proj\.weight was moved away"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def break_the_view(trainer):
+    """The engine gets a tensor of its own for one layer, without the trainer's pointers telling."""
+    layer = trainer.engine.engine_model.model.layers[1].mlp.gate_up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.1, requires_grad=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_bridge": "copy"}, {"use_peft": True}])
+def test_engine_with_other_weights_stops_the_run(start, options):
+    def action(trainer):
+        if options:  # the bridge forgets to bring the update
+            trainer.engine.bridge.sync = lambda: None
+        else:
+            break_the_view(trainer)
+
+    trainer = start(action, sentinel_tolerance=1e-4, **options)
+    with pytest.raises(SentinelError, match="trainer and engine disagree"):
+        trainer.train()
+    assert trainer.state.global_step == (2 if not options else 3)
+
+
+def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path):
+    trainer = make_trainer(renderer, model_dir, tmp_path, max_steps=200, learning_rate=1e-5, max_completion_length=8)
+    held = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            held.append(psutil.Process().memory_info().rss)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    trainer.engine.close()
+    assert len(held) == 200
+    assert max(held[150:]) < 1.02 * max(held[20:50])
+
+
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("limits", [(None, 1.2), (0.9, None), (0.9, 1.2)])
+def test_put_off_correction_is_trl_s(start, mode, limits):
+    """The same batch through TRL's forward pass before the update and through ours in it."""
+    trainer = start(
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=limits[0],
+        vllm_importance_sampling_clip_max=limits[1],
+    )
+    generate = trainer.engine.generate
+
+    def with_other_numbers(*args, **kwargs):
+        sampled = generate(*args, **kwargs)
+        generator = torch.Generator().manual_seed(0)
+        for row in sampled.logprobs:
+            noise = (torch.randn(len(row), generator=generator) * 0.2).tolist()
+            row[:] = [value + more for value, more in zip(row, noise, strict=True)]
+        return sampled
+
+    trainer.engine.generate = with_other_numbers
+    trainer.current_gradient_accumulation_steps = 1
+    rows = [trainer.train_dataset[i // 4] for i in range(8)]
+    losses, ratios = [], []
+    for accumulation in (1, 3):  # at 3 the rollout serves several steps, and TRL corrects by itself
+        trainer.args.gradient_accumulation_steps = accumulation
+        trainer.args.steps_per_generation = 1 if accumulation == 1 else 2
+        inputs = trainer._generate_and_score_completions([dict(row) for row in rows])
+        assert ("importance_sampling_ratio" in inputs) == (accumulation == 3)
+        losses.append(trainer._compute_loss(trainer.model, inputs))
+        ratios.append(inputs["importance_sampling_ratio"])
+    assert torch.allclose(ratios[0], ratios[1], atol=1e-5)
+    assert ratios[0].std() > 0.01
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+
+
+def test_unknown_sampling_logprobs_count_as_equal():
+    logps, mask = torch.zeros(1, 3), torch.tensor([[1, 1, 0]])
+    sampling = torch.tensor([[float("nan"), -1.0, 5.0]])
+    ratio = importance_sampling_ratio(logps, sampling, mask, "token_truncate", None, 2.0)
+    assert ratio.tolist() == [[1.0, 2.0, 1.0]]
+    assert importance_sampling_ratio(logps, sampling, mask, "sequence_mask", None, 2.0).tolist() == [[0.0]]

@@ -1,0 +1,207 @@
+"""Every weight bridge on the real engine. Run: ./run_tests.sh tests/test_weight_bridges.py
+
+vLLM allows one engine in a process at a time: each test closes its own.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import ROWS
+from small_run import make_engine, small_options
+from test_engine import largest_difference, train_some, trainer_logprobs
+from transformers import AutoModelForCausalLM
+
+from trainers.errors import ConfigError
+from trainers.models import make_model, make_tokenizer
+
+SAMPLING = {"temperature": 1.0, "max_tokens": 16}
+WAYS = {
+    "shared": {},
+    "copy": {"weight_bridge": "copy"},
+    "lora": {"use_peft": True},
+    "lora on some layers": {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj", "up_proj"], "lora_r": 5},
+    "restart": {"weight_bridge": "restart"},
+    "restart with adapters": {"weight_bridge": "restart", "use_peft": True},
+    "copy with adapters": {"weight_bridge": "copy", "use_peft": True},
+}
+
+
+@contextmanager
+def running(renderer, model_dir, tmp_path, **chosen):
+    engine, model = make_engine(small_options(**chosen), renderer, model_dir, tmp_path)
+    try:
+        yield engine, model
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(renderer):
+    return [
+        renderer.encode_prompt(renderer.teacher_prompt(r["question"], r["solution"])) for r in ROWS for _ in range(4)
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_engine_and_trainer_agree_before_and_after_updates(renderer, model_dir, tmp_path, prompts, way):
+    with running(renderer, model_dir, tmp_path, **WAYS[way]) as (engine, model):
+        before = engine.generate(prompts, SAMPLING, step=0)
+        expected = trainer_logprobs(model, prompts, before.completion_ids)
+        assert largest_difference(before.logprobs, expected) < 1e-5
+        for round in range(2):  # a second update finds what the first left behind
+            train_some(model, prompts)
+            engine.sync_weights()
+            after = engine.generate(prompts, SAMPLING, step=1 + round)
+            expected = trainer_logprobs(model, prompts, after.completion_ids)
+            assert largest_difference(after.logprobs, expected) < 1e-5
+        assert largest_difference(trainer_logprobs(model, prompts, before.completion_ids), before.logprobs) > 0.01
+        assert not list(tmp_path.iterdir())  # the checkpoints of a restart are gone
+
+
+def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    once = sum(p.nbytes for p in model.parameters())
+    with running(renderer, model_dir, tmp_path) as (engine, _):
+        # vLLM rounds 512 rows of the vocabulary up to none more
+        assert engine.bridge.weight_bytes() == once
+    with running(renderer, model_dir, tmp_path, weight_bridge="copy") as (engine, _):
+        assert engine.bridge.weight_bytes() == 2 * once
+    with running(renderer, model_dir, tmp_path, use_peft=True) as (engine, model):
+        adapters = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+        assert 0 < adapters < once
+        # q, k, v, o, gate, up and down, each with an adapter in the trainer and one in the engine
+        assert engine.bridge.weight_bytes() == once + 2 * adapters
+        assert all(not p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
+        assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", ["shared", "copy with adapters"])
+def test_checkpoint_is_a_normal_one_for_fresh_transformers_and_fresh_vllm(renderer, model_dir, tmp_path, prompts, way):
+    from vllm import LLM, SamplingParams
+
+    with running(renderer, model_dir, tmp_path, **WAYS[way]) as (engine, model):
+        train_some(model, prompts)
+        engine.sync_weights()
+        ours = engine.generate(prompts, SAMPLING, step=0)
+        saved = tmp_path / "saved"
+        (model.merge_and_unload() if way != "shared" else model).save_pretrained(saved)
+        renderer.tokenizer.save_pretrained(saved)
+    assert (saved / "model.safetensors").is_file()
+    fresh = AutoModelForCausalLM.from_pretrained(saved)
+    assert "model.layers.0.self_attn.q_proj.weight" in fresh.state_dict()
+    assert largest_difference(ours.logprobs, trainer_logprobs(fresh, prompts, ours.completion_ids)) < 1e-5
+    llm = LLM(str(saved), dtype="float32", enforce_eager=True, max_model_len=160, logprobs_mode="processed_logprobs")
+    texts = [
+        {"prompt_token_ids": prompt + ids[:-1]}
+        for prompt, ids in zip(prompts[::4], ours.completion_ids[::4], strict=True)
+    ]
+    last = [[ids[-1]] for ids in ours.completion_ids[::4]]
+    params = [SamplingParams(max_tokens=1, logprob_token_ids=ids, detokenize=False) for ids in last]
+    outputs = llm.generate(texts, params, use_tqdm=False)
+    found = [[o.outputs[0].logprobs[0][ids[0]].logprob] for o, ids in zip(outputs, last, strict=True)]
+    llm.llm_engine.engine_core.shutdown()
+    assert largest_difference(found, [[logps[-1]] for logps in ours.logprobs[::4]]) < 1e-5
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_cache_is_released_and_taken_again_by_itself(renderer, model_dir, tmp_path, prompts, released):
+    with running(renderer, model_dir, tmp_path) as (engine, model):
+        first = engine.generate(prompts, SAMPLING, step=0)
+        for _ in range(3):
+            if released:
+                engine.release_cache()
+                engine.release_cache()  # twice is once
+            assert engine.generate(prompts, SAMPLING, step=0) == first
+        if released:
+            engine.release_cache()
+        train_some(model, prompts)
+        engine.sync_weights()
+        after = engine.generate(prompts, SAMPLING, step=0)
+        assert largest_difference(after.logprobs, trainer_logprobs(model, prompts, after.completion_ids)) < 1e-5
+        assert engine.kv_cache_bytes() > 2**20
+
+
+def test_options_reach_the_engine(renderer, model_dir, tmp_path):
+    chosen = {
+        "vllm_gpu_memory_utilization": 0.23,
+        "vllm_max_model_length": 200,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 5,
+        "seed": 11,
+        "vllm_kwargs": {"max_num_batched_tokens": 8321, "max_logprobs": 17},
+    }
+    with running(renderer, model_dir, tmp_path, **chosen) as (engine, _):
+        config = engine.llm.llm_engine.vllm_config
+        assert config.cache_config.gpu_memory_utilization == 0.23
+        assert config.model_config.max_model_len == 200
+        assert config.cache_config.enable_prefix_caching is False
+        assert config.scheduler_config.max_num_seqs == 5
+        assert config.model_config.seed == 11
+        assert config.model_config.dtype == torch.float32
+        assert config.scheduler_config.max_num_batched_tokens == 8321
+        assert config.model_config.max_logprobs == 17
+
+
+def test_closing_tag_ends_a_completion(renderer, model_dir, tmp_path, prompts, monkeypatch):
+    """The random model writes any token now and then: one stands for the tag."""
+    engine, _ = make_engine(small_options(), renderer, model_dir, tmp_path)
+    try:
+        plain = engine.generate(prompts, SAMPLING, step=0)
+        tag = plain.completion_ids[0][5]
+        engine._stop = engine._stop | {"stop_token_ids": [*engine.end_ids, tag]}
+        cut = engine.generate(prompts, SAMPLING, step=0)
+    finally:
+        engine.close()
+    stopped = 0
+    for before, after, ended in zip(plain.completion_ids, cut.completion_ids, cut.ended, strict=True):
+        if tag in before:
+            assert after == before[: before.index(tag) + 1]
+            assert ended == "closing_tag"
+            stopped += 1
+        else:
+            assert after == before
+            assert ended == ("eos" if after[-1] in engine.end_ids else "length")
+            assert ended == "eos" or len(after) == 16
+    assert stopped
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_closing_tag_of_several_tokens_ends_a_completion(tags, tmp_path, special):
+    """A tokenizer that knows no tags writes them in many tokens; the engine then looks for the text."""
+    from data.render import Renderer
+
+    closing = tags.explanation[1]
+    tokenizer = make_tokenizer([f"a{closing}b c d {closing}"] * 8, [], 400)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": [closing]})
+    renderer = Renderer(tokenizer, tags, None, "model_name_or_path")
+    shape = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    model = make_model(shape, tokenizer, 0, torch.float32, None)
+    tag_ids = renderer.encode_text(closing)
+    text = renderer.encode_text("b c d ")
+    sequence = renderer.encode_text("a") + tag_ids + text
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):  # it learns to go on after the tag
+        ids = torch.tensor([sequence])
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    engine, _ = make_engine(small_options(max_completion_length=64), renderer, folder, tmp_path)
+    try:
+        greedy = {"temperature": 0.0, "max_tokens": len(sequence) - 1}
+        sampled = engine.generate([renderer.encode_text("a")], greedy, step=0)
+    finally:
+        engine.close()
+    assert sampled.completion_ids[0] == tag_ids
+    assert sampled.ended == ["closing_tag"]
+    assert (len(tag_ids) == 1) == special
+
+
+def test_layers_that_no_model_has_are_refused(renderer, model_dir, tmp_path):
+    with pytest.raises(ConfigError, match="lora_target_modules=all-linear"):
+        make_engine(small_options(use_peft=True, lora_target_modules=["nope"]), renderer, model_dir, tmp_path)
