@@ -210,6 +210,67 @@ def test_reference_model_and_trl_options_work(warm, tmp_path):
     assert 2 in [line["step"] for line in lines(tmp_path / "out") if "eval_reward" in line]
 
 
+def rewards(out):
+    return [line["reward"] for line in lines(out) if "reward" in line]
+
+
+def test_recorded_rollouts_are_replayed_without_an_engine(warm, first_run, tmp_path):
+    recorded, _ = first_run[0], rl(warm, tmp_path / "a", "seed=1", f"record_rollouts={tmp_path}/rollouts")
+    printed = rl(warm, tmp_path / "b", "seed=1", f"replay_rollouts={tmp_path}/rollouts")
+    assert "weight_bridge" not in printed
+    assert rewards(tmp_path / "a") == rewards(recorded)
+    assert rewards(tmp_path / "b") == pytest.approx(rewards(recorded), abs=1e-5)
+    for step in (1, 2, 3):
+        assert (
+            completions(tmp_path / "b", step)["completion"].tolist()
+            == completions(recorded, step)["completion"].tolist()
+        )
+    assert json.loads((tmp_path / "b" / "result.json").read_text()).keys() == {"before", "after"}
+    with pytest.raises(AssertionError, match="sampled from other prompts than this run's"):
+        rl(warm, tmp_path / "c", "seed=2", "report_before_after=false", f"replay_rollouts={tmp_path}/rollouts")
+
+
+def test_scoring_ahead_changes_no_number(warm, first_run, tmp_path):
+    rl(warm, tmp_path / "out", "seed=1", "overlap_scoring=true", "student_mode=cpu", "report_before_after=false")
+    assert rewards(tmp_path / "out") == pytest.approx(rewards(first_run[0]), abs=1e-4)
+    expected = completions(first_run[0], 3)
+    assert completions(tmp_path / "out", 3)["completion"].tolist() == expected["completion"].tolist()
+    assert set(expected["ended"]) <= {"eos", "closing_tag", "length"}
+    cut = expected["ended"] == "length"
+    assert lines(first_run[0])[-3]["step"] == 3
+    clipped = next(
+        line["completions/clipped_ratio"] for line in lines(first_run[0]) if line.get("step") == 3 and "reward" in line
+    )
+    assert cut.mean() == pytest.approx(clipped)
+
+
+def test_run_without_vllm(warm, tmp_path):
+    rl(warm, tmp_path / "out", "use_vllm=false", "padding_in_kl=true", "seed=1", "max_steps=2")
+    found = lines(tmp_path / "out")
+    assert len(rewards(tmp_path / "out")) == 2
+    assert not any(name.startswith(("sampling/", "sentinel/")) for line in found for name in line)
+    for line in found:
+        if "eval_reward" in line:  # the rollout's log-probabilities are those of a forward pass
+            assert line["eval_probe/teacher"] == pytest.approx(line["eval_reward"], abs=1e-4)
+    rl(warm, tmp_path / "again", "use_vllm=false", "padding_in_kl=true", "seed=1", "max_steps=2")
+    assert rewards(tmp_path / "again") == rewards(tmp_path / "out")
+
+
+def test_adapters_are_trained_against_the_model_without_them(warm, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    printed = rl(
+        warm, tmp_path / "out", "use_peft=true", "beta=0.04", "learning_rate=1e-2", "report_before_after=false"
+    )
+    assert "weight_bridge=lora" in printed
+    steps = [line for line in lines(tmp_path / "out") if "reward" in line]
+    assert abs(steps[0]["kl"]) < 1e-5
+    assert steps[-1]["kl"] > 1e-5
+    assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
 def test_wandb_without_an_account_logs_offline(warm, tmp_path):
     hidden = ("WANDB_API_KEY", "WANDB_MODE", "NETRC")
     command_env = {name: value for name, value in os.environ.items() if name not in hidden}

@@ -104,7 +104,7 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     trainer = start(action, sentinel_tolerance=1e-4, **options)
     with pytest.raises(SentinelError, match="trainer and engine disagree"):
         trainer.train()
-    assert trainer.state.global_step == (2 if not options else 3)
+    assert trainer.state.global_step == 2
 
 
 def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path):
