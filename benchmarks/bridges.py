@@ -9,8 +9,8 @@ Ways:
     trl                         TRL's trainer as it comes: vllm_mode=colocate, its importance-sampling correction on
     trl-fastest                 the same without that correction, so without the forward pass it costs
     trl-lora                    TRL as it comes, adapters of rank 16 trained: it merges them and copies all weights
-    score, score-overlap        shared, with this project's reward by a student of the same shape, afterwards and while
-                                the engine still generates (overlap_scoring)
+    score, score-overlap        shared, with this project's reward by a student of the same shape on the CPU, afterwards
+                                and while the engine still generates (overlap_scoring)
 
 Every way samples as many tokens from the same prompts (end of turn ignored), earns the same kind of reward (score ways
 aside), and updates with the same optimizer. TRL's engine gets this project's engine arguments (fp32 and eager on a CPU,
@@ -67,7 +67,7 @@ class Clock:
     """Seconds by phase, of functions that it wraps."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.inside = device, False
         self.seconds: dict[str, float] = defaultdict(float)
         self.steps: list[dict[str, float]] = []
 
@@ -76,10 +76,13 @@ class Clock:
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self.now()
+            if self.inside:  # one timed function calls another: the outer one's time
+                return function(*args, **kwargs)
+            self.inside, start = True, self.now()
             try:
                 return function(*args, **kwargs)
             finally:
+                self.inside = False
                 self.seconds[phase] += self.now() - start
 
         setattr(owner, name, timed)
@@ -196,7 +199,7 @@ def ours(
     options = options_class("rl")(
         model_name_or_path=folder,
         student_model=folder,
-        student_mode="cpu" if way == "score-overlap" or device.type == "cpu" else "auto",
+        student_mode="cpu",
         teacher_system_prompt="Explain.",
         student_system_prompt="Solve.",
         max_prompt_length=arguments.prompt,
@@ -236,6 +239,8 @@ def ours(
         processing_class=teacher.tokenizer,
         callbacks=[MetricsWriter(Path(out), timer)],
     )
+    clock.wrap(engine, "restore_cache", "kv cache")
+    clock.wrap(engine, "release_cache", "kv cache")
     clock.wrap(engine, "sync_weights", "sync")
     clock.wrap(trainer.sentinel, "check", "sentinel")
     clock.wrap(engine, "generate", "generate")
@@ -349,7 +354,7 @@ def main() -> None:
 def report(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     """Print the table, the ratios and a line of JSON."""
     tokens = arguments.questions * arguments.generations * arguments.completion
-    phases = ("sync", "sentinel", "generate", "score", "rest", "step")
+    phases = ("kv cache", "sync", "sentinel", "generate", "score", "rest", "step")
     result: dict[str, dict[str, float]] = {}
     for way, rounds in runs.items():
         steps = [step for one in rounds for step in one["steps"]]
@@ -359,11 +364,11 @@ def report(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace)
         for name in ("free_before_release", "free_after_release"):
             if name in rounds[0]:
                 result[way][f"{name}_gib"] = rounds[0][name] / 2**30
-    heads = ("sync ms", "sentinel ms", "generate s", "score s", "update s", "step s", "tokens/s", "weights MiB")
-    print(f"{'':14}" + "".join(f"{head:>12}" for head in heads))
+    columns = {"kv cache ms": 1e3, "sync ms": 1e3, "sentinel ms": 1e3, "generate s": 1, "score s": 1, "rest s": 1}
+    columns |= {"step s": 1, "tokens_per_second": 1, "weight_mib": 1}
+    print(f"{'':14}" + "".join(f"{head.replace('_per_second', '/s').replace('_', ' '):>12}" for head in columns))
     for way, row in result.items():
-        values = [row["sync"] * 1e3, row["sentinel"] * 1e3, *(row[p] for p in ("generate", "score", "rest", "step"))]
-        values += [row["tokens_per_second"], row["weight_mib"]]
+        values = [row[head.removesuffix(" ms").removesuffix(" s")] * factor for head, factor in columns.items()]
         print(f"{way:14}" + "".join(f"{value:12.2f}" for value in values))
     for way in ("shared", "copy", "lora"):
         for other in THEIRS:

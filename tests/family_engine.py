@@ -1,8 +1,8 @@
-"""One family's tiny random model on the real engine with shared weights; prints the largest differences as JSON.
+"""One family's tiny random model on the real engine: all weights shared, then the base shared and adapters trained.
 
     python tests/family_engine.py FAMILY
 
-vLLM allows one engine in a process, so tests/test_families.py starts this once for each family.
+Prints the largest differences as JSON. tests/test_families.py starts this once for each family.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainers.adapters import add_adapters
 from trainers.engine import Engine, prepare_environment
 from trainers.models import make_tokenizer
 from trainers.options import options_class
@@ -32,30 +33,38 @@ def largest_difference(model, prompts, rollout) -> float:
     return worst
 
 
-def main(family: str) -> None:
-    prepare_environment(torch.device("cpu"))
+def measure(family: str, use_peft: bool) -> dict[str, float]:
+    """Differences before and after three updates, and how far the least moved parameter went."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
-        options = options_class("rl")(max_prompt_length=64, max_completion_length=64, seed=1)
+        options = options_class("rl")(max_prompt_length=64, max_completion_length=64, seed=1, use_peft=use_peft)
+        if use_peft:
+            model = add_adapters(model, options)
         engine = Engine(model, folder, options, torch.device("cpu"), torch.float32, [2])
     prompts = [torch.randint(3, 470, (20,)).tolist() for _ in range(8)]
     sampling = {"temperature": 1.0, "max_tokens": 16}
     before = largest_difference(model, prompts, engine.generate(prompts, sampling, 0))
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2 if use_peft else 1e-3)
     for _ in range(3):
         ids = torch.tensor(prompts)
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = min((p - weights[name]).abs().max().item() for name, p in model.named_parameters())
+    moved = min((p - weights[name]).abs().max().item() for name, p in model.named_parameters() if name in weights)
     engine.sync_weights()
     after = largest_difference(model, prompts, engine.generate(prompts, sampling, 1))
-    print(json.dumps({"before": before, "after": after, "least_moved": moved}))
+    engine.close()
+    return {"before": before, "after": after, "least_moved": moved}
+
+
+def main(family: str) -> None:
+    prepare_environment(torch.device("cpu"))
+    print(json.dumps({"all weights": measure(family, False), "adapters": measure(family, True)}))
 
 
 if __name__ == "__main__":

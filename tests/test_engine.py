@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROWS
 
-from trainers.engine import Engine, request_seed
+from trainers.engine import Engine, engine_arguments, request_seed
 from trainers.models import load_model
 from trainers.options import options_class
 
@@ -136,6 +136,15 @@ def test_options_reach_the_engine(engine_and_model):
     assert config.model_config.enforce_eager
     assert config.cache_config.enable_prefix_caching
     assert config.scheduler_config.max_num_seqs == 16
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_cuda_graphs_are_an_option_on_a_gpu(eager):
+    options = options_class("rl")(max_prompt_length=8, max_completion_length=8, enforce_eager=eager)
+    arguments = engine_arguments(options, "model", torch.device("cuda"), torch.bfloat16)
+    assert arguments["enforce_eager"] is eager
+    assert arguments["dtype"] == "bfloat16"
+    assert arguments["max_model_len"] == 16
 
 
 def test_request_seed_depends_on_every_part():

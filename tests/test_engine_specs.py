@@ -8,7 +8,7 @@ from conftest import REPO
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.engine_specs import bridge_name, vllm_arguments
+from trainers.engine_specs import bridge_name, device_faults, vllm_arguments
 from trainers.errors import ConfigError
 
 
@@ -58,7 +58,10 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
         (["replay_rollouts=nowhere"], "replay_rollouts", "no recorded rollouts", "record_rollouts"),
         (["use_peft=true", "sync_ref_model=true", "beta=0.1"], "sync_ref_model", "without its adapters", "=false"),
         (["use_peft=true", "reference_mode=cpu"], "reference_mode", "no second model", "reference_mode=auto"),
-        (["load_in_4bit=true"], "load_in_4bit", "unknown under this name", "4-bit"),
+        (["load_in_4bit=true"], "load_in_4bit", "unknown under this name", "bitsandbytes"),
+        (["use_peft=true", "lora_target_modules=[q_proj,lm_head]"], "lora_target_modules", "the head", "all-linear"),
+        (["generation_kwargs={n: 2}"], "generation_kwargs", "for each request", "leave it out"),
+        (["vllm_kwargs={distributed_executor_backend: mp}"], "vllm_kwargs", "sets it itself", "leave it out"),
         (["lora_r=0"], "lora_r", "greater than or equal to 1", "--help"),
     ],
 )
@@ -67,6 +70,33 @@ def test_fault_has_cause_and_remedy(words, key, cause, remedy):
         options(*words)
     message = str(error.value)
     assert f"{key}=" in message and cause in message and remedy in message, message
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "key", "remedy"),
+    [
+        (["use_peft=true"], ("cuda", "torch.float32", "resident"), "precision", "weight_bridge=copy"),
+        (
+            ["cast_lm_head_to_fp32=true"],
+            ("cuda", "torch.bfloat16", "cpu"),
+            "cast_lm_head_to_fp32",
+            "weight_bridge=copy",
+        ),
+        (["overlap_scoring=true"], ("cuda", "torch.bfloat16", "streamed"), "overlap_scoring", "student_mode=cpu"),
+        (["overlap_scoring=true"], ("cpu", "torch.float32", None), "overlap_scoring", "overlap_scoring=false"),
+        (
+            ["vllm_kwargs={enable_chunked_prefill: true}"],
+            ("cpu", "torch.float32", "cpu"),
+            "vllm_kwargs",
+            "leave it out",
+        ),
+    ],
+)
+def test_fault_that_depends_on_the_device(words, where, key, remedy):
+    (fault,) = device_faults(options(*words), *where)
+    assert fault.key == key
+    assert remedy in fault.remedy
+    assert not device_faults(options(), *where)
 
 
 def test_recording_does_not_overwrite_another(tmp_path):

@@ -10,7 +10,6 @@ lora: the frozen base is shared; the adapters, trained in fp32, are written into
 restart: the weights are saved and a new engine is built from the checkpoint after each update.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from trainers.adapters import base_model
 from trainers.errors import ConfigError, Fault
-from trainers.shared_weights import base_parameters, held_bytes, share_weights
+from trainers.shared_weights import base_parameters, fused_parts, held_bytes, share_weights
 
 LOAD_FORMAT = "trainer"
 ADAPTER = "default"  # peft's name for the adapter in training
@@ -189,25 +188,19 @@ def adapted_layers(
         ConfigError: If the engine has no adapter buffer for one of them.
     """
     modules = dict(engine_model.named_modules())
-    packed = getattr(engine_model, "packed_modules_mapping", {})
-    fused_into = {part: (fused, parts.index(part)) for fused, parts in packed.items() for part in parts}
-    found: dict[str, dict[int, LoraLayer]] = defaultdict(dict)
+    fused_into = fused_parts(engine_model)
+    found: dict[str, list[LoraLayer | None]] = {}
     for name, adapter in adapters.items():
         parent, _, leaf = name.rpartition(".")
-        fused, index = fused_into.get(leaf, (leaf, 0))
-        found[f"{parent}.{fused}" if parent else fused][index] = adapter
+        fused, index, count = fused_into.get(leaf, (leaf, 0, 1))
+        found.setdefault(f"{parent}.{fused}" if parent else fused, [None] * count)[index] = adapter
     layers = []
     for name, parts in found.items():
         layer = modules.get(name)
         if not hasattr(layer, "lora_a_stacked"):
-            cause = f"vLLM has no adapter buffer for {name}"
-            raise ConfigError(
-                Fault(
-                    "lora_target_modules", sorted(adapters)[0], cause, "lora_target_modules=all-linear, or its layers"
-                )
-            )
-        count = len(packed.get(name.rpartition(".")[2], [None]))
-        layers.append((layer, [parts.get(i) for i in range(count)]))
+            cause, remedy = "vLLM has no adapter buffer for it", "leave it out of lora_target_modules"
+            raise ConfigError(Fault("lora_target_modules", name, cause, remedy))
+        layers.append((layer, parts))
     return layers
 
 

@@ -294,6 +294,8 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     "overlap_scoring",
     "record_rollouts",
     "replay_rollouts",
+    "generation_kwargs",
+    "lora_target_modules",
     stages=("rl",),
 )
 def _check_generation(options: Any, num_devices: int, repo: Path) -> list[Fault]:

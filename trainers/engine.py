@@ -19,6 +19,7 @@ from torch import nn
 from trainers.bridges import RestartBridge, keep_linear_weights_on_cpu, make_bridge, register_loader
 from trainers.engine_specs import bridge_name
 from trainers.rollouts import Ended, Rollout
+from trainers.shared_weights import held_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +74,18 @@ class Engine:
         self.seed, self.end_ids, self.device, self.output_dir = options.seed, list(end_ids), device, output_dir
         self.bridge = make_bridge(bridge_name(options), model)
         self._stop: dict[str, Any] = {"stop_token_ids": self.end_ids, "detokenize": False}
+        self.closing_tag: str | int | None = closing_tag  # as vLLM names what stopped it
         if closing_tag is not None and len(closing_tag_ids) == 1:
+            self.closing_tag = closing_tag_ids[0]
             self._stop["stop_token_ids"] = self.end_ids + closing_tag_ids
         elif closing_tag is not None:
             self._stop |= {"stop": [closing_tag], "include_stop_str_in_output": True, "detokenize": True}
             self._stop["skip_special_tokens"] = False  # the tag may be made of them
         self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
         self._arguments |= options.vllm_kwargs
+        self.can_release = device.type == "cuda" and not self.bridge.rebuilds
+        if self.can_release:
+            self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
         self._released = False
         self._build()
         held = self.bridge.weight_bytes() / 2**20
@@ -142,25 +148,27 @@ class Engine:
     def release_cache(self) -> None:
         """Give the memory of the KV cache back to the device, until the next request.
 
-        vLLM's CPU build cannot: there the engine is only paused.
+        vLLM's CPU build cannot, and an engine that will be rebuilt need not: these are only paused.
         """
         if self._released:
             return
+        core = self.llm.llm_engine.engine_core.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:  # finished ones are only forgotten by a further step
+            self.llm.llm_engine.step()
         self.llm.sleep(level=0)
-        if self.device.type == "cuda":
+        if self.can_release:
             self.llm.release_kv_cache_memory()
         self._released = True
 
     def restore_cache(self) -> None:
         """Take the KV cache's memory again."""
         if self._released:
-            self.llm.wake_up(tags=["kv_cache" if self.device.type == "cuda" else "scheduling"])
+            self.llm.wake_up(tags=["kv_cache" if self.can_release else "scheduling"])
             self._released = False
 
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache."""
-        cache = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
-        return sum(t.untyped_storage().nbytes() for t in cache if isinstance(t, torch.Tensor))
+        return held_bytes(self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches)
 
     def generate(
         self, prompt_ids: list[list[int]], sampling: dict[str, Any], step: int, on_group: OnGroup | None = None
@@ -168,8 +176,8 @@ class Engine:
         """Sample one completion for each prompt.
 
         The completions of one prompt are one request. Each has its own seed: a hash of (run seed, step, prompt), plus
-        how often the prompt came before in this call. The same run samples the same tokens whatever else is in the
-        batch.
+        how often the prompt came before in this call. On a CPU the same run samples the same tokens whatever else is
+        in the batch; on a GPU vLLM's kernels may round differently in another batch, unless VLLM_BATCH_INVARIANT=1.
 
         Args:
             prompt_ids: Token ids, with a prompt repeated for each completion wanted of it.
@@ -199,8 +207,9 @@ class Engine:
                 completions[place] = list(sample.token_ids)
                 pairs = zip(sample.token_ids, sample.logprobs, strict=True)
                 logprobs[place] = [position[token].logprob for token, position in pairs]
-                if sample.finish_reason != "length":
-                    ended[place] = "eos" if sample.token_ids[-1] in self.end_ids else "closing_tag"
+                if sample.finish_reason == "stop":
+                    is_tag = self.closing_tag is not None and sample.stop_reason == self.closing_tag
+                    ended[place] = "closing_tag" if is_tag else "eos"
             if on_group is not None:
                 at = groups[index]
                 on_group(at, [completions[i] for i in at], [logprobs[i] for i in at])
@@ -274,11 +283,10 @@ def engine_arguments(options: Any, model_path: str, device: torch.device, dtype:
     }
     if options.max_num_seqs is not None:
         arguments["max_num_seqs"] = options.max_num_seqs
-    if device.type == "cuda":
-        arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
-    else:
+    if device.type == "cpu":
         # A prompt cut in two makes vLLM rewind the request's generator, which torch cannot do on a CPU.
         arguments["enable_chunked_prefill"] = False
+        arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks
         arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
     return arguments
 

@@ -32,7 +32,11 @@ SET_HERE = {
     "enable_sleep_mode": None,
     "enable_cumem_allocator": None,
     "logprobs_mode": None,
+    "distributed_executor_backend": None,
+    "worker_cls": None,
+    "cpu_offload_gb": None,
 }
+SAMPLING_SET_HERE = ("n", "seed", "logprobs", "detokenize", "temperature", "top_p", "top_k", "max_tokens")
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
@@ -63,12 +67,46 @@ def engine_faults(options: Any) -> list[Fault]:
         for key, empty in (("weight_bridge", None), ("vllm_kwargs", {}), ("max_num_seqs", None)):
             if getattr(options, key) != empty:
                 faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
+    for name in set(options.generation_kwargs or {}) & set(SAMPLING_SET_HERE):
+        cause = "this project sets it itself for each request"
+        remedy = f"use the option {name}" if name in ("temperature", "top_p", "top_k") else "leave it out"
+        faults.append(Fault("generation_kwargs", f"{name}={options.generation_kwargs[name]}", cause, remedy))
+    targets = options.lora_target_modules
+    for name in {"lm_head", "embed_tokens"} & set(targets if isinstance(targets, list) else [targets]):
+        cause = "TRL computes log-probabilities from the head's weight, and vLLM takes adapters of linear layers"
+        faults.append(Fault("lora_target_modules", name, cause, "lora_target_modules=all-linear"))
     if options.use_peft and options.sync_ref_model:
         cause = "with use_peft the reference is the model without its adapters, and stays what it is"
         faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false"))
     if options.use_peft and options.reference_mode != "auto":
         cause = "with use_peft the reference is the teacher without its adapters: no second model is loaded"
         faults.append(Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto"))
+    return faults
+
+
+def device_faults(options: Any, device: str, dtype: str, student_mode: str | None) -> list[Fault]:
+    """What is wrong with the options of generation on this device; told before a model is loaded.
+
+    Args:
+        device: cuda or cpu.
+        dtype: Of the weights, as in `torch.float32`.
+        student_mode: Where the student will rest; None without one.
+    """
+    faults = []
+    bridge = bridge_name(options)
+    if options.use_vllm and bridge == "lora" and device == "cuda" and dtype == "torch.float32":
+        cause = "vLLM's adapter kernels compute in bf16 and fp16 only"
+        faults.append(Fault("precision", options.precision, cause, "precision=bf16, or weight_bridge=copy"))
+    if options.use_vllm and options.cast_lm_head_to_fp32 and bridge in ("shared", "lora") and dtype != "torch.float32":
+        cause = f"it moves the head's weight away from the engine's (weight_bridge={bridge})"
+        faults.append(Fault("cast_lm_head_to_fp32", True, cause, "cast_lm_head_to_fp32=false, or weight_bridge=copy"))
+    if options.overlap_scoring and student_mode in (None, "streamed"):
+        cause = "no student is asked" if student_mode is None else "the student is streamed (offload_untrained_models)"
+        remedy = "overlap_scoring=false" if student_mode is None else "student_mode=cpu or resident"
+        faults.append(Fault("overlap_scoring", True, cause, remedy))
+    if device == "cpu" and "enable_chunked_prefill" in options.vllm_kwargs:
+        cause = "on a CPU seeds of requests need whole prompts"
+        faults.append(Fault("vllm_kwargs", "enable_chunked_prefill", cause, "leave it out"))
     return faults
 
 

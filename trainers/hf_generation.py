@@ -44,7 +44,7 @@ def _cut(renderer: Any, ids: list[int], tag: str | None, end_ids: set[int]) -> t
     """Leave out what follows the closing tag, and say what ended the completion."""
     if tag is not None and (found := read_explanation(renderer.tokenizer, ids, tag, end_ids)).closed:
         count = len(found.ids)
-        while tag not in renderer.tokenizer.decode(ids[:count], skip_special_tokens=False):
+        while count < len(ids) and tag not in renderer.tokenizer.decode(ids[:count], skip_special_tokens=False):
             count += 1
         return ids[:count], "closing_tag"
     return ids, "eos" if ids[-1] in end_ids else "length"

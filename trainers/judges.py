@@ -52,8 +52,22 @@ def check_models(options: Any) -> None:
                 make_renderer(options, path, key)
             except ConfigError as error:
                 faults += error.faults
+            else:
+                faults += _quantized_teacher(options, path, key)
     if faults:
         raise ConfigError(faults)
+
+
+def _quantized_teacher(options: Any, path: str, key: str) -> list[Fault]:
+    """A teacher whose checkpoint is quantized can be scored with, not trained."""
+    quantization = getattr(load_config(path, key, options.trust_remote_code), "quantization_config", None)
+    if options.stage != "rl" or key != "model_name_or_path" or quantization is None:
+        return []
+    cause = (
+        "its weights are quantized, and such a base cannot be shared: vLLM has no bitsandbytes weights, and repacks "
+        "others (GPTQ, AWQ) for its kernels"
+    )
+    return [Fault(key, path, cause, "the model's bf16 checkpoint, with use_peft=true where memory is short")]
 
 
 def frozen_mode(options: Any, key: str, device: torch.device) -> str:

@@ -23,7 +23,7 @@ class MemoryWatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._phases: dict[str, int] = {}
+        self.phases: dict[str, int] = {}
         self._peaks: list[int] = []
         self._warned: set[str] = set()
 
@@ -39,9 +39,9 @@ class MemoryWatch:
         used = self.used()
         if self.device.type == "cuda":
             reserved = torch.cuda.memory_reserved(self.device)
-            self._phases[f"{phase}_peak"] = used + torch.cuda.max_memory_reserved(self.device) - reserved
+            self.phases[f"{phase}_peak"] = used + torch.cuda.max_memory_reserved(self.device) - reserved
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._phases[phase] = used
+        self.phases[phase] = used
 
     def freed(self, what: str, before: int, expected: int) -> None:
         """Warn if since `before` bytes were in use clearly less was freed than `expected`."""
@@ -52,9 +52,9 @@ class MemoryWatch:
 
     def step(self) -> None:
         """An optimizer step has ended: see whether its peak is part of a rise."""
-        if not self._phases:
+        if not self.phases:
             return
-        self._peaks.append(max(self._phases.values()))
+        self._peaks.append(max(self.phases.values()))
         seen = self._peaks[WARM_UP:]
         if len(seen) >= 2 * WINDOW and min(seen[-WINDOW:]) > CREEP * max(seen[:WINDOW]):
             first, last = max(seen[:WINDOW]) / 2**30, min(seen[-WINDOW:]) / 2**30
@@ -62,8 +62,8 @@ class MemoryWatch:
 
     def take(self) -> dict[str, float]:
         """`memory/<phase>`, in GiB, of the phases since the last call."""
-        taken = {f"memory/{phase}": used / 2**30 for phase, used in self._phases.items()}
-        self._phases.clear()
+        taken = {f"memory/{phase}": used / 2**30 for phase, used in self.phases.items()}
+        self.phases.clear()
         return taken
 
     def _warn(self, about: str, message: str, *values: object) -> None:

@@ -192,7 +192,7 @@ class RLOptions(TrainOptions, RewardOptions):
     sentinel_tolerance: float | None = opt(
         None,
         "after each update, log-probs of a fixed prompt may differ between trainer and engine by so much, else the run "
-        "stops; default: 0.001 in fp32, 0.3 in bf16",
+        "stops; default: 0.001 in fp32; in bf16 0.3, or four times what it is before the first update if that is more",
         gt=0,
     )
     overlap_scoring: bool = opt(
@@ -308,8 +308,8 @@ RENAMED = {
     "system_prompt": "teacher_system_prompt or student_system_prompt",
     "torch_dtype": "precision",
     "dtype": "precision",
-    "load_in_4bit": "precision=bf16: vLLM keeps q, k and v in one 4-bit tensor, so the base cannot be shared",
-    "load_in_8bit": "precision=bf16: vLLM keeps q, k and v in one 8-bit tensor, so the base cannot be shared",
+    "load_in_4bit": "precision=bf16: the base is shared with vLLM, which has no bitsandbytes weights",
+    "load_in_8bit": "precision=bf16: the base is shared with vLLM, which has no bitsandbytes weights",
     "lora_rank": "lora_r",
     "max_lora_rank": "lora_r",
     "weight_bridge_mode": "weight_bridge",

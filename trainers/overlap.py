@@ -35,7 +35,11 @@ class ScoreAhead:
         if not self._pending:
             return None
         pending, self._pending = self._pending, []
-        found = {
-            place: result for places, future in pending for place, result in zip(places, future.result(), strict=True)
-        }
+        found = {}
+        for places, future in pending:
+            try:
+                found |= zip(places, future.result(), strict=True)
+            except BaseException:
+                self._thread.shutdown(wait=False, cancel_futures=True)
+                raise
         return [found[place] for place in range(len(found))]

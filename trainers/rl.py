@@ -12,8 +12,9 @@ from data.render import Renderer
 from trainers.adapters import add_adapters
 from trainers.batch import batch_plan
 from trainers.engine import Engine
+from trainers.engine_specs import device_faults
 from trainers.errors import ConfigError, Fault
-from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
+from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer
 from trainers.memory_watch import MemoryWatch
 from trainers.models import load_config, load_model, resolve_device, resolve_dtype
 from trainers.options import trl_arguments
@@ -43,6 +44,9 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     logger.info("batch: %s", batch_plan(options).equation())
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.precision, device)
+    mode = frozen_mode(options, "student_model", device) if asks_student(options) else None
+    if faults := device_faults(options, device.type, str(dtype), mode):
+        raise ConfigError(faults)
     arguments = grpo_config(options, output_dir, dtype)
     own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)

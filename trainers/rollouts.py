@@ -46,22 +46,24 @@ class RolloutFiles:
         self._counts[mode] += 1
         return path
 
-    def write(self, rollout: Rollout, mode: str) -> None:
-        """Keep the rollout of one call."""
+    def write(self, rollout: Rollout, temperature: float, mode: str) -> None:
+        """Keep the rollout of one call, and the temperature of its log-probabilities."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._next(mode)
         partial = path.with_suffix(".partial")
-        pd.DataFrame(asdict(rollout)).to_parquet(partial)
+        pd.DataFrame(asdict(rollout) | {"temperature": temperature}).to_parquet(partial)
         partial.replace(path)
 
-    def read(self, prompt_ids: list[list[int]], mode: str) -> Rollout:
+    def read(self, prompt_ids: list[list[int]], given: int, temperature: float, mode: str) -> Rollout:
         """Return the rollout of the next call.
 
         Args:
             prompt_ids: What this run would sample from.
+            given: How many tokens at the end of each prompt this run needs the log-probabilities of.
+            temperature: At which this run would sample.
 
         Raises:
-            ConfigError: If there is none left, or it was sampled from other prompts.
+            ConfigError: If there is none left, or it was sampled in another way.
         """
         path = self._next(mode)
         key, value = "replay_rollouts", str(self.folder)
@@ -69,11 +71,19 @@ class RolloutFiles:
             count = self._counts[mode] - 1
             cause = f"{count} {mode} rollouts were recorded, and this run asks for one more ({path.name})"
             raise ConfigError(Fault(key, value, cause, "fewer steps or evaluations, or a longer recording"))
-        rollout = Rollout(**{f.name: _lists(pd.read_parquet(path)[f.name]) for f in fields(Rollout)})
+        table = pd.read_parquet(path)
+        rollout = Rollout(**{f.name: _lists(table[f.name]) for f in fields(Rollout)})
         if rollout.prompt_ids != prompt_ids:
             cause = f"{path.name} was sampled from other prompts than this run's"
             remedy = "the recording run's data, seed, tokenizer, templates and batch sizes"
             raise ConfigError(Fault(key, value, cause, remedy))
+        if table["temperature"][0] != temperature:
+            recorded = table["temperature"][0]
+            cause = f"it was sampled at temperature {recorded}, this run's is {temperature}"
+            raise ConfigError(Fault(key, value, cause, f"temperature={recorded}"))
+        if len(rollout.given_logprobs[0]) != given:
+            cause = f"the padding's log-probabilities are {'missing from' if given else 'part of'} the recording"
+            raise ConfigError(Fault(key, value, cause, f"padding_in_kl={'false' if given else 'true'}"))
         return rollout
 
 

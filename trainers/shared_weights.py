@@ -26,6 +26,12 @@ def held_bytes(*tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def fused_parts(engine_model: nn.Module) -> dict[str, tuple[str, int, int]]:
+    """For the name of each layer that vLLM fuses: the fused layer's name, the place in it, and of how many."""
+    packed = getattr(engine_model, "packed_modules_mapping", {})
+    return {part: (fused, i, len(parts)) for fused, parts in packed.items() for i, part in enumerate(parts)}
+
+
 def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """For each of the trainer's parameter names, yield the part of the engine's weights that holds it.
 
@@ -40,11 +46,7 @@ def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[
         name.replace(".base_layer", ""): p for name, p in engine_model.named_parameters(remove_duplicate=False)
     }
     modules = {name.replace(".base_layer", ""): module for name, module in engine_model.named_modules()}
-    fused_into = {
-        part: (fused, index)
-        for fused, parts in getattr(engine_model, "packed_modules_mapping", {}).items()
-        for index, part in enumerate(parts)
-    }
+    fused_into = fused_parts(engine_model)
     for name in names:
         if name in parameters:
             yield name, parameters[name].data
@@ -53,7 +55,7 @@ def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[
         parent, _, leaf = path.rpartition(".")
         if leaf not in fused_into:
             raise KeyError(name)
-        fused, index = fused_into[leaf]
+        fused, index, _ = fused_into[leaf]
         module_name = f"{parent}.{fused}"
         sizes = modules[module_name].output_sizes
         start = sum(sizes[:index])

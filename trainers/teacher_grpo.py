@@ -23,6 +23,7 @@ from trainers.probes import Evaluated, Probes
 from trainers.rollouts import Rollout, RolloutFiles
 from trainers.sentinel import Sentinel
 
+PHASES = ("kv_cache", "sync", "sentinel", "generate", "score")  # of a step; the rest of it is the update
 EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
 
 
@@ -32,11 +33,14 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     prompt_ids = [trainer.renderer.encode_prompt(prompt)[-limit:] for prompt in prompts]
     with trainer.timer("generate"):
         sampled = trainer.sample(prompt_ids)
+    if trainer.engine is not None:
+        trainer.release_cache()
     completions, logprobs, own = [], [], []
     for ids, logps, ended in zip(sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True):
         # TRL knows a finished completion by its end of turn. Where the closing tag took its place, one is put there
-        # that the loss leaves out.
-        forced = [trainer.processing_class.eos_token_id] if ended == "closing_tag" else []
+        # that the loss leaves out, if there is room.
+        room = len(ids) < trainer.max_completion_length
+        forced = [trainer.processing_class.eos_token_id] if ended == "closing_tag" and room else []
         completions.append(ids + forced)
         logprobs.append(logps + [0.0] * len(forced))
         own.append([1] * len(ids) + [0] * len(forced))
@@ -60,7 +64,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
     Args:
         options: RL options.
         renderer: The teacher's template and tokenizer.
-        timer: Seconds of the phases `sync`, `sentinel`, `generate`, `score` and `step` are added here.
+        timer: Seconds of `PHASES` and of whole steps are added here.
         args: TRL's arguments; `use_vllm` must be false.
         reference: The teacher as it was, where `args.beta` is not 0 and it is not the model without its adapters.
         probes: What is scored beside the teacher's explanations at every evaluation, if anything.
@@ -106,6 +110,8 @@ class TeacherGRPOTrainer(GRPOTrainer):
         """Bring the current weights to the engine, and see that they are there."""
         if self.engine is None:  # rollouts are replayed
             return
+        with self.timer("kv_cache"):
+            self.engine.restore_cache()
         with self.timer("sync"):
             self.engine.sync_weights()
         with self.timer("sentinel"):
@@ -115,20 +121,20 @@ class TeacherGRPOTrainer(GRPOTrainer):
     def sample(self, prompt_ids: list[list[int]]) -> Rollout:
         """Sample a completion for each prompt, or read what was sampled for it."""
         mode = "train" if self.model.training else "eval"
-        if self.replay is not None:
-            return self.replay.read(prompt_ids, mode)
         step = self._step if self.model.training else EVAL_STEP
         given = len(self.renderer.padding_ids) if self.options.padding_in_kl else 0
+        if self.replay is not None:
+            return self.replay.read(prompt_ids, given, self.temperature, mode)
         if self.engine is None:
             sampled = generate_with_transformers(self, prompt_ids, step, given)
         else:
             sampled = self._sample_with_engine(prompt_ids, step, given)
         if self.record is not None:
-            self.record.write(sampled, mode)
+            self.record.write(sampled, self.temperature, mode)
         return sampled
 
     def _sample_with_engine(self, prompt_ids: list[list[int]], step: int, given: int) -> Rollout:
-        engine, memory = self.engine, self.timer.memory
+        engine = self.engine
         given_logprobs = engine.given_logprobs(prompt_ids, given, self.temperature)
 
         def score_group(places: list[int], completion_ids: list[list[int]], logprobs: list[list[float]]) -> None:
@@ -150,11 +156,16 @@ class TeacherGRPOTrainer(GRPOTrainer):
             **(self.args.generation_kwargs or {}),
         }
         sampled = engine.generate(prompt_ids, sampling, step, score_group if self.ahead is not None else None)
-        before = memory.used() if memory is not None else 0
-        engine.release_cache()
-        if memory is not None and engine.device.type == "cuda":
-            memory.freed("the KV cache", before, engine.kv_cache_bytes())
         return replace(sampled, given_logprobs=given_logprobs)
+
+    def release_cache(self) -> None:
+        """Give the engine's KV cache back to the device until the next rollout, and see how much that freed."""
+        memory = self.timer.memory
+        before = memory.used() if memory is not None else 0
+        with self.timer("kv_cache"):
+            self.engine.release_cache()
+        if memory is not None and self.engine.can_release:
+            memory.freed("the KV cache", before, self.engine.kv_cache_bytes())
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """As TRL's; the rows are at hand while their completions are written. Where a rollout serves one optimizer
@@ -203,12 +214,17 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self._metrics[mode][name].append(value)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As TRL's; the seconds of a training interval that an evaluation interrupts are put back."""
-        interrupted = self.timer.take()
+        """As TRL's; seconds and memory of a training interval that an evaluation interrupts are put back."""
+        interrupted, memory = self.timer.take(), self.timer.memory
+        phases = memory.phases if memory is not None else {}
+        if memory is not None:
+            memory.phases = {}
         self._evaluated.clear()
         metrics = super().evaluate(*args, **kwargs)
         for phase, value in interrupted.items():
             self.timer.seconds[phase] += value
+        if memory is not None:
+            memory.phases = phases
         return metrics
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
@@ -235,7 +251,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
                 self._evaluated.clear()
         elif steps := self.state.global_step - self._logged_step:
             self._logged_step = self.state.global_step
-            phases = {phase: seconds.get(phase, 0.0) for phase in ("sync", "sentinel", "generate", "score")}
+            phases = {phase: seconds.get(phase, 0.0) for phase in PHASES}
             phases["update"] = seconds["step"] - sum(phases.values())
             logs |= {f"seconds/{phase}": value / steps for phase, value in phases.items()}
         # TRL names the file of completions by the step alone: an evaluation would overwrite the training step's.

@@ -1,0 +1,69 @@
+"""Rollouts on disk, and scoring ahead. Run: ./run_tests.sh tests/test_rollouts.py"""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trainers.errors import ConfigError
+from trainers.overlap import ScoreAhead
+from trainers.rollouts import Rollout, RolloutFiles
+
+ROLLOUT = Rollout(
+    prompt_ids=[[1, 2], [3]],
+    completion_ids=[[4, 5, 6], [7]],
+    logprobs=[[-0.1, -2.0, -1e-9], [-30.25]],
+    given_logprobs=[[-13.5], [-12.0]],
+    ended=["eos", "length"],
+)
+
+
+def test_what_is_read_is_what_was_written_in_the_same_order(tmp_path):
+    second = replace(ROLLOUT, prompt_ids=[[9]] * 2, given_logprobs=[[], []])
+    files = RolloutFiles(tmp_path / "new" / "folder")
+    files.write(ROLLOUT, 0.7, "train")
+    files.write(second, 0.7, "train")
+    files.write(second, 0.7, "eval")
+    again = RolloutFiles(files.folder)
+    assert again.read(ROLLOUT.prompt_ids, 1, 0.7, "train") == ROLLOUT
+    assert again.read([[9]] * 2, 0, 0.7, "eval") == second
+    assert again.read([[9]] * 2, 0, 0.7, "train") == second
+    with pytest.raises(ConfigError, match=r"2 train rollouts were recorded[\s\S]*train-00002"):
+        again.read([[9]] * 2, 0, 0.7, "train")
+
+
+def test_recording_of_other_prompts_or_without_the_padding_is_refused(tmp_path):
+    RolloutFiles(tmp_path).write(ROLLOUT, 0.7, "train")
+    with pytest.raises(ConfigError, match="sampled from other prompts"):
+        RolloutFiles(tmp_path).read([[1, 2], [4]], 1, 0.7, "train")
+    with pytest.raises(ConfigError, match=r"temperature=0\.7"):
+        RolloutFiles(tmp_path).read(ROLLOUT.prompt_ids, 1, 1.0, "train")
+    with pytest.raises(ConfigError, match="padding_in_kl=true"):
+        RolloutFiles(tmp_path).read(ROLLOUT.prompt_ids, 0, 0.7, "train")
+
+
+def test_groups_scored_ahead_come_back_in_the_order_of_the_batch():
+    threads = set()
+
+    def score(values):
+        threads.add(threading.current_thread().name)
+        return [value * 10 for value in values]
+
+    ahead = ScoreAhead(score, torch.device("cpu"))
+    assert ahead.take() is None
+    ahead.submit([2, 0], values=[2, 0])
+    ahead.submit([1, 3], values=[1, 3])
+    assert ahead.take() == [0, 10, 20, 30]
+    assert ahead.take() is None
+    assert threads == {"score-ahead_0"}
+
+
+def test_fault_while_scoring_ahead_reaches_the_run():
+    def score(values):
+        raise FloatingPointError("the reward of explanation 0 is nan")
+
+    ahead = ScoreAhead(score, torch.device("cpu"))
+    ahead.submit([0], values=[0])
+    with pytest.raises(FloatingPointError, match="explanation 0 is nan"):
+        ahead.take()
