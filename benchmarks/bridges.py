@@ -16,8 +16,10 @@ Every way samples as many tokens from the same prompts (end of turn ignored), ea
 aside), and updates with the same optimizer. TRL's engine gets this project's engine arguments (fp32 and eager on a CPU,
 where it would otherwise compile); on a CPU both need the live linear weights of `keep_linear_weights_on_cpu`.
 
-Each way runs in a process of its own, `--steps` steps after one that is not counted; the ways take turns for
-`--repeats` rounds, and the medians over all steps are printed. The last line is JSON.
+Each way runs in a process of its own: one step that is not counted, then `--steps` that are. The ways take turns step
+by step, so that what else happens on the machine meets them alike; with `--one-by-one` (always on a GPU, which would
+not hold them all) one ends before the next begins. Medians are printed, `rest` is the update; the ratios are medians
+over the rounds. The last line is JSON.
 """
 
 import argparse
@@ -53,6 +55,7 @@ SHAPES = {
     | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
 }
 OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
+READY = "ready for a step"
 THEIRS = ("trl", "trl-fastest", "trl-lora")
 TAGS = TAG_FORMATS["stratos"].with_prompts("Explain.", "Solve.")
 ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
@@ -99,6 +102,8 @@ class Clock:
 
         class Steps(TrainerCallback):
             def on_step_begin(self, *_: Any, **__: Any) -> None:
+                print(READY, flush=True)
+                sys.stdin.readline()
                 clock.seconds.clear()
                 clock.start = clock.now()
 
@@ -319,7 +324,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=SHAPES, default="1.5b" if gpu else "34m")
     parser.add_argument("--ways", nargs="+", choices=(*OURS, *THEIRS), default=[*OURS, *THEIRS])
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--one-by-one", action="store_true", default=gpu)
     parser.add_argument("--questions", type=int, default=8 if gpu else 4)
     parser.add_argument("--generations", type=int, default=8 if gpu else 4)
     parser.add_argument("--prompt", type=int, default=256 if gpu else 64, help="longest prompt, in tokens")
@@ -337,33 +342,60 @@ def main() -> None:
         print(json.dumps(work(arguments.way, arguments.folder, arguments)))
         return
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         make_folder(folder, SHAPES[arguments.model], dtype)
-        for _ in range(arguments.repeats):
-            for way in arguments.ways:
-                command = [sys.executable, *sys.argv, "--way", way, "--folder", folder]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(f"{way} failed:\n{done.stderr[-3000:]}")
-                runs[way].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{way}: {[round(s['step'], 2) for s in runs[way][-1]['steps']]} s", file=sys.stderr)
+        runs: dict[str, dict[str, Any]] = {}
+        for together in [[way] for way in arguments.ways] if arguments.one_by_one else [arguments.ways]:
+            workers = {way: Worker(way, folder) for way in together}
+            for _ in range(arguments.steps + 1):
+                for worker in workers.values():
+                    worker.step()
+            runs |= {way: worker.result() for way, worker in workers.items()}
     report(runs, arguments)
 
 
-def report(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
+class Worker:
+    """The process of one way; it has started when it is ready for its first step."""
+
+    def __init__(self, way: str, folder: str) -> None:
+        self.way = way
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process writes
+        command = [sys.executable, *sys.argv, "--way", way, "--folder", folder]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        self._last = self._read()
+
+    def _read(self) -> str:
+        """What it says next: that it is ready, or its result."""
+        for line in self.process.stdout:
+            if line.strip() == READY or line.startswith('{"steps"'):
+                return line.strip()
+        self.errors.seek(0)
+        sys.exit(f"{self.way} failed:\n{self.errors.read()[-3000:]}")
+
+    def step(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._last = self._read()
+
+    def result(self) -> dict[str, Any]:
+        self.process.wait()
+        return json.loads(self._last)
+
+
+def report(runs: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Print the table, the ratios and a line of JSON."""
     tokens = arguments.questions * arguments.generations * arguments.completion
     phases = ("kv cache", "sync", "sentinel", "generate", "score", "rest", "step")
     result: dict[str, dict[str, float]] = {}
-    for way, rounds in runs.items():
-        steps = [step for one in rounds for step in one["steps"]]
+    for way, run in runs.items():
+        steps = run["steps"]
         result[way] = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in phases}
         result[way]["tokens_per_second"] = tokens / result[way]["generate"]
-        result[way]["weight_mib"] = rounds[0]["weight_bytes"] / 2**20
+        result[way]["weight_mib"] = run["weight_bytes"] / 2**20
         for name in ("free_before_release", "free_after_release"):
-            if name in rounds[0]:
-                result[way][f"{name}_gib"] = rounds[0][name] / 2**30
+            if name in run:
+                result[way][f"{name}_gib"] = run[name] / 2**30
     columns = {"kv cache ms": 1e3, "sync ms": 1e3, "sentinel ms": 1e3, "generate s": 1, "score s": 1, "rest s": 1}
     columns |= {"step s": 1, "tokens_per_second": 1, "weight_mib": 1}
     print(f"{'':14}" + "".join(f"{head.replace('_per_second', '/s').replace('_', ' '):>12}" for head in columns))
@@ -373,10 +405,16 @@ def report(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace)
     for way in ("shared", "copy", "lora"):
         for other in THEIRS:
             if way in result and other in result and (way == "lora") == (other == "trl-lora"):
-                print(f"a step of {way} against {other}: {result[other]['step'] / result[way]['step']:.2f}x as fast")
+                print(f"a step of {way} against {other}: {times_as_fast(runs[other], runs[way])}")
     if {"score", "score-overlap"} <= set(result):
-        print(f"overlap_scoring: {result['score']['step'] / result['score-overlap']['step']:.2f}x as fast as without")
+        print(f"overlap_scoring: {times_as_fast(runs['score'], runs['score-overlap'])} as without")
     print(json.dumps({"model": arguments.model, "tokens": tokens, "ways": result}))
+
+
+def times_as_fast(slow: dict[str, Any], fast: dict[str, Any]) -> str:
+    """Median, least and largest ratio of the two ways' steps of the same round."""
+    ratios = sorted(a["step"] / b["step"] for a, b in zip(slow["steps"], fast["steps"], strict=True))
+    return f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}) as fast"
 
 
 if __name__ == "__main__":

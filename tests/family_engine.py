@@ -58,8 +58,32 @@ def measure(family: str, use_peft: bool) -> dict[str, float]:
     moved = min((p - weights[name]).abs().max().item() for name, p in model.named_parameters() if name in weights)
     engine.sync_weights()
     after = largest_difference(model, prompts, engine.generate(prompts, sampling, 1))
+    sampled = engine.generate(prompts, sampling, 2)
     engine.close()
-    return {"before": before, "after": after, "least_moved": moved}
+    found = {"before": before, "after": after, "least_moved": moved}
+    return found if use_peft else found | fresh_differences(model, prompts, sampled)
+
+
+def fresh_differences(model, prompts, sampled) -> dict[str, float]:
+    """The saved checkpoint in a transformers model and a vLLM engine that know of nothing but its folder."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
+        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        by_transformers = largest_difference(fresh, prompts, sampled)
+        llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, logprobs_mode="processed_logprobs")
+        pairs = list(zip(prompts, sampled.completion_ids, strict=True))
+        texts = [{"prompt_token_ids": prompt + ids[:-1]} for prompt, ids in pairs]
+        params = [SamplingParams(max_tokens=1, logprob_token_ids=[ids[-1]], detokenize=False) for _, ids in pairs]
+        outputs = llm.generate(texts, params, use_tqdm=False)
+    found = [o.outputs[0].logprobs[0][ids[-1]].logprob for o, (_, ids) in zip(outputs, pairs, strict=True)]
+    by_vllm = max(abs(a - logps[-1]) for a, logps in zip(found, sampled.logprobs, strict=True))
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    return {"fresh transformers": by_transformers, "fresh vllm": by_vllm}
 
 
 def main(family: str) -> None:

@@ -40,3 +40,6 @@ def test_trainer_and_engine_agree_before_and_after_updates(runs, family, trained
     assert result["least_moved"] > 1e-4  # every parameter was trained, norms and biases too
     assert result["before"] < 1e-5
     assert result["after"] < 1e-5
+    if trained == "all weights":
+        assert result["fresh transformers"] < 1e-5
+        assert result["fresh vllm"] < 1e-5
