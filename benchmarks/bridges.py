@@ -171,10 +171,6 @@ def training_arguments(arguments: argparse.Namespace, device: torch.device) -> d
     }
 
 
-def engine_lengths(arguments: argparse.Namespace) -> int:
-    return arguments.prompt + arguments.completion
-
-
 def ours(
     way: str,
     folder: str,
@@ -187,15 +183,11 @@ def ours(
     """This project's trainer."""
     from datasets import Dataset
 
-    from trainers.adapters import add_adapters
     from trainers.judges import make_renderer, make_scorer
-    from trainers.models import load_model
     from trainers.options import options_class
     from trainers.outputs import MetricsWriter
-    from trainers.overlap import ScoreAhead
     from trainers.phases import PhaseTimer
-    from trainers.reward_funcs import StudentReward
-    from trainers.rl import grpo_config, start_engine
+    from trainers.rl import grpo_config, load_teacher, make_judge, start_engine
     from trainers.sentinel import Sentinel
     from trainers.teacher_grpo import TeacherGRPOTrainer
     from trainers.texts import rl_rows
@@ -213,20 +205,19 @@ def ours(
         use_peft=bridge == "lora",
         stop_at_closing_tag=False,
         padding_in_kl=False,
+        overlap_scoring=way == "score-overlap",
         **training_arguments(arguments, device),
     )
     teacher = make_renderer(options, folder, "model_name_or_path")
     rows = rl_rows(Dataset.from_list(ROWS), teacher, options, "questions")
-    model = load_model(folder, dtype, None, "model_name_or_path", False)
-    if options.use_peft:
-        model = add_adapters(model, options)
+    model = load_teacher(options, folder, dtype)
     engine = start_engine(options, model, teacher, folder, device, dtype, Path(out))
-    reward, ahead = by_parity, None
+    reward: Any = by_parity
     if way.startswith("score"):
         student = make_renderer(options, folder, "student_model")
-        reward = StudentReward(make_scorer(options, Path(out), folder, student, teacher, device, dtype, []))
-        if way == "score-overlap":
-            reward.ahead = ahead = ScoreAhead(reward.score, device)
+        reward = make_judge(
+            options, make_scorer(options, Path(out), folder, student, teacher, device, dtype, []), device
+        )
     timer = PhaseTimer()
     trainer = TeacherGRPOTrainer(
         options=options,
@@ -239,7 +230,7 @@ def ours(
         probes=None,
         engine=engine,
         sentinel=Sentinel(engine, model, teacher.encode_prompt(rows[0]["prompt"]), dtype, None),
-        ahead=ahead,
+        ahead=getattr(reward, "ahead", None),
         train_dataset=rows,
         processing_class=teacher.tokenizer,
         callbacks=[MetricsWriter(Path(out), timer)],
@@ -298,7 +289,7 @@ def stock(
         bf16=dtype == torch.bfloat16,
         use_vllm=True,
         vllm_mode="colocate",
-        vllm_max_model_length=engine_lengths(arguments),
+        vllm_max_model_length=arguments.prompt + arguments.completion,
         vllm_importance_sampling_correction=way != "trl-fastest",
         disable_tqdm=True,
         **training_arguments(arguments, device),

@@ -6,13 +6,11 @@ import torch
 from conftest import ROWS
 from datasets import Dataset
 
-from trainers.adapters import add_adapters
 from trainers.memory_watch import MemoryWatch
-from trainers.models import load_model
 from trainers.options import options_class
 from trainers.outputs import MetricsWriter
 from trainers.phases import PhaseTimer
-from trainers.rl import grpo_config, start_engine
+from trainers.rl import grpo_config, load_teacher, start_engine
 from trainers.sentinel import Sentinel
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import rl_rows
@@ -53,9 +51,7 @@ def small_options(**options):
 
 
 def make_engine(options, renderer, model_dir, output_dir):
-    model = load_model(str(model_dir), torch.float32, None, "model_name_or_path", False)
-    if options.use_peft:
-        model = add_adapters(model, options)
+    model = load_teacher(options, str(model_dir), torch.float32)
     return start_engine(options, model, renderer, str(model_dir), CPU, torch.float32, Path(output_dir)), model
 
 

@@ -26,6 +26,7 @@ from trainers.quantized import samples_of
 from trainers.result import write_result
 from trainers.reward_funcs import StudentReward, make_reward_funcs, own_functions
 from trainers.reward_specs import asks_student, reward_names
+from trainers.scoring import ExplanationScorer
 from trainers.sentinel import Sentinel
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
@@ -61,28 +62,20 @@ def run_rl(options: Any, output_dir: Path) -> Path:
 
     check_positions(options, teacher_path)
     use_tensorboard_dir(output_dir)
-    model = load_model(
-        teacher_path, dtype, options.attn_implementation, "model_name_or_path", options.trust_remote_code
-    )
-    if options.use_peft:
-        model = add_adapters(model, options)
-    engine = sentinel = None
+    model = load_teacher(options, teacher_path, dtype)
+    engine = sentinel = judge = probes = None
     if options.use_vllm and options.replay_rollouts is None:
         # First on the device: the weights go straight to where the engine keeps them.
         engine = start_engine(options, model, teacher, teacher_path, device, dtype, output_dir)
-        prompt = teacher.encode_prompt(teacher.teacher_prompt(train_set[0]["question"], train_set[0]["solution"]))
+        prompt = teacher.encode_prompt(train_set[0]["prompt"])
         sentinel = Sentinel(engine, model, prompt, dtype, options.sentinel_tolerance)
-    scorer = judge = ahead = probes = None
     if student is None:
         logger.info("no reward function asks the student: none is loaded")
     else:
-        samples = samples_of(rows)
-        scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
-        judge = StudentReward(scorer)
-        if options.overlap_scoring:
-            judge.ahead = ahead = ScoreAhead(judge.score, device)
+        scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples_of(rows))
+        judge = make_judge(options, scorer, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
-        probes = Probes(scorer, options.num_probes, options.student_tokens_per_pass)
+        probes = Probes(judge.scorer, options.num_probes, options.student_tokens_per_pass)
     reference, sync = None, arguments.sync_ref_model
     if arguments.beta and not options.use_peft:
         key, temperature = "model_name_or_path", arguments.temperature
@@ -99,7 +92,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         probes=probes,
         engine=engine,
         sentinel=sentinel,
-        ahead=ahead,
+        ahead=None if judge is None else judge.ahead,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,
@@ -113,6 +106,21 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(eval_set), reward_names(options))
     return output_dir
+
+
+def load_teacher(options: Any, path: str, dtype: torch.dtype) -> Any:
+    """Load the model to train, with fresh adapters where they are what is trained."""
+    trust, attention = options.trust_remote_code, options.attn_implementation
+    model = load_model(path, dtype, attention, "model_name_or_path", trust)
+    return add_adapters(model, options) if options.use_peft else model
+
+
+def make_judge(options: Any, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
+    """The student's rewards, of groups as they are finished where that is asked for."""
+    judge = StudentReward(scorer)
+    if options.overlap_scoring:
+        judge.ahead = ScoreAhead(judge.score, device)
+    return judge
 
 
 def start_engine(
