@@ -50,14 +50,14 @@ def small_options(**options):
     return options_class("rl")(**defaults | options)
 
 
-def make_engine(options, renderer, model_dir, output_dir):
-    model = load_teacher(options, str(model_dir), torch.float32)
-    return start_engine(options, model, renderer, str(model_dir), CPU, torch.float32, Path(output_dir)), model
+def make_engine(options, renderer, model_dir, output_dir, dtype=torch.float32):
+    model = load_teacher(options, str(model_dir), dtype)
+    return start_engine(options, model, renderer, str(model_dir), CPU, dtype, Path(output_dir)), model
 
 
-def make_trainer(renderer, model_dir, output_dir, callbacks=(), **chosen):
+def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.float32, **chosen):
     options = small_options(**chosen)
-    engine, model = make_engine(options, renderer, model_dir, output_dir)
+    engine, model = make_engine(options, renderer, model_dir, output_dir, dtype)
     rows = rl_rows(Dataset.from_list(ROWS * 8), renderer, options, "questions")
     prompt = renderer.encode_prompt(rows[0]["prompt"])
     timer = PhaseTimer(MemoryWatch(CPU))
@@ -67,11 +67,11 @@ def make_trainer(renderer, model_dir, output_dir, callbacks=(), **chosen):
         timer=timer,
         model=model,
         reward_funcs=[by_parity],
-        args=grpo_config(options, Path(output_dir), torch.float32),
+        args=grpo_config(options, Path(output_dir), dtype),
         reference=None,
         probes=None,
         engine=engine,
-        sentinel=Sentinel(engine, model, prompt, torch.float32, options.sentinel_tolerance),
+        sentinel=Sentinel(engine, model, prompt, dtype, options.sentinel_tolerance),
         ahead=None,
         train_dataset=rows,
         processing_class=renderer.tokenizer,

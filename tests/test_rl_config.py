@@ -72,11 +72,3 @@ def test_lengths_beyond_the_teacher_s_positions_are_refused(model_dir):
     long = options("max_prompt_length=300", "max_completion_length=300")
     with pytest.raises(ConfigError, match=r"512 positions[\s\S]*max_completion_length=212"):
         check_positions(long, str(model_dir))
-
-
-def test_bf16_weights_at_a_small_learning_rate_are_warned_of(tmp_path, caplog):
-    grpo_config(options("learning_rate=1e-6"), tmp_path, torch.bfloat16)
-    assert "lost to rounding" in caplog.text
-    caplog.clear()
-    grpo_config(options("learning_rate=1e-6"), tmp_path, torch.float32)
-    assert "lost to rounding" not in caplog.text

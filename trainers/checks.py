@@ -14,6 +14,7 @@ from trainers.batch import batch_plan, check_batch
 from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
+from trainers.optim_specs import optimizer_faults
 from trainers.options import DERIVED, RENAMED, CommonOptions, admits_none, options_class
 from trainers.reward_specs import asks_student, reward_faults
 from trainers.trl_options import trl_options
@@ -170,6 +171,14 @@ def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
             )
         )
     return faults
+
+
+@check("optim", "use_peft", "device", "precision", stages=TRAINING)
+def _check_optimizer(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    device = "cuda" if options.device != "cpu" and num_cuda_devices() else "cpu"
+    automatic = {"cuda": "bf16", "cpu": "fp32"}[device]  # the run looks again: an old GPU has no bf16
+    precision = automatic if options.precision == "auto" else options.precision
+    return optimizer_faults(options, device, {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[precision])
 
 
 @check("model_name_or_path", "model_init", "student_model", "reward_funcs")

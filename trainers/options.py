@@ -14,6 +14,7 @@ from trainers.trl_options import enum_values, trl_options
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
 Normalization = Literal["exp", "exp_norm"]
 Mode = Literal["auto", "resident", "streamed", "cpu"]
+Optim = Literal["auto", "adamw_torch", "adamw_8bit", "flash_adamw", "cpu_offload", "adafactor"]
 
 
 def opt(default: Any, doc: str, **limits: Any) -> Any:
@@ -75,6 +76,14 @@ class TrainOptions(CommonOptions):
         "filter", "a prompt over max_prompt_length: leave it out, cut its start, or stop"
     )
     train_batch_size: int = opt(32, "completions (SFT: samples) per optimizer step, over all devices", ge=1)
+    optim: Optim = opt(
+        "auto",
+        "the optimizer: `adamw_torch` (PyTorch's, 8 bytes a weight in fp32), `adamw_8bit` (states in 8 bits, about 2 "
+        "bytes a weight; bf16 weights are rounded up or down at random, so that small steps count on average), "
+        "`flash_adamw` (GPU only: 8-bit states and 8 further bits for each bf16 weight, about 3 bytes), `cpu_offload` "
+        "(fp32 weights and states in host memory, 12 bytes a weight there and none on the GPU; slower), `adafactor` "
+        "(hardly any states); auto: adamw_torch for fp32 weights and for adapters, adamw_8bit for bf16 weights",
+    )
 
 
 class SFTOptions(TrainOptions):
@@ -246,7 +255,6 @@ TRL_CHOICES: dict[str, Any] = {
     "eval_strategy": STRATEGY,
     "logging_strategy": STRATEGY,
     "save_strategy": STRATEGY | Literal["best"],
-    "optim": Literal[enum_values("training_args.py", "OptimizerNames")],
     "lr_scheduler_type": Literal[enum_values("trainer_utils.py", "SchedulerType")],
     "scale_rewards": bool | Literal["group", "batch", "none"],
     "importance_sampling_level": Literal["token", "sequence"],
@@ -296,6 +304,8 @@ DERIVED = {
     "assistant_only_loss": "the loss covers what the model writes, nothing before",
     "dataset_text_field": "use question_column, solution_column and reasoning_trace_column",
     "chat_template_path": "use chat_template",
+    "optim_args": "optim has no further arguments here",
+    "optim_target_modules": "it is for optimizers that this project has not",
     "disable_tqdm": "a bar on a terminal, plain lines elsewhere, is chosen by itself",
 }
 

@@ -17,6 +17,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer
 from trainers.memory_watch import MemoryWatch
 from trainers.models import load_config, load_model, resolve_device, resolve_dtype
+from trainers.optim_specs import optimizer_faults
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.overlap import ScoreAhead
@@ -46,7 +47,8 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.precision, device)
     mode = frozen_mode(options, "student_model", device) if asks_student(options) else None
-    if faults := device_faults(options, device.type, str(dtype), mode):
+    where = device.type, str(dtype)
+    if faults := device_faults(options, *where, mode) + optimizer_faults(options, *where):
         raise ConfigError(faults)
     arguments = grpo_config(options, output_dir, dtype)
     own = own_functions(options)

@@ -21,11 +21,22 @@ from trainers.models import (
     resolve_device,
     resolve_dtype,
 )
+from trainers.optim_specs import optimizer_faults
+from trainers.optimizers import OwnOptimizer
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
 from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.trl_config import precision_arguments
+
+
+class WarmupTrainer(OwnOptimizer, SFTTrainer):
+    """TRL's trainer with the optimizer of our options."""
+
+    def __init__(self, options: Any, **kwargs: Any) -> None:
+        self.options = options
+        super().__init__(**kwargs)
+        self.watch_updates()
 
 
 def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices: int = 1) -> Path:
@@ -42,6 +53,8 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     """
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.precision, device)
+    if faults := optimizer_faults(options, device.type, str(dtype)):
+        raise ConfigError(faults)
     rows = load_train_rows(options)
     eval_rows = load_eval_rows(options) if options.eval_strategy != "no" else None
     check_traces(rows, options)
@@ -56,7 +69,8 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     model = _model(options, model_path, tokenizer, dtype)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    trainer = SFTTrainer(
+    trainer = WarmupTrainer(
+        options=options,
         model=model,
         args=arguments,
         train_dataset=train_set,

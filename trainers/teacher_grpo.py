@@ -17,6 +17,7 @@ from trainers.engine import Engine
 from trainers.frozen import FrozenModel
 from trainers.hf_generation import generate_with_transformers
 from trainers.importance_sampling import importance_sampling_ratio, mismatch_metrics
+from trainers.optimizers import OwnOptimizer
 from trainers.overlap import ScoreAhead
 from trainers.phases import PhaseTimer
 from trainers.probes import Evaluated, Probes
@@ -55,7 +56,7 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     }
 
 
-class TeacherGRPOTrainer(GRPOTrainer):
+class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
     """TRL's trainer, generating with an engine in this process.
 
     TRL's `rollout_func` is the seam: it hands over prompts and takes back token ids and log-probabilities; TRL's
@@ -99,6 +100,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         with _no_reference_of_trl(args):
             super().__init__(args=args, rollout_func=rollout, **kwargs)
         self.beta, self.ref_model = args.beta, reference
+        self.watch_updates()
         if args.sync_ref_model:
             self.add_callback(ReferenceSync(reference, self.accelerator))
         if options.use_vllm:
