@@ -3,6 +3,7 @@
     python train.py [RUN] [key=value ...]     RUN: a name or file of cfgs/run_cfg (default: teacher_rlt_tiny)
     python train.py RUN --cfg job             show the composed configuration
     python train.py RUN --check               check it and stop
+    python train.py stage=plan run_cfg=RUN    plan its memory, phase by phase, and stop; vram_gb=N: for such a card
     python train.py stage=score dataset_id_or_path=FILE model_name_or_path=TEACHER student_model=STUDENT
     python train.py --help                    list every option
 
@@ -22,6 +23,7 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments
 from trainers.errors import ConfigError
 from trainers.hardware import num_cuda_devices
+from trainers.planning import planned_options, run_plan
 
 
 def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
@@ -36,6 +38,8 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     output_dir = make_output_dir(options.output_dir, run_name, num_devices)
     start_logging(output_dir, options.activate_debugging_logs, rank)
+    if options.stage in ("rl", "sft"):
+        options = planned_options(options, num_devices)
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
     prepare_wandb(getattr(options, "report_to", "none"))
@@ -84,6 +88,12 @@ def check(arguments: list[str]) -> None:
     print("this configuration is valid")
 
 
+def plan(arguments: list[str]) -> bool:
+    """Plan the memory of a run, and start nothing. Returns whether it fits."""
+    composed = compose_run("", arguments)
+    return run_plan(load_options(composed, 1, REPO, needs_device=False))
+
+
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     use_one_gpu()
@@ -97,6 +107,9 @@ if __name__ == "__main__":
             arguments.remove("--check")
             check(arguments)
             sys.exit()
+        if "stage=plan" in arguments:
+            arguments.remove("stage=plan")
+            sys.exit(0 if plan(arguments) else 1)
         sys.argv[1:] = hydra_arguments(arguments)
     except ConfigError as error:
         sys.exit(str(error))

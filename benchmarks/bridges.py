@@ -41,19 +41,10 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 
+from benchmarks.shapes import SHAPES
 from data.formats import TAG_FORMATS
 from trainers.models import make_model, make_tokenizer
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    | {"num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
-    "34m": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
-    | {"num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-    | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-}
 OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
 READY = "ready for a step"
 THEIRS = ("trl", "trl-fastest", "trl-lora")

@@ -30,21 +30,12 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.shapes import SHAPES
 from data.render import Encoded
 from trainers.frozen import MICRO_TOKENS, FrozenModel, ResidentBackbone, passes
 from trainers.streaming import StreamedBackbone
 from trainers.weight_files import HostWeights, WeightFiles
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    | {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False},
-    "0.16b": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    | {"num_key_value_heads": 12, "vocab_size": 32000, "tie_word_embeddings": False},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-    | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-}
 Score = Callable[[list[Encoded]], list[torch.Tensor]]
 
 

@@ -15,6 +15,7 @@ def watch(monkeypatch):
     watch = MemoryWatch(torch.device("cpu"))
     watch.now = 10 * GIB
     monkeypatch.setattr(watch, "used", lambda: int(watch.now))
+    monkeypatch.setattr(watch, "peak", lambda: int(watch.now + GIB))
     return watch
 
 
@@ -31,7 +32,8 @@ def test_memory_of_each_phase_is_told_in_gib(watch):
     watch.note("generate")
     watch.now = 4 * GIB
     watch.note("score")
-    assert watch.take() == {"memory/generate": 10.0, "memory/score": 4.0}
+    memory = {"memory/generate": 10.0, "memory/score": 4.0}
+    assert watch.take() == memory | {f"{name}_peak": used + 1 for name, used in memory.items()}
     assert watch.take() == {}
 
 
@@ -55,6 +57,19 @@ def test_too_little_freed_warns_once(watch, caplog):
     watch.freed("the KV cache", before, GIB)
     assert len(caplog.records) == 1
     assert "the KV cache freed 0.50 GiB where 1.00 were expected" in caplog.text
+
+
+def test_peak_of_a_phase_without_a_gpu_is_what_was_resident_at_most_in_it():
+    watch = MemoryWatch(torch.device("cpu"))
+    watch.note("load")
+    size = 256 * 2**20
+    del_me = torch.ones(size // 4)
+    del del_me
+    watch.note("generate")
+    watch.note("score")
+    phases = watch.phases
+    assert phases["generate_peak"] - phases["generate"] > 0.9 * size
+    assert phases["score_peak"] - phases["score"] < 0.1 * size
 
 
 def test_resident_set_is_what_is_read_without_a_gpu():

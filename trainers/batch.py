@@ -50,8 +50,11 @@ class BatchPlan:
 
 
 def batch_plan(options: Any, num_devices: int = 1) -> BatchPlan:
-    """The batch equation of an RL run; aggregation defaults to a whole optimizer step."""
-    per_device = options.per_device_train_batch_size
+    """The batch equation of an RL run; aggregation defaults to a whole optimizer step.
+
+    Where the plan of memory has yet to decide the micro-batch, it is taken to be 1.
+    """
+    per_device = 1 if options.per_device_train_batch_size == "auto" else options.per_device_train_batch_size
     whole_step = max(1, options.train_batch_size // (per_device * num_devices))
     aggregation = options.generation_aggregation_steps or whole_step
     return BatchPlan(options.train_batch_size, per_device, options.num_generations, aggregation, num_devices)
@@ -61,6 +64,17 @@ def legal_aggregations(batch: int, per_device: int, generations: int, devices: i
     """Every generation_aggregation_steps that is legal with the other values."""
     largest = batch // (per_device * devices)
     return [a for a in range(1, largest + 1) if BatchPlan(batch, per_device, generations, a, devices).is_legal]
+
+
+def micro_batch_choices(options: Any, devices: int) -> list[int]:
+    """Every micro-batch that is legal with the other options, the largest first."""
+    batch = options.train_batch_size // devices
+    divisors = [n for n in range(batch, 0, -1) if options.train_batch_size % (n * devices) == 0]
+    if options.stage != "rl":
+        return divisors
+    generations, aggregation = options.num_generations, options.generation_aggregation_steps
+    plans = [BatchPlan(options.train_batch_size, n, generations, aggregation or batch // n, devices) for n in divisors]
+    return [plan.per_device for plan in plans if plan.is_legal]
 
 
 def nearest_legal(plan: BatchPlan) -> BatchPlan:

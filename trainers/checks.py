@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainers.batch import batch_plan, check_batch
+from trainers.batch import batch_plan, check_batch, micro_batch_choices
 from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
@@ -49,13 +49,16 @@ def check(*reads: str, stages: tuple[str, ...] = WITH_MODELS) -> Callable:
 LOCAL_DATA = (".jsonl", ".json", ".parquet", ".csv")
 
 
-def load_options(composed: Mapping[str, Any], num_devices: int = 1, repo: Path = Path()) -> CommonOptions:
+def load_options(
+    composed: Mapping[str, Any], num_devices: int = 1, repo: Path = Path(), needs_device: bool = True
+) -> CommonOptions:
     """Check a composed configuration as a whole.
 
     Args:
         composed: Flat mapping of option to value, as Hydra composed it.
         num_devices: Processes that train together.
         repo: Folder against which `run:NAME` models are looked up.
+        needs_device: Whether the GPU that the run is for must be here.
 
     Raises:
         ConfigError: With every fault found; nothing was loaded or written.
@@ -77,6 +80,8 @@ def load_options(composed: Mapping[str, Any], num_devices: int = 1, repo: Path =
     else:
         invalid = set()
     for check in CHECKS:
+        if check.run is _check_device and not needs_device:
+            continue
         if stage in check.stages and not invalid & set(check.reads):
             faults += check.run(options, num_devices, repo)
     if faults:
@@ -149,6 +154,10 @@ def _is_installed(package: str) -> bool:
 )
 def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     per_device = options.per_device_train_batch_size
+    if per_device == "auto":
+        if micro_batch_choices(options, num_devices):
+            return _check_eval_batch(options)
+        per_device = 1
     if options.stage == "sft":
         if options.train_batch_size % (per_device * num_devices) == 0:
             return []
@@ -157,20 +166,19 @@ def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         remedy = f"per_device_train_batch_size={near}" if near else f"train_batch_size={per_device * num_devices}"
         cause = f"train_batch_size {options.train_batch_size} is no multiple of it x {num_devices} device(s)"
         return [Fault("per_device_train_batch_size", per_device, cause, remedy)]
-    faults = check_batch(batch_plan(options, num_devices))
+    return check_batch(batch_plan(options, num_devices)) + _check_eval_batch(options)
+
+
+def _check_eval_batch(options: Any) -> list[Fault]:
+    if options.stage == "sft":
+        return []
     generations = options.num_generations_eval or options.num_generations
     if _evaluates(options) and options.per_device_eval_batch_size % generations:
         near = max(1, round(options.per_device_eval_batch_size / generations)) * generations
         cause = f"holds no whole groups of {generations} (num_generations_eval, else num_generations)"
-        faults.append(
-            Fault(
-                "per_device_eval_batch_size",
-                options.per_device_eval_batch_size,
-                cause,
-                f"per_device_eval_batch_size={near}",
-            )
-        )
-    return faults
+        given, remedy = options.per_device_eval_batch_size, f"per_device_eval_batch_size={near}"
+        return [Fault("per_device_eval_batch_size", given, cause, remedy)]
+    return []
 
 
 @check("optim", "use_peft", "device", "precision", stages=TRAINING)

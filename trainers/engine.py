@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from trainers.bridges import RestartBridge, keep_linear_weights_on_cpu, make_bridge, register_loader
-from trainers.engine_specs import bridge_name
+from trainers.engine_specs import CPU_KV_CACHE, MAX_BATCHED_TOKENS, bridge_name
 from trainers.rollouts import Ended, Rollout
 from trainers.shared_weights import held_bytes
 
@@ -35,7 +35,7 @@ def prepare_environment(device: torch.device) -> None:
     }
     if device.type == "cpu":
         # Otherwise vLLM binds torch to one core, and training in the same process slows down.
-        defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
@@ -276,14 +276,21 @@ def engine_arguments(options: Any, model_path: str, device: torch.device, dtype:
         "max_model_len": options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length,
         "enforce_eager": options.enforce_eager or device.type == "cpu",
         "enable_prefix_caching": options.enable_prefix_caching,
-        "gpu_memory_utilization": options.vllm_gpu_memory_utilization,
         "logprobs_mode": "processed_logprobs",
         "trust_remote_code": options.trust_remote_code,
         "disable_log_stats": True,
     }
     if options.max_num_seqs is not None:
         arguments["max_num_seqs"] = options.max_num_seqs
-    if device.type == "cpu":
+    if options.vllm_gpu_memory_utilization != "auto":
+        arguments["gpu_memory_utilization"] = options.vllm_gpu_memory_utilization
+    if options.kv_cache_gib is not None or device.type == "cpu":
+        arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gib or CPU_KV_CACHE / 2**30) * 2**30)
+        # Without effect beside it, but vLLM refuses to start where so much of the card is not free.
+        arguments.setdefault("gpu_memory_utilization", 0.01)
+    if device.type == "cuda":
+        arguments["max_num_batched_tokens"] = MAX_BATCHED_TOKENS
+    else:
         # A prompt cut in two makes vLLM rewind the request's generator, which torch cannot do on a CPU.
         arguments["enable_chunked_prefill"] = False
         arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks

@@ -37,6 +37,8 @@ SET_HERE = {
     "cpu_offload_gb": None,
 }
 SAMPLING_SET_HERE = ("n", "seed", "logprobs", "detokenize", "temperature", "top_p", "top_k", "max_tokens")
+MAX_BATCHED_TOKENS = 8192  # that vLLM computes at once: what the plan of memory counts on
+CPU_KV_CACHE = 2**30  # bytes
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 

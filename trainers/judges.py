@@ -23,6 +23,7 @@ from trainers.weight_files import HostWeights, WeightFiles, fits_in_memory
 
 logger = logging.getLogger(__name__)
 
+TOKENS_PER_PASS = 16384
 REWARD_OPTIONS = tuple(TeacherLogprobKL.__dataclass_fields__)
 
 
@@ -121,7 +122,12 @@ def load_frozen(
         model = load_model(path, dtype, attention, key, trust, **arguments)
         backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
     logger.info("%s: %s on %s", "student" if key == "student_model" else "reference", mode, device)
-    return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
+    return FrozenModel(backbone, temperature, tokens_per_pass(options))
+
+
+def tokens_per_pass(options: Any) -> int:
+    """Tokens read in one pass over the weights, where no plan of memory has decided it."""
+    return TOKENS_PER_PASS if options.student_tokens_per_pass == "auto" else options.student_tokens_per_pass
 
 
 def make_scorer(

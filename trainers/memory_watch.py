@@ -1,6 +1,8 @@
 """Memory in use after each phase of a step."""
 
 import logging
+import re
+from pathlib import Path
 
 import psutil
 import torch
@@ -10,6 +12,12 @@ logger = logging.getLogger(__name__)
 WARM_UP, WINDOW = 3, 10  # steps
 CREEP = 1.05
 RELEASED = 0.9
+
+
+def resident_peak() -> int:
+    """Bytes of the largest resident set of this process since that was last forgotten."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 class MemoryWatch:
@@ -34,14 +42,21 @@ class MemoryWatch:
             return total - free
         return psutil.Process().memory_info().rss
 
-    def note(self, phase: str) -> None:
-        """A phase has ended. Its peak, on a GPU, is what torch had reserved at most, above what it holds now."""
-        used = self.used()
+    def peak(self) -> int:
+        """Bytes in use at most since this was last asked: on a GPU what torch had reserved above what it holds now;
+        without one, the largest resident set that the kernel has seen."""
         if self.device.type == "cuda":
-            reserved = torch.cuda.memory_reserved(self.device)
-            self.phases[f"{phase}_peak"] = used + torch.cuda.max_memory_reserved(self.device) - reserved
+            most = self.used() + torch.cuda.max_memory_reserved(self.device) - torch.cuda.memory_reserved(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.phases[phase] = used
+            return most
+        most = resident_peak()
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak
+        return most
+
+    def note(self, phase: str) -> None:
+        """A phase has ended."""
+        self.phases[f"{phase}_peak"] = max(self.peak(), self.phases.get(f"{phase}_peak", 0))
+        self.phases[phase] = self.used()
 
     def freed(self, what: str, before: int, expected: int) -> None:
         """Warn if since `before` bytes were in use clearly less was freed than `expected`."""

@@ -76,13 +76,20 @@ class TrainOptions(CommonOptions):
         "filter", "a prompt over max_prompt_length: leave it out, cut its start, or stop"
     )
     train_batch_size: int = opt(32, "completions (SFT: samples) per optimizer step, over all devices", ge=1)
+    vram_gb: float | None = opt(
+        None,
+        "the card that a preset is for, in GB (1e9 bytes): memory is planned for it where no GPU is at hand",
+        gt=0,
+    )
+    ignore_memory_plan: bool = opt(False, "start although the plan of memory says that it does not fit")
     optim: Optim = opt(
         "auto",
         "the optimizer: `adamw_torch` (PyTorch's, 8 bytes a weight in fp32), `adamw_8bit` (states in 8 bits, about 2 "
         "bytes a weight; bf16 weights are rounded up or down at random, so that small steps count on average), "
         "`flash_adamw` (GPU only: 8-bit states and 8 further bits for each bf16 weight, about 3 bytes), `cpu_offload` "
         "(fp32 weights and states in host memory, 12 bytes a weight there and none on the GPU; slower), `adafactor` "
-        "(hardly any states); auto: adamw_torch for fp32 weights and for adapters, adamw_8bit for bf16 weights",
+        "(hardly any states); auto: adamw_torch for fp32 weights and for adapters; for bf16 weights adamw_8bit, or "
+        "cpu_offload where the plan of memory finds no room for it",
     )
 
 
@@ -127,8 +134,8 @@ class RewardOptions(FormulaOptions):
     student_mode: Mode = opt(
         "auto",
         "where the student rests: `resident` (on the device), `streamed` (in host memory or on disk; its layers pass "
-        "through the device one by one), `cpu` (it computes there); auto: streamed on a GPU with "
-        "offload_untrained_models, else resident",
+        "through the device one by one), `cpu` (it computes there); auto: resident, on a GPU only if the plan of "
+        "memory finds room and offload_untrained_models is off, else streamed",
     )
     student_quantization: Literal["8bit", "4bit"] | None = opt(
         None, "keep the student in 8 or 4 bits (bitsandbytes); what that changes in the reward is printed at the start"
@@ -136,8 +143,10 @@ class RewardOptions(FormulaOptions):
     reference_mode: Mode = opt(
         "auto", "the same for the teacher as it was: the reference of beta, the teacher of score"
     )
-    student_tokens_per_pass: int = opt(
-        16384, "tokens, padding included, that student or reference reads in one pass over its weights", ge=1
+    student_tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = opt(
+        "auto",
+        "tokens, padding included, that student or reference reads in one pass over its weights; auto: what the "
+        "plan of memory finds room for, 16384 on a CPU",
     )
     offload_untrained_models: bool = opt(False, "keep the student and the reference off the GPU: see student_mode")
     disable_student_offloading: bool = opt(False, "exempt the student from offload_untrained_models")
@@ -193,7 +202,15 @@ class RLOptions(TrainOptions, RewardOptions):
     )
     enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
     enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
-    max_num_seqs: int | None = opt(None, "completions that vLLM writes at once; default: vLLM's", ge=1)
+    max_num_seqs: int | None = opt(
+        None, "completions that vLLM writes at once; default: those of a rollout, at most 256 (on a CPU: vLLM's)", ge=1
+    )
+    kv_cache_gib: float | None = opt(
+        None,
+        "memory of vLLM's KV cache in GiB, in place of vllm_gpu_memory_utilization; with that on auto the plan of "
+        "memory sets it, on a GPU",
+        gt=0,
+    )
     vllm_kwargs: dict[str, Any] = opt({}, "further arguments of vllm.LLM")
     stop_at_closing_tag: bool = opt(
         True, "a completion ends at the closing explanation tag; what the teacher would write after it is not read"
@@ -249,6 +266,8 @@ TRL_LIMITS: dict[str, dict[str, Any]] = {
     "num_iterations": {"ge": 1},
     "warmup_steps": {"ge": 0},
 }
+# Options of TRL that the plan of memory may decide.
+TRL_AUTO = ("per_device_train_batch_size", "vllm_gpu_memory_utilization")
 STRATEGY = Literal["no", "steps", "epoch"]
 NOT_HERE = "it has no effect with this project's engine and rendering"
 TRL_CHOICES: dict[str, Any] = {
@@ -337,6 +356,8 @@ def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
         annotation = TRL_CHOICES.get(name, option.annotation)
         if name in TRL_LIMITS:
             annotation = Annotated[annotation, Field(**TRL_LIMITS[name])]
+        if name in TRL_AUTO:
+            annotation = annotation | Literal["auto"]
         fields[name] = (annotation | None, Field(default=option.default))
     return create_model(base.__name__, __base__=base, **fields)
 

@@ -14,7 +14,7 @@ from trainers.batch import batch_plan
 from trainers.engine import Engine
 from trainers.engine_specs import device_faults
 from trainers.errors import ConfigError, Fault
-from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer
+from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer, tokens_per_pass
 from trainers.memory_watch import MemoryWatch
 from trainers.models import load_config, load_model, resolve_device, resolve_dtype
 from trainers.optim_specs import optimizer_faults
@@ -77,7 +77,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples_of(rows))
         judge = make_judge(options, scorer, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
-        probes = Probes(judge.scorer, options.num_probes, options.student_tokens_per_pass)
+        probes = Probes(judge.scorer, options.num_probes, tokens_per_pass(options))
     reference, sync = None, arguments.sync_ref_model
     if arguments.beta and not options.use_peft:
         key, temperature = "model_name_or_path", arguments.temperature

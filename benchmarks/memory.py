@@ -1,0 +1,176 @@
+"""The plan of memory against what a run really takes, on a CPU, with models of random weights.
+
+    python benchmarks/memory.py                     every case; fails where the plan is off by more than it promises
+    python benchmarks/memory.py --cases 50m-full    some of them
+
+Each case is a process of its own that trains three steps with the real engine, student and optimizer. Of weights,
+gradients, optimizer state and scoring buffers the bytes of the tensors themselves are compared (the buffers by torch's
+allocator), of the whole the largest resident set that the kernel saw. Promised: 5 % for each item, 10 % for the peak.
+The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.shapes import SHAPES
+
+ITEMS, WHOLE = 0.05, 0.10
+BATCH = {"train_batch_size": 16, "num_generations": 8, "per_device_eval_batch_size": 8, "max_prompt_length": 288}
+BATCH |= {"max_completion_length": 96, "per_device_train_batch_size": 8}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "50m-full": ("50m", {}),
+    "50m-full-streamed": ("50m", {"student_mode": "streamed"}),
+    "50m-lora": ("50m", {"use_peft": True}),
+    "0.16b-full": ("0.16b", {}),
+    "0.16b-full-streamed": ("0.16b", {"student_mode": "streamed"}),
+    "0.16b-lora-streamed": ("0.16b", {"use_peft": True, "student_mode": "streamed"}),
+    "0.16b-bf16-8bit": ("0.16b", {"precision": "bf16", "optim": "adamw_8bit"}),
+    "0.16b-bf16-offload": ("0.16b", {"precision": "bf16", "optim": "cpu_offload"}),
+    "0.5b-full-streamed": ("0.5b", {"student_mode": "streamed"}),
+    "0.5b-lora": ("0.5b", {"use_peft": True}),
+}
+QUESTIONS = ["What is 2+3?", "What is 4+5?", "What is 10+7+1?", "What is 6+6?"]
+
+
+def make_case(shape: str, folder: Path) -> None:
+    """Write a model of random weights with a tokenizer, and data."""
+    import torch
+
+    from trainers.models import make_model, make_tokenizer
+
+    texts = [" ".join(QUESTIONS) + "\nExplain. Solve. system\nuser\nassistant\n"] * 4
+    tags = [f"<|{end}_of_{name}|>" for name in ("explanation", "thought", "solution") for end in ("begin", "end")]
+    tokenizer = make_tokenizer(texts, tags, 400)
+    config = {"model_type": "qwen2", "max_position_embeddings": 1024} | SHAPES[shape]
+    make_model(config, tokenizer, 0, torch.float32, None).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = ({"question": question + " Say why." * 20, "solution": "five " * 10} for question in QUESTIONS * 8)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Run a case in this process, and return planned and measured bytes of each item."""
+    import torch
+
+    import trainers.rl as rl
+    from trainers.checks import load_options
+    from trainers.config import compose_run
+    from trainers.memory_watch import resident_peak
+    from trainers.planning import machine_for, plan_run
+
+    overrides = BATCH | CASES[case][1] | {"max_steps": 3, "report_before_after": False, "save_strategy": "no"}
+    overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}
+    overrides |= {"student_model": folder / "model", "output_dir": folder / "out", "num_probes": 0, "logging_steps": 1}
+    overrides |= {"stop_at_closing_tag": False, "report_to": "none", "device": "cpu", "seed": 0}
+    overrides |= {"generation_kwargs": "{ignore_eos: true, stop_token_ids: []}"}  # completions of full length
+    arguments = [f"{key}={value}" for key, value in overrides.items()]
+    options = load_options(compose_run("teacher_rlt_tiny", arguments))
+    solved = plan_run(options, machine_for(options))
+    found: dict[str, float] = {}
+
+    class Watched(rl.TeacherGRPOTrainer):
+        """Takes the measurements that a run does not take itself."""
+
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super().training_step(model, *args, **kwargs)
+            held = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+            found["gradients"] = max(held, found.get("gradients", 0))
+            found["weights"] = self.engine.bridge.weight_bytes()
+            return result
+
+        def _calculate_rewards(self, *args: Any) -> Any:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(profile_memory=True, activities=activities) as profile:
+                result = super()._calculate_rewards(*args)
+            found["scoring"] = allocator_peak(profile)
+            return result
+
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().train(*args, **kwargs)
+            found["optimizer"] = state_bytes(self.optimizer)
+            return result
+
+    rl.TeacherGRPOTrainer = Watched
+    rl.run_rl(solved.options, Path(overrides["output_dir"]))
+    metrics = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    peaks = [value * 2**30 for row in metrics for name, value in row.items() if name.endswith("_peak")]
+    phases = solved.plan.phases
+    resting = ("weights", "engine's weights", "adapters", "engine's adapters")
+    planned = {
+        "weights": sum(phases["update"].get(name, 0) for name in resting),
+        "gradients": phases["update"]["gradients"],
+        "optimizer": phases["save"].get("optimizer", 0) + phases["save"].get("optimizer on the host", 0),
+        "scoring": sum(phases["score"].get(n, 0) for n in ("scoring buffers", "hidden states", "streaming buffers")),
+        "peak": solved.plan.peak,
+    }
+    found["peak"] = max([*peaks, resident_peak()])
+    return {name: {"planned": planned[name], "measured": found[name]} for name in planned}
+
+
+def allocator_peak(profile: Any) -> int:
+    """Bytes that torch's allocator held at most above what it held at the begin."""
+    level = most = 0
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        most = max(most, level)
+    return most
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of an optimizer's states and buffers, wherever they lie."""
+    import torch
+
+    def size(tensor: torch.Tensor) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):  # of torchao's: codes and scales
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tensor.nbytes
+
+    states = (value for state in optimizer.state.values() for value in state.values())
+    staging = getattr(optimizer, "_staging", None)
+    return sum(size(v) for v in states if isinstance(v, torch.Tensor)) + (staging.bytes() if staging else 0)
+
+
+def run(case: str, folder: Path) -> dict[str, dict[str, float]]:
+    command = [sys.executable, __file__, "--measure", case, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{case} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, Path(arguments.folder))))
+        return
+    results, off = {}, []
+    print(f"{'case':22} {'item':10} {'planned MiB':>12} {'measured MiB':>13} {'off':>7}")
+    for case in arguments.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            make_case(CASES[case][0], Path(folder))
+            results[case] = run(case, Path(folder))
+        for name, row in results[case].items():
+            error = row["planned"] / row["measured"] - 1 if row["measured"] else float(bool(row["planned"]))
+            print(f"{case:22} {name:10} {row['planned'] / 2**20:12.1f} {row['measured'] / 2**20:13.1f} {error:+7.1%}")
+            if abs(error) > (WHOLE if name == "peak" else ITEMS):
+                off.append(f"{case}: {name} is off by {error:+.1%}")
+    print(json.dumps(results))
+    if off:
+        sys.exit("beyond what the plan promises:\n  " + "\n  ".join(off))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The card, the memory and the disk of this machine, found out without importing torch."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+MIB = 2**20
+GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds memory of the card."""
+
+    pid: int
+    name: str
+    used: int
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.name}) {self.used / 2**30:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU; sizes in bytes.
+
+    Attributes:
+        compute: Its compute capability; bf16 arithmetic begins with 8.0.
+        is_here: False for one that is only planned for.
+    """
+
+    name: str
+    total: int
+    free: int
+    compute: float = 8.0
+    driver: str = ""
+    holders: list[Holder] = field(default_factory=list)
+    is_here: bool = True
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run has; sizes in bytes."""
+
+    card: Card | None
+    host_total: int
+    host_free: int
+    disk_free: int
+
+
+def planned_card(vram_gb: float) -> Card:
+    """A card of so many GB that is not here."""
+    size = int(vram_gb * GB)
+    return Card(f"a card of {vram_gb:g} GB", size, size, is_here=False)
+
+
+def read_machine(folder: Path, vram_gb: float | None = None) -> Machine:
+    """Look at this machine.
+
+    Args:
+        folder: Where the run will write; its disk is the one that counts.
+        vram_gb: Plan for a card of so many GB instead of the one that is here.
+    """
+    memory = psutil.virtual_memory()
+    while not folder.exists():
+        folder = folder.parent
+    card = read_card() if vram_gb is None else planned_card(vram_gb)
+    return Machine(card, memory.total, memory.available, shutil.disk_usage(folder).free)
+
+
+def read_card() -> Card | None:
+    """The first GPU as `nvidia-smi` describes it, or None where there is none.
+
+    Raises:
+        RuntimeError: If nvidia-smi is there and fails.
+    """
+    rows = _nvidia_smi("--query-gpu=name,memory.total,memory.free,compute_cap,driver_version")
+    if not rows:
+        return None
+    name, total, free, compute, driver = rows[0]
+    holders = [
+        Holder(int(pid), process.rpartition("/")[2], int(used) * MIB)
+        for pid, process, used in _nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
+        if used.isdigit()  # "[N/A]" where the driver does not tell, as in a container
+    ]
+    return Card(name, int(total) * MIB, int(free) * MIB, float(compute), driver, holders)
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    if done.returncode:
+        raise RuntimeError(f"nvidia-smi failed: {done.stderr.strip() or done.stdout.strip()}")
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]

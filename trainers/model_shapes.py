@@ -1,0 +1,215 @@
+"""What a model is made of, from its config alone: the names and shapes of its parameters.
+
+For the common families the shapes are worked out here, without torch (a test compares them with the models of
+transformers); for any other family transformers builds the model without memory, which takes some seconds.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from trainers.errors import ConfigError, Fault
+from trainers.known_models import KNOWN_MODELS
+
+Shape = tuple[int, ...]
+
+# What a config that leaves a key out means, where that is not what Llama's means.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "phi3": {},
+    "gemma2": {"head_dim": 256, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True},
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder-only model.
+
+    Attributes:
+        parameters: Each stored parameter's shape by its name; a tied head is not listed.
+        layer_prefix: What the names of the layers' parameters begin with, before the layer's number.
+    """
+
+    name: str
+    model_type: str
+    parameters: dict[str, Shape]
+    layer_prefix: str
+    hidden: int
+    intermediate: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(prod(shape) for shape in self.parameters.values())
+
+    @property
+    def largest_layer(self) -> int:
+        """Elements of the layer with the most, each tensor rounded up to 64 as a streamed layer's are."""
+        sizes: dict[str, int] = {}
+        for name, shape in self.parameters.items():
+            if name.startswith(self.layer_prefix):
+                number = name[len(self.layer_prefix) :].split(".", 1)[0]
+                sizes[number] = sizes.get(number, 0) + -(-prod(shape) // 64) * 64
+        return max(sizes.values())
+
+    @property
+    def linear_shapes(self) -> list[Shape]:
+        """`(out, in)` of each linear layer that `lora_target_modules=all-linear` adapts."""
+        return [s for n, s in self.parameters.items() if n.startswith(self.layer_prefix) and len(s) == 2]
+
+    def linears(self, targets: str | list[str]) -> list[Shape]:
+        """`(out, in)` of the linear layers that these target modules name."""
+        if targets == "all-linear":
+            return self.linear_shapes
+        wanted = {targets} if isinstance(targets, str) else set(targets)
+        inside = {n: s for n, s in self.parameters.items() if n.startswith(self.layer_prefix) and len(s) == 2}
+        return [shape for name, shape in inside.items() if name.split(".")[-2] in wanted]
+
+    def kv_bytes(self, itemsize: int) -> int:
+        """Bytes of keys and values of one token, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+def read_config(path: str, key: str, trust: bool = False) -> dict[str, Any]:
+    """The config of a model: a folder's, one that an earlier download left, a well-known model's, or the hub's.
+
+    Raises:
+        ConfigError: If it cannot be had.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        kept = try_to_load_from_cache(path, "config.json")
+        if isinstance(kept, str):
+            return json.loads(Path(kept).read_text(encoding="utf-8"))
+        if path in KNOWN_MODELS:
+            return KNOWN_MODELS[path]
+        fetched = hf_hub_download(path, "config.json", etag_timeout=2)
+    except (OSError, ValueError, HFValidationError) as error:  # the hub's errors are OSErrors
+        cause = f"its config cannot be had: {str(error).strip().splitlines()[0]}"
+        remedy = "give a local folder, or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
+        raise ConfigError(Fault(key, path, cause, remedy)) from error
+    return json.loads(Path(fetched).read_text(encoding="utf-8"))
+
+
+@cache
+def _shape_of(config_json: str, name: str, trust: bool) -> ModelShape:
+    config = json.loads(config_json)
+    if config.get("model_type") in FAMILY_DEFAULTS:
+        return _known_family(config, name)
+    return _from_transformers(config, name, trust)
+
+
+def model_shape(config: dict[str, Any], name: str = "", trust: bool = False) -> ModelShape:
+    """The sizes of a model.
+
+    Args:
+        config: As `config.json` holds it.
+        name: For messages.
+        trust: Whether code of the model's repository may run, where its family is unknown.
+
+    Raises:
+        ConfigError: If it is no decoder-only model that transformers can build.
+    """
+    return _shape_of(json.dumps(config, sort_keys=True), name, trust)
+
+
+def _known_family(config: dict[str, Any], name: str) -> ModelShape:
+    family = config["model_type"]
+    given = FAMILY_DEFAULTS[family] | {k: v for k, v in config.items() if v is not None}
+    hidden, inner = given["hidden_size"], given["intermediate_size"]
+    heads = given["num_attention_heads"]
+    kv_heads = given.get("num_key_value_heads", heads)
+    head_dim = given.get("head_dim") or hidden // heads
+    layers, vocab = given["num_hidden_layers"], given["vocab_size"]
+    prefix = "model.layers."
+    layer = _layer_shapes(family, given, hidden, inner, heads * head_dim, kv_heads * head_dim, head_dim)
+    parameters: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        parameters |= {f"{prefix}{i}.{leaf}": shape for leaf, shape in layer.items()}
+    parameters["model.norm.weight"] = (hidden,)
+    if not given.get("tie_word_embeddings", False):
+        parameters["lm_head.weight"] = (vocab, hidden)
+    positions = given.get("max_position_embeddings", 2**17)
+    sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions)
+    return ModelShape(name, family, parameters, prefix, *sizes)
+
+
+def _layer_shapes(
+    family: str, given: dict[str, Any], hidden: int, inner: int, q: int, kv: int, head_dim: int
+) -> dict[str, Shape]:
+    """The parameters of one layer; `q` and `kv` are the widths of the queries and of the keys."""
+    if family == "phi3":
+        shapes: dict[str, Shape] = {
+            "self_attn.o_proj.weight": (hidden, q),
+            "self_attn.qkv_proj.weight": (q + 2 * kv, hidden),
+            "mlp.gate_up_proj.weight": (2 * inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+    else:
+        shapes = {f"self_attn.{n}_proj.weight": (w, hidden) for n, w in (("q", q), ("k", kv), ("v", kv))}
+        shapes["self_attn.o_proj.weight"] = (hidden, q)
+        shapes |= {f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
+        shapes["mlp.down_proj.weight"] = (hidden, inner)
+        if family == "qwen2" or given.get("attention_bias"):
+            shapes |= {f"self_attn.{n}_proj.bias": (w,) for n, w in (("q", q), ("k", kv), ("v", kv))}
+        if given.get("attention_bias") and family != "qwen2":
+            shapes["self_attn.o_proj.bias"] = (hidden,)
+        if given.get("mlp_bias"):
+            shapes |= {f"mlp.{n}_proj.bias": (inner,) for n in ("gate", "up")} | {"mlp.down_proj.bias": (hidden,)}
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if family.startswith("gemma"):
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    shapes |= {f"{norm}.weight": (hidden,) for norm in norms}
+    if family in ("qwen3", "gemma3_text"):
+        shapes |= {f"self_attn.{n}_norm.weight": (head_dim,) for n in ("q", "k")}
+    return shapes
+
+
+def _from_transformers(config: dict[str, Any], name: str, trust: bool) -> ModelShape:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = {k: v for k, v in config.items() if k != "model_type"}
+    try:
+        full = (
+            AutoConfig.from_pretrained(name, trust_remote_code=True)
+            if trust and "auto_map" in config
+            else AutoConfig.for_model(config.get("model_type"), **arguments)
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(full, trust_remote_code=trust)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        cause = f"transformers cannot build it: {str(error).strip().splitlines()[0]}"
+        fault = Fault("model", name or config.get("model_type"), cause, "name a causal language model")
+        raise ConfigError(fault) from error
+    text = full.get_text_config()
+    parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    prefix = next(
+        f"{n}."
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.ModuleList) and len(m) == text.num_hidden_layers
+    )
+    heads = text.num_attention_heads
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    sizes = (text.hidden_size, inner, text.num_hidden_layers, heads, kv_heads, head_dim, text.vocab_size)
+    positions = getattr(text, "max_position_embeddings", 2**17)
+    return ModelShape(name, config["model_type"], parameters, prefix, *sizes, positions)

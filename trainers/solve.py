@@ -1,0 +1,275 @@
+"""From options with `auto` in them to a plan of memory for this machine, and to the nearest settings that fit.
+
+Only what belongs to the machine is solved: micro-batch, KV cache, where student and reference rest, tokens per pass and
+the optimizer. The effective batch and the group size are part of the method and are never changed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from trainers.batch import batch_plan, micro_batch_choices
+from trainers.engine_specs import CPU_KV_CACHE
+from trainers.errors import ConfigError, Fault
+from trainers.machine import Machine
+from trainers.memory import GIB, Plan, Workload, asked_student, kv_least, kv_needed, make_plan, max_num_seqs
+from trainers.model_shapes import ModelShape
+from trainers.optim_specs import optimizer_name
+
+SPARE = 0.08  # of the memory: what the solver keeps free
+MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
+TOKENS_PER_PASS = (262144, 131072, 65536, 32768, 16384)
+CPU_TOKENS_PER_PASS = 16384
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A plan, and the options with every `auto` decided."""
+
+    options: Any
+    plan: Plan
+
+
+def device_of(options: Any, machine: Machine) -> str:
+    """cuda or cpu."""
+    if options.device == "auto":
+        return "cuda" if machine.card is not None else "cpu"
+    return options.device
+
+
+def precision_of(options: Any, machine: Machine) -> str:
+    """fp32, bf16 or fp16."""
+    if options.precision != "auto":
+        return options.precision
+    if device_of(options, machine) == "cpu":
+        return "fp32"
+    return "bf16" if machine.card is None or machine.card.compute >= 8 else "fp16"
+
+
+def available_memory(options: Any, machine: Machine) -> int:
+    """Bytes that are free where the run computes.
+
+    Raises:
+        ConfigError: If it needs a card, and neither is one here nor is it said which is meant.
+    """
+    if device_of(options, machine) == "cpu":
+        return machine.host_free
+    if machine.card is None:
+        cause = "this machine shows no NVIDIA GPU to plan for"
+        raise ConfigError(Fault("vram_gb", None, cause, "vram_gb=<GB of the card>, e.g. vram_gb=24"))
+    return machine.card.free
+
+
+def solve(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int = 1) -> Solved:
+    """Decide every `auto`, preferring what is faster, and plan the result.
+
+    Where nothing fits, the most frugal choice is returned: its plan does not fit either.
+    """
+    available = available_memory(options, machine)
+    budget = int(available * (1 - SPARE))
+    last = None
+    for enough in (0.25, 0.0):  # a KV cache too small for a quarter of the completions is the last resort
+        for work in _candidates(options, teacher, student, machine, devices):
+            last = _with_cache(work, budget, available, enough)
+            if last.plan.peak <= budget:
+                return last
+    assert last is not None, "there is always a candidate"
+    return last
+
+
+def _candidates(
+    options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int
+) -> Iterator[Workload]:
+    device, precision = device_of(options, machine), precision_of(options, machine)
+    asked = asked_student(options) and student is not None
+    has_reference = options.stage == "rl" and options.beta and not options.use_peft
+    choices = product(
+        _optimizers(options, precision, device),
+        _student_modes(options, device) if asked else [None],
+        _modes(options, options.reference_mode, device, options.offload_untrained_models) if has_reference else [None],
+        _micro_batches(options, devices),
+        _tokens_per_pass(options, device),
+    )
+    for optimizer, student_mode, reference_mode, micro_batch, tokens in choices:
+        update = {"per_device_train_batch_size": micro_batch, "optim": optimizer}
+        if options.stage == "rl":
+            update |= {"student_tokens_per_pass": tokens}
+            update |= {"student_mode": student_mode} if student_mode else {}
+            update |= {"reference_mode": reference_mode} if reference_mode else {}
+        decided = options.model_copy(update=update)
+        yield Workload(
+            decided, teacher, student if asked else None, device, precision, optimizer, student_mode, reference_mode, 0
+        )
+
+
+def _optimizers(options: Any, precision: str, device: str) -> list[str]:
+    name = optimizer_name(options, {"fp32": "torch.float32", "bf16": "torch.bfloat16"}.get(precision, ""), device)
+    return [name, "cpu_offload"] if options.optim == "auto" and name == "adamw_8bit" and device == "cuda" else [name]
+
+
+def _student_modes(options: Any, device: str) -> list[str]:
+    if options.student_quantization and options.student_mode == "auto":
+        return ["resident"]
+    offload = options.offload_untrained_models and not options.disable_student_offloading
+    return _modes(options, options.student_mode, device, offload)
+
+
+def _modes(options: Any, mode: str, device: str, offload: bool) -> list[str]:
+    if mode != "auto":
+        return [mode]
+    if device == "cpu":
+        return ["resident"]
+    return ["streamed"] if offload else ["resident", "streamed"]
+
+
+def _micro_batches(options: Any, devices: int) -> list[int]:
+    if options.per_device_train_batch_size != "auto":
+        return [options.per_device_train_batch_size]
+    length = options.max_prompt_length + options.max_completion_length if options.stage == "rl" else options.max_length
+    legal = micro_batch_choices(options, devices)
+    assert legal, "an illegal batch is told before"
+    return [n for n in legal if n * length <= MOST_TOKENS] or legal[-1:]
+
+
+def _tokens_per_pass(options: Any, device: str) -> list[int]:
+    given = getattr(options, "student_tokens_per_pass", None)
+    if given != "auto":
+        return [given]
+    return list(TOKENS_PER_PASS) if device == "cuda" else [CPU_TOKENS_PER_PASS]
+
+
+def _with_cache(work: Workload, budget: int, available: int, enough: float) -> Solved:
+    """Give the engine what the completions need, or what is left; as much as was asked for, where it was."""
+    options = work.options
+    if options.stage != "rl" or not options.use_vllm:
+        return Solved(options, make_plan(work, available))
+    need, least = (f(options, work.teacher, work.itemsize) for f in (kv_needed, kv_least))
+    empty = make_plan(work, available)
+    if options.kv_cache_gib is not None:
+        size = int(options.kv_cache_gib * GIB)
+    elif work.device == "cpu":
+        size = min(need, CPU_KV_CACHE)  # of the latter, only what is written to is taken from the machine
+    elif options.vllm_gpu_memory_utilization != "auto":
+        taken = sum(size for name, size in empty.phases["load"].items() if name not in ("student", "reference"))
+        size = int(options.vllm_gpu_memory_utilization * available) - taken
+    else:
+        size = min(need, budget - max(empty.total("generate"), empty.total("load")))
+    size = max(size, least, int(enough * need) if options.vllm_gpu_memory_utilization == "auto" else 0)
+    work = replace(work, kv_cache=size)
+    if work.device == "cuda" and options.vllm_gpu_memory_utilization == "auto":
+        update = {"kv_cache_gib": size / GIB, "max_num_seqs": max_num_seqs(options)}
+        work = replace(work, options=options.model_copy(update=update))
+    return Solved(work.options, make_plan(work, available))
+
+
+# What takes less memory, the least painful first: option, value, and where it applies.
+FRUGAL: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": True},
+    {"precision": "bf16"},
+    {"per_device_train_batch_size": "auto", "generation_aggregation_steps": None},
+    {"vllm_gpu_memory_utilization": "auto", "kv_cache_gib": None},
+    {"weight_bridge": None},
+    {"student_mode": "streamed", "student_quantization": None},
+    {"reference_mode": "streamed"},
+    {"student_tokens_per_pass": "auto"},
+    {"optim": "adamw_8bit"},
+    {"optim": "cpu_offload"},
+    {"max_completion_length": 0.5},
+    {"max_prompt_length": 0.5},
+    {"use_peft": True, "optim": "auto", "sync_ref_model": False, "reference_mode": "auto", "weight_bridge": None},
+)
+
+
+OTHERS: tuple[dict[str, Any], ...] = (
+    {"max_completion_length": 2.0},
+    {"student_mode": "resident"},
+    {"beta": 0.0, "sync_ref_model": False},
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Other settings, and the plan with them."""
+
+    settings: dict[str, Any]
+    solved: Solved
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
+
+
+def _written(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, str) else value
+
+
+def _changed(options: Any, knob: dict[str, Any]) -> dict[str, Any]:
+    """What a knob changes of these options; empty where it changes nothing or does not apply."""
+    settings = {}
+    for key, value in knob.items():
+        if not hasattr(options, key):
+            continue
+        now = getattr(options, key)
+        if isinstance(value, float) and isinstance(now, int):
+            value = max(16, int(now * value))
+        if value != now and not (key == "precision" and now != "fp32"):
+            settings[key] = value
+    leads = next(iter(knob))
+    return settings if leads in settings else {}
+
+
+def knobs(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine) -> list[Change]:
+    """Each single change that takes another amount of memory, with the plan it leads to."""
+    changes = []
+    now = solve(options, teacher, student, machine).plan.peak
+    for knob in (
+        *FRUGAL,
+        {"max_completion_length": 2.0},
+        {"student_mode": "resident"},
+        {"beta": 0.0, "sync_ref_model": False},
+    ):
+        settings = _changed(options, knob)
+        if settings and _applies(options, settings, machine):
+            change = Change(settings, solve(options.model_copy(update=settings), teacher, student, machine))
+            if change.solved.plan.peak != now:
+                changes.append(change)
+    return changes
+
+
+def _applies(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
+    """Whether a change makes sense with the rest of the options."""
+    device, adapters = device_of(options, machine), getattr(options, "use_peft", False)
+    if settings.get("optim") in ("adamw_8bit", "cpu_offload"):
+        return not adapters and precision_of(options, machine) == "bf16"
+    if {"student_mode", "reference_mode"} & settings.keys() and "use_peft" not in settings:
+        reads_reference = options.stage == "rl" and options.beta and not adapters
+        return device == "cuda" and ("student_mode" in settings or reads_reference)
+    return settings.get("precision") != "bf16" or device == "cuda"
+
+
+def nearest_fit(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine) -> Change | None:
+    """The first settings that fit, changing one thing after another, the least painful first; None if none do."""
+    gathered: dict[str, Any] = {}
+    for knob in (*FRUGAL, {"max_completion_length": 0.5}, {"max_completion_length": 0.5}):
+        current = options.model_copy(update=gathered)
+        settings = _changed(current, knob)
+        if not settings or not _applies(current, settings, machine):
+            continue
+        before = solve(current, teacher, student, machine).plan.peak
+        change = Change(gathered | settings, solve(current.model_copy(update=settings), teacher, student, machine))
+        if change.solved.plan.peak < before:
+            gathered |= settings
+            if change.solved.plan.fits:
+                return change
+    return None
+
+
+def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
+    """What a user reads whose run does not fit."""
+    plan = solved.plan
+    cause = (
+        f"the {plan.peak_phase} phase needs {plan.peak / GIB:.1f} GiB and {plan.available / GIB:.1f} GiB are free "
+        f"({batch_plan(solved.options).equation() if solved.options.stage == 'rl' else 'SFT'})"
+    )
+    remedy = f"{nearest}   (peak {nearest.solved.plan.peak / GIB:.1f} GiB)" if nearest else "a smaller model"
+    return ConfigError(Fault("memory", ..., cause, f"{remedy}; ignore_memory_plan=true starts it all the same"))
