@@ -13,11 +13,15 @@ from trainers import checks
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run, find_run, hydra_arguments
 from trainers.errors import ConfigError
-from trainers.options import DERIVED, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
+from trainers.options import DERIVED, MergeOptions, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
 from trainers.trl_options import trl_options
 
 ALL_RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").rglob("*.yaml"))
-NAMED_BY_THE_USER = {"score": ["dataset_id_or_path", "model_name_or_path", "student_model"], "rescore": ["scores"]}
+NAMED_BY_THE_USER = {
+    "score": ["dataset_id_or_path", "model_name_or_path", "student_model"],
+    "rescore": ["scores"],
+    "merge": ["model_name_or_path"],
+}
 RUNS = [run for run in ALL_RUNS if run not in NAMED_BY_THE_USER]
 
 
@@ -160,12 +164,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         load_options(compose_run("teacher_sft"), num_devices=2, repo=REPO)
 
 
-def test_adapter_folder_is_recognised(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    found = faults("teacher_rlt_tiny", f"model_name_or_path={tmp_path}")
-    assert "LoRA adapter" in found["model_name_or_path"].cause
-
-
 @pytest.mark.parametrize("words", ["teacher_rlt_mono.yaml", "cfgs/run_cfg/teacher_rlt_mono.yaml", "teacher_rlt_mono"])
 def test_run_is_named_by_bare_name_file_or_path(words):
     assert hydra_arguments([words]) == ["run_cfg=teacher_rlt_mono"]
@@ -214,7 +212,9 @@ def test_every_option_is_read_by_something():
 
     read |= set(TeacherLogprobKL.__dataclass_fields__)  # trainers/rl.py hands each of these to the reward
     refused_only = {"use_ray", "use_vllm_server"}  # promises of the founding documents: must be false
-    own = {name for cls in (SFTOptions, RLOptions, ScoreOptions, RescoreOptions) for name in cls.model_fields}
+    own = {
+        name for cls in (SFTOptions, RLOptions, ScoreOptions, RescoreOptions, MergeOptions) for name in cls.model_fields
+    }
     assert own - read - refused_only == set()
 
 

@@ -25,30 +25,37 @@ class BaseOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    stage: Literal["sft", "rl", "score", "rescore"] = opt(
+    stage: Literal["sft", "rl", "score", "rescore", "merge"] = opt(
         "rl",
-        "what to run: `sft` (warm-up), `rl` (GRPO with the student's reward), `score` (rewards of given explanations) "
-        "or `rescore` (kept scores under another formula)",
+        "what to run: `sft` (warm-up), `rl` (GRPO with the student's reward), `score` (rewards of given explanations), "
+        "`rescore` (kept scores under another formula) or `merge` (a LoRA adapter into its base)",
     )
     output_dir: str | None = opt(None, "folder of this run's files; default: results/<run>/<time>")
     activate_debugging_logs: bool = opt(False, "log every library at debug level, and each scored explanation")
 
 
-class CommonOptions(BaseOptions):
-    """Options of every stage with models."""
+class ModelOptions(BaseOptions):
+    """Options of every stage that loads a model."""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt(
+        "auto",
+        "type of the weights and of the arithmetic; auto: bf16 on a GPU; on one without bf16 hardware fp16, or fp32 "
+        "where every weight is trained; fp32 without a GPU; in stage=merge the base's own",
+    )
+    model_name_or_path: str | None = opt(
+        None,
+        "the teacher (the model to train): a folder, a hub id, or `run:NAME`, the result of cfgs/run_cfg/NAME.yaml; a "
+        "folder may hold a LoRA adapter (see adapter_start), and in stage=merge it must",
+    )
+    trust_remote_code: bool = opt(False, "run Python code that a model repository brings along")
+
+
+class CommonOptions(ModelOptions):
+    """Options of every stage that computes with models."""
 
     seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to compute; `cuda` refuses to start without a GPU")
-    precision: Literal["auto", "bf16", "fp32"] = opt(
-        "auto", "type of the weights and of the arithmetic; auto: bf16 on a GPU, fp32 without one"
-    )
-
-    model_name_or_path: str | None = opt(
-        None,
-        "the teacher (the model to train): a folder, a hub id, or `run:NAME`, the result of cfgs/run_cfg/NAME.yaml",
-    )
     attn_implementation: str | None = opt(None, "attention of the teacher and the student; default: sdpa")
-    trust_remote_code: bool = opt(False, "run Python code that a model repository brings along")
     chat_template: str | None = opt(None, "Jinja chat template, or a file with one, for a tokenizer that has none")
     chat_template_kwargs: dict[str, Any] | None = opt(None, "extra variables for the chat template")
     eos_token: str | None = opt(None, "the token that ends a turn, where the tokenizer's own eos_token does not")
@@ -75,6 +82,24 @@ class TrainOptions(CommonOptions):
         "filter", "a prompt over max_prompt_length: leave it out, cut its start, or stop"
     )
     train_batch_size: int = opt(32, "completions (SFT: samples) per optimizer step, over all devices", ge=1)
+    use_peft: bool = opt(False, "train LoRA adapters (peft) and keep the weights as they are; false: every weight")
+    adapter_start: Literal["auto", "continue", "merge"] = opt(
+        "auto",
+        "where model_name_or_path is a LoRA adapter: `continue` (train that adapter on), `merge` (into its base, in "
+        "output_dir; then train that model, with use_peft through a fresh adapter); auto: continue with use_peft, else "
+        "merge",
+    )
+    lora_r: int = opt(16, "rank of the adapters", ge=1, le=512)
+    lora_alpha: int = opt(32, "the adapters count lora_alpha / lora_r times", ge=1)
+    lora_dropout: float = opt(
+        0.0, "dropout in front of the adapters; above 0 the trainer differs from the engine by it", ge=0, lt=1
+    )
+    lora_target_modules: str | list[str] = opt(
+        "all-linear", "layers that get an adapter: all-linear, or the last parts of their names, e.g. [q_proj, v_proj]"
+    )
+    activation_offloading: bool = opt(
+        False, "rest what the backward pass needs in host memory meanwhile; for a GPU, and slower"
+    )
 
 
 class SFTOptions(TrainOptions):
@@ -173,15 +198,6 @@ class RLOptions(TrainOptions, RewardOptions):
         "`restart` (a new engine from a checkpoint after each update; for debugging); default: shared, lora with "
         "use_peft. Atropos' names for three of them: shared_vllm, lora_only, and none for restart",
     )
-    use_peft: bool = opt(False, "train LoRA adapters (peft) and keep the weights as they are")
-    lora_r: int = opt(16, "rank of the adapters", ge=1, le=512)
-    lora_alpha: int = opt(32, "the adapters count lora_alpha / lora_r times", ge=1)
-    lora_dropout: float = opt(
-        0.0, "dropout in front of the adapters; above 0 the trainer differs from the engine by it", ge=0, lt=1
-    )
-    lora_target_modules: str | list[str] = opt(
-        "all-linear", "layers that get an adapter: all-linear, or the last parts of their names, e.g. [q_proj, v_proj]"
-    )
     enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
     enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
     max_num_seqs: int | None = opt(None, "completions that vLLM writes at once; default: vLLM's", ge=1)
@@ -218,6 +234,12 @@ class ScoreOptions(CommonOptions, RewardOptions):
     temperature: float = opt(1.0, "temperature of the teacher's log-probs", gt=0)
     explanation_column: str = opt("explanation", "column with the explanation to score")
     closed_column: str = opt("closed", "column that is false where the closing explanation tag is missing, if any")
+
+
+class MergeOptions(ModelOptions):
+    """Options of stage=merge: a LoRA adapter into its base, as an ordinary checkpoint."""
+
+    base_model: str | None = opt(None, "the adapter's base, a folder or a hub id; default: what the adapter names")
 
 
 class RescoreOptions(BaseOptions, FormulaOptions):
@@ -261,7 +283,7 @@ DERIVED = {
     "steps_per_generation": "use generation_aggregation_steps",
     "generation_batch_size": "use generation_aggregation_steps",
     "bf16": "use precision=bf16",
-    "fp16": "use precision=bf16 or precision=fp32",
+    "fp16": "use precision=fp16",
     "use_cpu": "use device=cpu",
     "vllm_mode": "the engine is always in this process",
     "vllm_server_base_url": "there is no vLLM server",
@@ -311,6 +333,15 @@ RENAMED = {
     "load_in_4bit": "precision=bf16: the base is shared with vLLM, which has no bitsandbytes weights",
     "load_in_8bit": "precision=bf16: the base is shared with vLLM, which has no bitsandbytes weights",
     "lora_rank": "lora_r",
+    "lora": "use_peft",
+    "use_lora": "use_peft",
+    "no_lora": "use_peft=false",
+    "finetuning_type": "use_peft: true for LoRA, false for every weight",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "create_new_adapter": "adapter_start=merge, with use_peft=true",
+    "adapter_name_or_path": "model_name_or_path: an adapter's folder is recognised there",
+    "peft_model_id": "model_name_or_path: an adapter's folder is recognised there",
     "max_lora_rank": "lora_r",
     "weight_bridge_mode": "weight_bridge",
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
@@ -333,8 +364,9 @@ def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
 
 def options_class(stage: str) -> type[BaseOptions]:
     """Return the class that holds every option of `stage`, TRL's included."""
-    if stage in ("score", "rescore"):
-        return ScoreOptions if stage == "score" else RescoreOptions
+    without_trl = {"score": ScoreOptions, "rescore": RescoreOptions, "merge": MergeOptions}
+    if stage in without_trl:
+        return without_trl[stage]
     return _with_trl(SFTOptions, "sft") if stage == "sft" else _with_trl(RLOptions, "grpo")
 
 

@@ -20,5 +20,6 @@ def precision_arguments(options: Any, dtype: torch.dtype) -> dict[str, Any]:
         )
     return {
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "use_cpu": resolve_device(options.device).type == "cpu",
     }
