@@ -44,21 +44,6 @@ def faults(*words, **kwargs):
     return {fault.key: fault for fault in error.value.faults}
 
 
-@pytest.fixture(scope="module")
-def adapter_dir(model_dir, tokenizer, tmp_path_factory):
-    """An adapter of rank 4 that has learned something, as a run leaves it."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    model = add_adapters(model, options(use_peft=True, lora_r=4, lora_alpha=8))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.2, generator=generator)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def copy(adapter_dir, tmp_path):
     """The adapter in a folder of its own, and a way to change its adapter_config.json."""
