@@ -11,8 +11,10 @@ from conftest import ROWS
 from safetensors.torch import load_file
 from small_run import make_engine, make_trainer, small_options
 from test_engine import largest_difference, train_some, trainer_logprobs
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from trainers import teacher_grpo
 from trainers.adapter_files import open_adapter
 from trainers.adapters import ADAPTER, REFERENCE
 from trainers.errors import ConfigError
@@ -80,15 +82,35 @@ def test_adapter_of_an_earlier_run_is_the_engine_s_too(renderer, model_dir, adap
         assert largest_difference(trainer_logprobs(model, prompts, before.completion_ids), before.logprobs) > 0.01
 
 
-def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(renderer, model_dir, adapter_dir, tmp_path):
-    """With gradient checkpointing, through which the gradients must reach the adapter."""
-    gradients = []
+class Offloading(saved_tensors_hooks):
+    """Stands for TRL's, which cannot be made without a GPU: counts training steps and the tensors they save."""
+
+    def __init__(self):
+        self.steps = self.saved = 0
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        self.saved += 1
+        return tensor
+
+    def __enter__(self):
+        self.steps += 1
+        return super().__enter__()
+
+
+def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(
+    renderer, model_dir, adapter_dir, tmp_path, monkeypatch
+):
+    """With gradient checkpointing, through which the gradients must reach the adapter, and activation offloading."""
+    gradients, offloading = [], Offloading()
+    monkeypatch.setattr(teacher_grpo, "get_act_offloading_ctx_manager", lambda model: offloading)
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             gradients.append({n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None})
 
     chosen = {"use_peft": True, "beta": 0.1, "gradient_checkpointing": True, "learning_rate": 3e-3, "max_steps": 3}
+    chosen["activation_offloading"] = True
     adapter = open_adapter("k", str(adapter_dir))
     trainer = make_trainer(renderer, model_dir, tmp_path / "out", [Watch()], adapter, **chosen)
     try:
@@ -103,6 +125,7 @@ def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(renderer, mode
     kl = [line["kl"] for line in trainer.state.log_history if "kl" in line]
     assert abs(kl[0]) < 1e-6
     assert kl[1] > 1e-6 and kl[2] > 1e-6
+    assert offloading.steps == 3 and offloading.saved > 0
     assert len(gradients) == 3 and all(len(step) == 28 and min(step.values()) > 0 for step in gradients)
     assert all(f".{ADAPTER}." in name for step in gradients for name in step)
     start, end = (load_file(f / "adapter_model.safetensors") for f in (adapter_dir, tmp_path / "saved"))

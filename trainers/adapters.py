@@ -54,7 +54,9 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, key: str, is_tra
     path = str(adapter.folder)
     remedy = f"another base than {adapter.base}: base_model=<its base> in stage=merge"
     try:
-        adapted = PeftModel.from_pretrained(model, path, adapter_name=ADAPTER, is_trainable=is_trainable)
+        adapted = PeftModel.from_pretrained(
+            model, path, adapter_name=ADAPTER, is_trainable=is_trainable, torch_device="cpu"
+        )
         saved = set(load_peft_weights(path, device="cpu"))
     except (OSError, ValueError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
