@@ -4,6 +4,7 @@
     python train.py RUN --cfg job             show the composed configuration
     python train.py RUN --check               check it and stop
     python train.py stage=plan run_cfg=RUN    plan its memory, phase by phase, and stop; vram_gb=N: for such a card
+    python train.py stage=merge model_name_or_path=ADAPTER output_dir=FOLDER
     python train.py stage=score dataset_id_or_path=FILE model_name_or_path=TEACHER student_model=STUDENT
     python train.py --help                    list every option
 
@@ -49,7 +50,11 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
         run_rescore(options, output_dir)
         return
     take_over_library_logs()
-    if options.stage == "sft":
+    if options.stage == "merge":
+        from trainers.merge import run_merge
+
+        run_merge(options, output_dir)
+    elif options.stage == "sft":
         from trainers.sft import run_sft
 
         run_sft(options, output_dir, resolve_model(options.model_name_or_path, options), num_devices)

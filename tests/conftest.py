@@ -71,3 +71,24 @@ def model_dir(tokenizer, tmp_path_factory):
     make_model(TINY_MODEL, tokenizer, 0, torch.float32, None).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(model_dir, tokenizer, tmp_path_factory):
+    """An adapter of rank 4 for the model of `model_dir` that has learned something, as a run leaves it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trainers.adapters import add_adapters
+    from trainers.options import options_class
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = add_adapters(model, options_class("rl")(use_peft=True, lora_r=4, lora_alpha=8))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    path = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

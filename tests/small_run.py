@@ -50,14 +50,14 @@ def small_options(**options):
     return options_class("rl")(**defaults | options)
 
 
-def make_engine(options, renderer, model_dir, output_dir, dtype=torch.float32):
-    model = load_teacher(options, str(model_dir), dtype)
+def make_engine(options, renderer, model_dir, output_dir, dtype=torch.float32, adapter=None):
+    model = load_teacher(options, str(model_dir), dtype, adapter)
     return start_engine(options, model, renderer, str(model_dir), CPU, dtype, Path(output_dir)), model
 
 
-def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.float32, **chosen):
+def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.float32, adapter=None, **chosen):
     options = small_options(**chosen)
-    engine, model = make_engine(options, renderer, model_dir, output_dir, dtype)
+    engine, model = make_engine(options, renderer, model_dir, output_dir, dtype, adapter)
     rows = rl_rows(Dataset.from_list(ROWS * 8), renderer, options, "questions")
     prompt = renderer.encode_prompt(rows[0]["prompt"])
     timer = PhaseTimer(MemoryWatch(CPU))

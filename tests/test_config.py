@@ -13,11 +13,16 @@ from trainers import checks
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run, find_run, hydra_arguments
 from trainers.errors import ConfigError
-from trainers.options import DERIVED, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
+from trainers.options import MergeOptions, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
+from trainers.trl_choices import DERIVED
 from trainers.trl_options import trl_options
 
 ALL_RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").rglob("*.yaml"))
-NAMED_BY_THE_USER = {"score": ["dataset_id_or_path", "model_name_or_path", "student_model"], "rescore": ["scores"]}
+NAMED_BY_THE_USER = {
+    "score": ["dataset_id_or_path", "model_name_or_path", "student_model"],
+    "rescore": ["scores"],
+    "merge": ["model_name_or_path"],
+}
 RUNS = [run for run in ALL_RUNS if run not in NAMED_BY_THE_USER]
 
 
@@ -53,15 +58,18 @@ def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
 def test_founding_presets_keep_their_values():
     mono = compose_run("teacher_rlt_mono")
     assert (mono["train_batch_size"], mono["num_generations"], mono["max_completion_length"]) == (32, 8, 4096)
-    assert (mono["vllm_gpu_memory_utilization"], mono["offload_untrained_models"]) == (0.7, True)
+    assert (mono["max_prompt_length"], mono["offload_untrained_models"]) == (2048, True)
+    assert (mono["model_name_or_path"], mono["student_model"]) == (
+        "Qwen/Qwen2.5-7B-Instruct",
+        "bespokelabs/Bespoke-Stratos-7B",
+    )
     big = compose_run("teacher_rlt_mono_85gb")
     assert (big["train_batch_size"], big["per_device_train_batch_size"], big["num_generations"]) == (96, 3, 24)
     assert (big["max_prompt_length"], big["max_completion_length"]) == (6144, 6144)
-    assert big["vllm_gpu_memory_utilization"] == 0.55
     assert big["student_model"] == "bespokelabs/Bespoke-Stratos-7B"
     biggest = compose_run("teacher_rlt_mono_96gb")
-    assert (biggest["train_batch_size"], biggest["per_device_train_batch_size"]) == (128, 4)
-    assert (biggest["num_generations"], biggest["max_completion_length"]) == (32, 8192)
+    assert (biggest["train_batch_size"], biggest["num_generations"]) == (128, 32)
+    assert (biggest["max_prompt_length"], biggest["max_completion_length"]) == (8192, 8192)
 
 
 def test_all_faults_are_told_at_once_with_remedies():
@@ -164,12 +172,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         load_options(compose_run("teacher_sft"), num_devices=2, repo=REPO)
 
 
-def test_adapter_folder_is_recognised(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    found = faults("teacher_rlt_tiny", f"model_name_or_path={tmp_path}")
-    assert "LoRA adapter" in found["model_name_or_path"].cause
-
-
 @pytest.mark.parametrize("words", ["teacher_rlt_mono.yaml", "cfgs/run_cfg/teacher_rlt_mono.yaml", "teacher_rlt_mono"])
 def test_run_is_named_by_bare_name_file_or_path(words):
     assert hydra_arguments([words]) == ["run_cfg=teacher_rlt_mono"]
@@ -218,7 +220,9 @@ def test_every_option_is_read_by_something():
 
     read |= set(TeacherLogprobKL.__dataclass_fields__)  # trainers/rl.py hands each of these to the reward
     refused_only = {"use_ray", "use_vllm_server"}  # promises of the founding documents: must be false
-    own = {name for cls in (SFTOptions, RLOptions, ScoreOptions, RescoreOptions) for name in cls.model_fields}
+    own = {
+        name for cls in (SFTOptions, RLOptions, ScoreOptions, RescoreOptions, MergeOptions) for name in cls.model_fields
+    }
     assert own - read - refused_only == set()
 
 

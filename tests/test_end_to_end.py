@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import REPO, TINY_MODEL
+from safetensors.torch import load_file
 
 RESULT_KEYS = {
     "reward",
@@ -269,6 +270,57 @@ def test_adapters_are_trained_against_the_model_without_them(warm, tmp_path):
     assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.fixture(scope="module")
+def warm_adapter(warm):
+    """A teacher from the student, as an adapter."""
+    train(
+        "teacher_sft_tiny",
+        f"model_name_or_path={warm}/student",
+        f"output_dir={warm}/adapter",
+        "use_peft=true",
+        "lora_r=4",
+        *("max_steps=3", "max_samples=200", "train_batch_size=8", "per_device_train_batch_size=4"),
+    )
+    return warm / "adapter"
+
+
+def test_warm_up_s_adapter_is_trained_on_from_where_it_is(warm, warm_adapter, tmp_path):
+    base = (warm / "student" / "model.safetensors").read_bytes()
+    printed = rl(
+        warm,
+        tmp_path / "out",
+        *(f"model_name_or_path={warm_adapter}", "use_peft=true", "beta=0.04", "sync_ref_model=false"),
+        *("learning_rate=1e-2", "report_before_after=false", "gradient_checkpointing=true"),
+    )
+    assert f"its LoRA adapter is trained on, on its base {warm}/student; KL reference: that adapter" in printed
+    steps = [line for line in lines(tmp_path / "out") if "reward" in line]
+    assert abs(steps[0]["kl"]) < 1e-5 < steps[-1]["kl"]
+    assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (warm_adapter, tmp_path / "out"))
+    assert set(before) == set(after) and all(not before[name].equal(after[name]) for name in before)
+    assert (warm / "student" / "model.safetensors").read_bytes() == base
+    out = tmp_path / "merged"
+    train("stage=merge", f"model_name_or_path={tmp_path}/out", f"output_dir={out}")
+    assert not list(out.glob("adapter*")) and (out / "model.safetensors").is_file()
+
+
+def test_adapters_of_teacher_and_student_are_merged_where_every_weight_is_trained(warm, warm_adapter, tmp_path):
+    printed = rl(
+        warm,
+        tmp_path / "out",
+        *(f"model_name_or_path={warm_adapter}", f"student_model={warm_adapter}", "student_mode=streamed"),
+        *("beta=0.04", "sync_ref_model=false", "reference_mode=streamed", "learning_rate=1e-3"),
+        "report_before_after=false",
+    )
+    assert "every weight of that is trained; KL reference: the merged model" in printed
+    assert "merged_start" in printed and "merged_student" in printed and " MiB: " in printed
+    steps = [line for line in lines(tmp_path / "out") if "reward" in line]
+    assert abs(steps[0]["kl"]) < 1e-5 < steps[-1]["kl"]
+    assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
+    start, end = (load_file(f / "model.safetensors") for f in (tmp_path / "out" / "merged_start", tmp_path / "out"))
+    assert set(start) == set(end) and not all(start[name].equal(end[name]) for name in start)
 
 
 def test_wandb_without_an_account_logs_offline(warm, tmp_path):

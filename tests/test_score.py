@@ -83,3 +83,15 @@ def test_text_longer_than_the_teacher_reads_says_so(model_dir, tmp_path):
 def test_missing_explanations_are_named(model_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"needs explanation[\s\S]*explanation_column="):
         run_score(options(model_dir, write(tmp_path / "rows.jsonl", ROWS)), tmp_path)
+
+
+def test_teacher_and_student_may_be_adapters(model_dir, adapter_dir, tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{**row, "explanation": row["reasoning_trace"]} for row in ROWS])
+    names = ("model_name_or_path", "student_model")
+    given = run_score(options(model_dir, file, **dict.fromkeys(names, str(adapter_dir))), tmp_path)
+    merged = [str(tmp_path / folder) for folder in ("merged_start", "merged_student")]
+    (tmp_path / "again").mkdir()
+    again = run_score(options(model_dir, file, **dict(zip(names, merged, strict=True))), tmp_path / "again")
+    (tmp_path / "base").mkdir()
+    base = run_score(options(model_dir, file), tmp_path / "base")
+    assert given.read_text() == again.read_text() != base.read_text()

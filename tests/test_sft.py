@@ -6,12 +6,20 @@ import pytest
 import torch
 from conftest import ROWS, TINY_MODEL
 from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
+from trainers import sft
+from trainers.adapter_files import open_adapter
+from trainers.adapters import ADAPTER
+from trainers.checks import load_options
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
-from trainers.sft import sft_config
+from trainers.sft import run_sft, sft_config
+from trainers.shared_weights import base_parameters
 from trainers.texts import check_traces, sft_rows
 
 
@@ -109,3 +117,85 @@ def test_fresh_model_needs_room_for_the_tokenizer(tokenizer):
         make_model({**TINY_MODEL, "vocab_size": 10}, tokenizer, 0, torch.float32, None)
     with pytest.raises(ConfigError, match="set model_type"):
         make_model({"model_type": "qwen_2"}, tokenizer, 0, torch.float32, None)
+
+
+@pytest.fixture(scope="module")
+def adapter_run(model_dir, rows_file, tmp_path_factory):
+    """Two steps of the whole stage with use_peft; the trainer is kept to look into."""
+    return sft_run(tmp_path_factory.mktemp("sft"), rows_file, model_name_or_path=str(model_dir), use_peft=True)
+
+
+def sft_run(out, rows_file, **values):
+    seen = []
+
+    class Watched(SFTTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(self)
+
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            self.gradients = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
+            return loss
+
+    chosen = {"dataset_id_or_path": str(rows_file), "max_steps": 2, "save_strategy": "no", "learning_rate": 1e-2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "SFTTrainer", Watched)
+        chosen = options(**chosen, **values)
+        path = chosen.model_name_or_path
+        return run_sft(chosen, out, path), seen[0]
+
+
+def test_adapters_alone_are_trained_with_checkpointing_on_by_itself(model_dir, adapter_run):
+    out, trainer = adapter_run
+    assert trainer.args.gradient_checkpointing is True  # nothing was set
+    layer = trainer.model.get_base_model().model.layers[0]
+    assert layer.gradient_checkpointing
+    assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+    assert all(f".{ADAPTER}." in name for name in trainer.gradients)
+    assert len(trainer.gradients) == 28  # A and B of seven layers in each of two blocks
+    assert min(value for name, value in trainer.gradients.items() if "lora_B" in name) > 0
+    for name, weight in AutoModelForCausalLM.from_pretrained(model_dir).named_parameters():
+        now = base_parameters(trainer.model)[name]
+        assert torch.equal(now, weight), name
+
+
+def test_adapter_is_saved_with_its_tokenizer_and_the_way_to_its_base(model_dir, adapter_run):
+    out, trainer = adapter_run
+    adapter = open_adapter("model_name_or_path", str(out))
+    assert adapter.base == str(model_dir)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    loaded = AutoPeftModelForCausalLM.from_pretrained(out).state_dict()
+    ours = trainer.model.state_dict()
+    assert all(torch.equal(loaded[name], ours[name]) for name in loaded if "lora_" in name)
+
+
+def test_sft_trains_an_adapter_on_or_every_weight_of_its_merge(adapter_run, rows_file, tmp_path):
+    first, _ = adapter_run
+    start = str(first)
+    out, trainer = sft_run(tmp_path / "a", rows_file, model_name_or_path=start, use_peft=True)
+    assert "ref" not in trainer.model.peft_config
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, out))
+    assert set(before) == set(after) and all(not torch.equal(before[name], after[name]) for name in before)
+    assert open_adapter("k", str(out)).base == open_adapter("k", start).base
+    out, trainer = sft_run(tmp_path / "b", rows_file, model_name_or_path=start)
+    assert not isinstance(trainer.model, PeftModel) and trainer.model.model.layers[0].gradient_checkpointing
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == trainer.model.num_parameters()
+    assert len(trainer.gradients) == len(dict(trainer.model.named_parameters()))
+
+
+def test_fresh_adapter_on_a_merge_finds_its_base_where_the_folder_moved(adapter_run, rows_file, tmp_path):
+    start, chosen = str(adapter_run[0]), {"use_peft": True, "adapter_start": "merge", "lora_r": 2}
+    out, _ = sft_run(tmp_path / "partial", rows_file, model_name_or_path=start, **chosen)
+    assert open_adapter("k", str(out)).base == str(out / "merged_start")
+    moved = out.rename(tmp_path / "kept")  # as a warm-up is, once it is whole
+    assert open_adapter("k", str(moved)).base == str(moved / "merged_start")
+    assert open_adapter("k", str(moved)).config["r"] == 2
+
+
+def test_adapters_on_random_weights_are_refused(rows_file):
+    with pytest.raises(ConfigError, match=r"use_peft=True: a model of fresh random weights"):
+        load_options(
+            {"stage": "sft", "device": "cpu", "model_init": TINY_MODEL, "dataset_id_or_path": str(rows_file)}
+            | {"use_peft": True, "train_batch_size": 8}
+        )

@@ -64,3 +64,16 @@ def test_a_path_stays_as_it_is():
 def test_only_a_warm_up_can_be_named():
     with pytest.raises(ConfigError, match="stage=rl"):
         warmup.warmup_options("teacher_rlt_tiny", options())
+
+
+def test_a_warm_up_that_leaves_an_adapter_is_kept_too(monkeypatch, tmp_path):
+    calls = []
+
+    def run_sft(options, output_dir, start):
+        calls.append(start)
+        (output_dir / "adapter_config.json").write_text("{}")
+
+    monkeypatch.setattr(sft, "run_sft", run_sft)
+    first = warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
+    assert warmup.resolve_model("run:student_sft_tiny", options(), tmp_path) == first
+    assert len(calls) == 1

@@ -8,10 +8,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import ROWS
-from small_run import make_engine, small_options
+from safetensors.torch import load_file
+from small_run import make_engine, make_trainer, small_options
 from test_engine import largest_difference, train_some, trainer_logprobs
-from transformers import AutoModelForCausalLM
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+from trainers import teacher_grpo
+from trainers.adapter_files import open_adapter
+from trainers.adapters import ADAPTER, REFERENCE
 from trainers.errors import ConfigError
 from trainers.models import make_model, make_tokenizer
 
@@ -28,8 +33,8 @@ WAYS = {
 
 
 @contextmanager
-def running(renderer, model_dir, tmp_path, **chosen):
-    engine, model = make_engine(small_options(**chosen), renderer, model_dir, tmp_path)
+def running(renderer, model_dir, tmp_path, adapter=None, **chosen):
+    engine, model = make_engine(small_options(**chosen), renderer, model_dir, tmp_path, adapter=adapter)
     try:
         yield engine, model
     finally:
@@ -57,6 +62,77 @@ def test_engine_and_trainer_agree_before_and_after_updates(renderer, model_dir, 
             assert largest_difference(after.logprobs, expected) < 1e-5
         assert largest_difference(trainer_logprobs(model, prompts, before.completion_ids), before.logprobs) > 0.01
         assert not list(tmp_path.iterdir())  # the checkpoints of a restart are gone
+
+
+@pytest.mark.parametrize("bridge", ["lora", "copy", "restart"])
+def test_adapter_of_an_earlier_run_is_the_engine_s_too(renderer, model_dir, adapter_dir, tmp_path, prompts, bridge):
+    """With a frozen copy of it beside it (beta), which neither engine nor optimizer may take for the adapter."""
+    chosen = {"adapter": open_adapter("k", str(adapter_dir)), "use_peft": True, "weight_bridge": bridge, "beta": 0.1}
+    with running(renderer, model_dir, tmp_path, **chosen) as (engine, model):
+        assert set(model.peft_config) == {ADAPTER, REFERENCE}
+        before = engine.generate(prompts, SAMPLING, step=0)
+        assert largest_difference(before.logprobs, trainer_logprobs(model, prompts, before.completion_ids)) < 1e-5
+        with model.disable_adapter():
+            base = trainer_logprobs(model, prompts, before.completion_ids)
+        assert largest_difference(before.logprobs, base) > 0.1
+        train_some(model, prompts)
+        engine.sync_weights()
+        after = engine.generate(prompts, SAMPLING, step=1)
+        assert largest_difference(after.logprobs, trainer_logprobs(model, prompts, after.completion_ids)) < 1e-5
+        assert largest_difference(trainer_logprobs(model, prompts, before.completion_ids), before.logprobs) > 0.01
+
+
+class Offloading(saved_tensors_hooks):
+    """Stands for TRL's, which cannot be made without a GPU: counts training steps and the tensors they save."""
+
+    def __init__(self):
+        self.steps = self.saved = 0
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        self.saved += 1
+        return tensor
+
+    def __enter__(self):
+        self.steps += 1
+        return super().__enter__()
+
+
+def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(
+    renderer, model_dir, adapter_dir, tmp_path, monkeypatch
+):
+    """With gradient checkpointing, through which the gradients must reach the adapter, and activation offloading."""
+    gradients, offloading = [], Offloading()
+    monkeypatch.setattr(teacher_grpo, "get_act_offloading_ctx_manager", lambda model: offloading)
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            gradients.append({n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None})
+
+    chosen = {"use_peft": True, "beta": 0.1, "gradient_checkpointing": True, "learning_rate": 3e-3, "max_steps": 3}
+    chosen["activation_offloading"] = True
+    adapter = open_adapter("k", str(adapter_dir))
+    trainer = make_trainer(renderer, model_dir, tmp_path / "out", [Watch()], adapter, **chosen)
+    try:
+        layer = trainer.model.get_base_model().model.layers[0]
+        assert trainer.ref_model is None
+        trainer.train()
+        assert layer.gradient_checkpointing
+        assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+        trainer.save_model(str(tmp_path / "saved"))
+    finally:
+        trainer.engine.close()
+    kl = [line["kl"] for line in trainer.state.log_history if "kl" in line]
+    assert abs(kl[0]) < 1e-6
+    assert kl[1] > 1e-6 and kl[2] > 1e-6
+    assert offloading.steps == 3 and offloading.saved > 0
+    assert len(gradients) == 3 and all(len(step) == 28 and min(step.values()) > 0 for step in gradients)
+    assert all(f".{ADAPTER}." in name for step in gradients for name in step)
+    start, end = (load_file(f / "adapter_model.safetensors") for f in (adapter_dir, tmp_path / "saved"))
+    assert set(start) == set(end) and all(not torch.equal(start[name], end[name]) for name in start)
+    kept = load_file(tmp_path / "saved" / REFERENCE / "adapter_model.safetensors")
+    assert all(torch.equal(start[name], kept[name]) for name in start)
+    assert open_adapter("k", str(tmp_path / "saved")).base == str(model_dir)
 
 
 def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_path):

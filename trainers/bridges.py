@@ -17,12 +17,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from trainers.adapters import base_model
+from trainers.adapters import ADAPTER, base_model
 from trainers.errors import ConfigError, Fault
 from trainers.shared_weights import base_parameters, fused_parts, held_bytes, share_weights
 
 LOAD_FORMAT = "trainer"
-ADAPTER = "default"  # peft's name for the adapter in training
 
 
 class CopyBridge:

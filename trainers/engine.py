@@ -46,7 +46,7 @@ class Engine:
     Args:
         model: The trainer's model; with the shared bridge its parameters become views of the engine's tensors, and so
             move to the engine's device.
-        model_path: Folder or hub id of the model's config and tokenizer.
+        model_path: Folder or hub id of the model's config; of one with adapters its base.
         options: RL options.
         device: Where the engine computes.
         dtype: Type of the weights.
@@ -54,6 +54,7 @@ class Engine:
         closing_tag: A text that ends a completion too, if any.
         closing_tag_ids: Its tokens.
         output_dir: Where the restart bridge may write.
+        tokenizer_path: Folder or hub id of the tokenizer, if not the model's.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         closing_tag: str | None = None,
         closing_tag_ids: list[int] | None = None,
         output_dir: Path = Path(),
+        tokenizer_path: str | None = None,
     ) -> None:
         prepare_environment(device)
         if device.type == "cpu":
@@ -82,7 +84,7 @@ class Engine:
             self._stop |= {"stop": [closing_tag], "include_stop_str_in_output": True, "detokenize": True}
             self._stop["skip_special_tokens"] = False  # the tag may be made of them
         self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
-        self._arguments |= options.vllm_kwargs
+        self._arguments |= {"tokenizer": tokenizer_path or model_path} | options.vllm_kwargs
         self.can_release = device.type == "cuda" and not self.bridge.rebuilds
         if self.can_release:
             self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
@@ -99,7 +101,7 @@ class Engine:
             if isinstance(self.bridge, RestartBridge):
                 with TemporaryDirectory(prefix="engine-weights-", dir=self.output_dir) as folder:
                     self.bridge.save(folder)
-                    self.llm = LLM(**self._arguments | {"model": folder, "tokenizer": self._arguments["model"]})
+                    self.llm = LLM(**self._arguments | {"model": folder})
             else:
                 register_loader(self.bridge.weights)
                 self.llm = LLM(**self._arguments)

@@ -73,15 +73,11 @@ def engine_faults(options: Any) -> list[Fault]:
         cause = "this project sets it itself for each request"
         remedy = f"use the option {name}" if name in ("temperature", "top_p", "top_k") else "leave it out"
         faults.append(Fault("generation_kwargs", f"{name}={options.generation_kwargs[name]}", cause, remedy))
-    targets = options.lora_target_modules
-    for name in {"lm_head", "embed_tokens"} & set(targets if isinstance(targets, list) else [targets]):
-        cause = "TRL computes log-probabilities from the head's weight, and vLLM takes adapters of linear layers"
-        faults.append(Fault("lora_target_modules", name, cause, "lora_target_modules=all-linear"))
     if options.use_peft and options.sync_ref_model:
-        cause = "with use_peft the reference is the model without its adapters, and stays what it is"
+        cause = "with use_peft the reference is the model without its adapters (or with those it started from), fixed"
         faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false"))
     if options.use_peft and options.reference_mode != "auto":
-        cause = "with use_peft the reference is the teacher without its adapters: no second model is loaded"
+        cause = "with use_peft the reference is the teacher itself, its adapters aside: no second model is loaded"
         faults.append(Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto"))
     return faults
 

@@ -8,6 +8,8 @@ from trainers.options import (
     BaseOptions,
     CommonOptions,
     FormulaOptions,
+    MergeOptions,
+    ModelOptions,
     RescoreOptions,
     RewardOptions,
     RLOptions,
@@ -19,7 +21,8 @@ from trainers.trl_options import trl_options
 
 SECTIONS = (
     ("every stage", BaseOptions),
-    ("every stage with models", CommonOptions),
+    ("every stage that loads a model", ModelOptions),
+    ("every stage that computes with models", CommonOptions),
     ("stage=sft and stage=rl", TrainOptions),
     ("stage=rl, stage=score and stage=rescore", FormulaOptions),
     ("stage=rl and stage=score", RewardOptions),
@@ -27,6 +30,7 @@ SECTIONS = (
     ("stage=sft", SFTOptions),
     ("stage=score", ScoreOptions),
     ("stage=rescore", RescoreOptions),
+    ("stage=merge", MergeOptions),
 )
 
 

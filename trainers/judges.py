@@ -9,6 +9,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.adapter_files import base_of, tokenizer_of
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
@@ -28,15 +29,20 @@ REWARD_OPTIONS = tuple(TeacherLogprobKL.__dataclass_fields__)
 
 
 def make_renderer(options: Any, path: str, key: str) -> Renderer:
-    """The template and tokenizer of the teacher (`key` is model_name_or_path) or the student (student_model)."""
+    """The template and tokenizer of the teacher (`key` is model_name_or_path) or the student (student_model).
+
+    Args:
+        path: A model or an adapter.
+    """
     is_teacher = key == "model_name_or_path"
     trust = options.trust_remote_code
-    config = load_config(path, key, trust)
+    base = base_of(path, key)
+    config = load_config(base, key, trust)
     template = options.chat_template if is_teacher else options.student_chat_template
-    tokenizer = load_tokenizer(path, template, options.eos_token if is_teacher else None, key, trust)
+    tokenizer = load_tokenizer(tokenizer_of(path, key), template, options.eos_token if is_teacher else None, key, trust)
     choose_pad_token(tokenizer, config.get_text_config().vocab_size, key)
     kwargs = options.chat_template_kwargs if is_teacher else options.student_chat_template_kwargs
-    return Renderer(tokenizer, tag_format(options), kwargs, key, generation_end_ids(path, trust))
+    return Renderer(tokenizer, tag_format(options), kwargs, key, generation_end_ids(base, trust))
 
 
 def check_models(options: Any) -> None:
@@ -61,7 +67,7 @@ def check_models(options: Any) -> None:
 
 def _quantized_teacher(options: Any, path: str, key: str) -> list[Fault]:
     """A teacher whose checkpoint is quantized can be scored with, not trained."""
-    quantization = getattr(load_config(path, key, options.trust_remote_code), "quantization_config", None)
+    quantization = getattr(load_config(base_of(path, key), key, options.trust_remote_code), "quantization_config", None)
     if options.stage != "rl" or key != "model_name_or_path" or quantization is None:
         return []
     cause = (

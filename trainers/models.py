@@ -21,6 +21,8 @@ from trainers.hardware import num_cuda_devices
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 # Turns of ChatML, as Qwen models use them.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -42,11 +44,37 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda")
 
 
-def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the weights: bf16 on a GPU that computes in it, else fp32."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+def resolve_dtype(precision: str, device: torch.device, every_weight: bool = False) -> torch.dtype:
+    """Return the type of the weights; see the option `precision`.
+
+    Args:
+        every_weight: Whether all weights are trained. Loss scaling (arXiv 1710.03740), without which small gradients
+            vanish in fp16, needs weights in fp32: as adapters are.
+
+    Raises:
+        ConfigError: If it is fp16 without a GPU.
+    """
+    if precision == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        precision = "fp32" if every_weight else "fp16"
+        logger.info("this GPU has no bf16 hardware: precision=%s", precision)
+    elif precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError(Fault("precision", "fp16", "this run computes on the CPU", "precision=fp32 or bf16"))
+    return DTYPES[precision]
+
+
+def resolve_place(options: Any) -> tuple[torch.device, torch.dtype]:
+    """Where a run computes, and in which type.
+
+    Raises:
+        ConfigError: If that place cannot do what the options ask for.
+    """
+    device = resolve_device(options.device)
+    if device.type == "cpu" and getattr(options, "activation_offloading", False):
+        cause = "this run computes on the CPU: they are in host memory already"
+        raise ConfigError(Fault("activation_offloading", True, cause, "activation_offloading=false"))
+    return device, resolve_dtype(options.precision, device, not getattr(options, "use_peft", True))
 
 
 def load_tokenizer(path: str, chat_template: str | None, eos_token: str | None, key: str, trust: bool) -> Any:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from trainers.trl_options import enum_values, trl_options
+from trainers.trl_choices import DERIVED, TRL_AUTO, TRL_CHOICES, TRL_LIMITS
+from trainers.trl_options import trl_options
 
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
 Normalization = Literal["exp", "exp_norm"]
@@ -26,30 +27,37 @@ class BaseOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    stage: Literal["sft", "rl", "score", "rescore"] = opt(
+    stage: Literal["sft", "rl", "score", "rescore", "merge"] = opt(
         "rl",
-        "what to run: `sft` (warm-up), `rl` (GRPO with the student's reward), `score` (rewards of given explanations) "
-        "or `rescore` (kept scores under another formula)",
+        "what to run: `sft` (warm-up), `rl` (GRPO with the student's reward), `score` (rewards of given explanations), "
+        "`rescore` (kept scores under another formula) or `merge` (a LoRA adapter into its base)",
     )
     output_dir: str | None = opt(None, "folder of this run's files; default: results/<run>/<time>")
     activate_debugging_logs: bool = opt(False, "log every library at debug level, and each scored explanation")
 
 
-class CommonOptions(BaseOptions):
-    """Options of every stage with models."""
+class ModelOptions(BaseOptions):
+    """Options of every stage that loads a model."""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt(
+        "auto",
+        "type of the weights and of the arithmetic; auto: bf16 on a GPU; on one without bf16 hardware fp16, or fp32 "
+        "where every weight is trained; fp32 without a GPU; in stage=merge the base's own",
+    )
+    model_name_or_path: str | None = opt(
+        None,
+        "the teacher (the model to train): a folder, a hub id, or `run:NAME`, the result of cfgs/run_cfg/NAME.yaml; a "
+        "folder may hold a LoRA adapter (see adapter_start), and in stage=merge it must",
+    )
+    trust_remote_code: bool = opt(False, "run Python code that a model repository brings along")
+
+
+class CommonOptions(ModelOptions):
+    """Options of every stage that computes with models."""
 
     seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to compute; `cuda` refuses to start without a GPU")
-    precision: Literal["auto", "bf16", "fp32"] = opt(
-        "auto", "type of the weights and of the arithmetic; auto: bf16 on a GPU, fp32 without one"
-    )
-
-    model_name_or_path: str | None = opt(
-        None,
-        "the teacher (the model to train): a folder, a hub id, or `run:NAME`, the result of cfgs/run_cfg/NAME.yaml",
-    )
     attn_implementation: str | None = opt(None, "attention of the teacher and the student; default: sdpa")
-    trust_remote_code: bool = opt(False, "run Python code that a model repository brings along")
     chat_template: str | None = opt(None, "Jinja chat template, or a file with one, for a tokenizer that has none")
     chat_template_kwargs: dict[str, Any] | None = opt(None, "extra variables for the chat template")
     eos_token: str | None = opt(None, "the token that ends a turn, where the tokenizer's own eos_token does not")
@@ -90,6 +98,24 @@ class TrainOptions(CommonOptions):
         "(fp32 weights and states in host memory, 12 bytes a weight there and none on the GPU; slower), `adafactor` "
         "(hardly any states); auto: adamw_torch for fp32 weights and for adapters; for bf16 weights adamw_8bit, or "
         "cpu_offload where the plan of memory finds no room for it",
+    )
+    use_peft: bool = opt(False, "train LoRA adapters (peft) and keep the weights as they are; false: every weight")
+    adapter_start: Literal["auto", "continue", "merge"] = opt(
+        "auto",
+        "where model_name_or_path is a LoRA adapter: `continue` (train that adapter on), `merge` (into its base, in "
+        "output_dir; then train that model, with use_peft through a fresh adapter); auto: continue with use_peft, else "
+        "merge",
+    )
+    lora_r: int = opt(16, "rank of the adapters", ge=1, le=512)
+    lora_alpha: int = opt(32, "the adapters count lora_alpha / lora_r times", ge=1)
+    lora_dropout: float = opt(
+        0.0, "dropout in front of the adapters; above 0 the trainer differs from the engine by it", ge=0, lt=1
+    )
+    lora_target_modules: str | list[str] = opt(
+        "all-linear", "layers that get an adapter: all-linear, or the last parts of their names, e.g. [q_proj, v_proj]"
+    )
+    activation_offloading: bool = opt(
+        False, "rest what the backward pass needs in host memory meanwhile; for a GPU, and slower"
     )
 
 
@@ -191,15 +217,6 @@ class RLOptions(TrainOptions, RewardOptions):
         "`restart` (a new engine from a checkpoint after each update; for debugging); default: shared, lora with "
         "use_peft. Atropos' names for three of them: shared_vllm, lora_only, and none for restart",
     )
-    use_peft: bool = opt(False, "train LoRA adapters (peft) and keep the weights as they are")
-    lora_r: int = opt(16, "rank of the adapters", ge=1, le=512)
-    lora_alpha: int = opt(32, "the adapters count lora_alpha / lora_r times", ge=1)
-    lora_dropout: float = opt(
-        0.0, "dropout in front of the adapters; above 0 the trainer differs from the engine by it", ge=0, lt=1
-    )
-    lora_target_modules: str | list[str] = opt(
-        "all-linear", "layers that get an adapter: all-linear, or the last parts of their names, e.g. [q_proj, v_proj]"
-    )
     enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
     enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
     max_num_seqs: int | None = opt(
@@ -246,105 +263,16 @@ class ScoreOptions(CommonOptions, RewardOptions):
     closed_column: str = opt("closed", "column that is false where the closing explanation tag is missing, if any")
 
 
+class MergeOptions(ModelOptions):
+    """Options of stage=merge: a LoRA adapter into its base, as an ordinary checkpoint."""
+
+    base_model: str | None = opt(None, "the adapter's base, a folder or a hub id; default: what the adapter names")
+
+
 class RescoreOptions(BaseOptions, FormulaOptions):
     """Options of stage=rescore: kept scores under another formula."""
 
     scores: str | None = opt(None, "folder of kept scores (the scores folder of a run with keep_scores=true)")
-
-
-# Limits that TRL checks late or not at all.
-TRL_LIMITS: dict[str, dict[str, Any]] = {
-    "learning_rate": {"gt": 0},
-    "num_generations": {"ge": 2},
-    "num_generations_eval": {"ge": 1},
-    "max_completion_length": {"ge": 1},
-    "temperature": {"gt": 0},
-    "beta": {"ge": 0},
-    "per_device_train_batch_size": {"ge": 1},
-    "per_device_eval_batch_size": {"ge": 1},
-    "vllm_gpu_memory_utilization": {"gt": 0, "le": 1},
-    "num_iterations": {"ge": 1},
-    "warmup_steps": {"ge": 0},
-}
-# Options of TRL that the plan of memory may decide.
-TRL_AUTO = ("per_device_train_batch_size", "vllm_gpu_memory_utilization")
-STRATEGY = Literal["no", "steps", "epoch"]
-NOT_HERE = "it has no effect with this project's engine and rendering"
-TRL_CHOICES: dict[str, Any] = {
-    "eval_strategy": STRATEGY,
-    "logging_strategy": STRATEGY,
-    "save_strategy": STRATEGY | Literal["best"],
-    "lr_scheduler_type": Literal[enum_values("trainer_utils.py", "SchedulerType")],
-    "scale_rewards": bool | Literal["group", "batch", "none"],
-    "importance_sampling_level": Literal["token", "sequence"],
-    "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
-    "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
-    "loss_type": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
-}
-
-# Options of TRL that this project sets itself, and the one to use instead.
-DERIVED = {
-    "gradient_accumulation_steps": "it follows from train_batch_size / per_device_train_batch_size",
-    "steps_per_generation": "use generation_aggregation_steps",
-    "generation_batch_size": "use generation_aggregation_steps",
-    "bf16": "use precision=bf16",
-    "fp16": "use precision=bf16 or precision=fp32",
-    "use_cpu": "use device=cpu",
-    "vllm_mode": "the engine is always in this process",
-    "vllm_server_base_url": "there is no vLLM server",
-    "vllm_server_host": "there is no vLLM server",
-    "vllm_server_port": "there is no vLLM server",
-    "vllm_server_timeout": "there is no vLLM server",
-    "vllm_group_port": "there is no vLLM server",
-    "vllm_tensor_parallel_size": "the engine runs on one GPU",
-    "vllm_enable_sleep_mode": "the weights are shared with the trainer and cannot sleep",
-    "vllm_model_impl": "use vllm_kwargs={model_impl: ...}",
-    "model_init_kwargs": "use precision, attn_implementation and trust_remote_code",
-    "auto_find_batch_size": "a smaller batch would tear prompt groups apart",
-    "remove_unused_columns": "the reward needs every column",
-    "deepspeed": "this project trains on one GPU without DeepSpeed",
-    "fsdp": "this project trains on one GPU without FSDP",
-    "resume_from_checkpoint": "resuming is not built yet",
-    "do_train": "use stage",
-    "do_eval": "use eval_strategy",
-    "do_predict": "there is no prediction stage",
-    "data_seed": "use seed",
-    "bf16_full_eval": "evaluation uses the weights as they are",
-    "fp16_full_eval": "evaluation uses the weights as they are",
-    "vllm_structured_outputs_regex": NOT_HERE,
-    "use_transformers_continuous_batching": NOT_HERE,
-    "use_transformers_paged": NOT_HERE,
-    "transformers_continuous_batching_config": NOT_HERE,
-    "cache_implementation": NOT_HERE,
-    "max_tool_calling_iterations": "a teacher calls no tools",
-    "label_smoothing_factor": NOT_HERE,
-    "train_sampling_strategy": NOT_HERE,
-    "completion_only_loss": "the loss covers what the model writes, nothing before",
-    "assistant_only_loss": "the loss covers what the model writes, nothing before",
-    "dataset_text_field": "use question_column, solution_column and reasoning_trace_column",
-    "chat_template_path": "use chat_template",
-    "optim_args": "optim has no further arguments here",
-    "optim_target_modules": "it is for optimizers that this project has not",
-    "disable_tqdm": "a bar on a terminal, plain lines elsewhere, is chosen by itself",
-}
-
-# Names that users know from elsewhere.
-RENAMED = {
-    "warmup_ratio": "warmup_steps=<ratio>: below 1 it is a share of all steps",
-    "max_seq_length": "max_length",
-    "max_steps_per_generation": "generation_aggregation_steps",
-    "unbias_student_log_probs_temp": "student_temperature",
-    "system_prompt": "teacher_system_prompt or student_system_prompt",
-    "torch_dtype": "precision",
-    "dtype": "precision",
-    "load_in_4bit": "precision=bf16: the base is shared with vLLM, which has no bitsandbytes weights",
-    "load_in_8bit": "precision=bf16: the base is shared with vLLM, which has no bitsandbytes weights",
-    "lora_rank": "lora_r",
-    "max_lora_rank": "lora_r",
-    "weight_bridge_mode": "weight_bridge",
-    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
-    "max_model_len": "vllm_max_model_length",
-}
 
 
 def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
@@ -364,8 +292,9 @@ def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
 
 def options_class(stage: str) -> type[BaseOptions]:
     """Return the class that holds every option of `stage`, TRL's included."""
-    if stage in ("score", "rescore"):
-        return ScoreOptions if stage == "score" else RescoreOptions
+    without_trl = {"score": ScoreOptions, "rescore": RescoreOptions, "merge": MergeOptions}
+    if stage in without_trl:
+        return without_trl[stage]
     return _with_trl(SFTOptions, "sft") if stage == "sft" else _with_trl(RLOptions, "grpo")
 
 

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from trainers.adapter_files import base_of
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine, read_machine
 from trainers.memory import GIB, asked_student
@@ -47,7 +48,7 @@ def _shape(path: str, key: str, options: Any) -> ModelShape:
         if warmup.model_name_or_path is None:
             return _named(warmup.model_init, path, options)
         return _shape(warmup.model_name_or_path, key, warmup)
-    return model_shape(read_config(path, key), path, options.trust_remote_code)
+    return model_shape(read_config(base_of(path, key), key), path, options.trust_remote_code)
 
 
 def _named(model_init: dict[str, Any], name: str, options: Any) -> ModelShape:

@@ -9,14 +9,14 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
 from data.render import Renderer
-from trainers.adapters import add_adapters
 from trainers.batch import batch_plan
 from trainers.engine import Engine
 from trainers.engine_specs import device_faults
 from trainers.errors import ConfigError, Fault
 from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer, tokens_per_pass
 from trainers.memory_watch import MemoryWatch
-from trainers.models import load_config, load_model, resolve_device, resolve_dtype
+from trainers.merge import whole_model
+from trainers.models import load_config, resolve_place
 from trainers.optim_specs import optimizer_faults
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -29,6 +29,7 @@ from trainers.reward_funcs import StudentReward, make_reward_funcs, own_function
 from trainers.reward_specs import asks_student, reward_names
 from trainers.scoring import ExplanationScorer
 from trainers.sentinel import Sentinel
+from trainers.starts import load_teacher, resolve_start
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
 from trainers.trl_config import precision_arguments
@@ -44,8 +45,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         The folder of the trained teacher.
     """
     logger.info("batch: %s", batch_plan(options).equation())
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.precision, device)
+    device, dtype = resolve_place(options)
     mode = frozen_mode(options, "student_model", device) if asks_student(options) else None
     where = device.type, str(dtype)
     if faults := device_faults(options, *where, mode) + optimizer_faults(options, *where):
@@ -54,21 +54,24 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
     check_models(options)
-    teacher_path = resolve_model(options.model_name_or_path, options)
-    student_path = resolve_model(options.student_model, options) if asks_student(options) else None
-    teacher = make_renderer(options, teacher_path, "model_name_or_path")
-    student = None if student_path is None else make_renderer(options, student_path, "student_model")
+    start = resolve_start(options, resolve_model(options.model_name_or_path, options), output_dir, dtype)
+    teacher = make_renderer(options, start.tokenizer, "model_name_or_path")
+    student_path = student = None
+    if asks_student(options):
+        student_path = resolve_model(options.student_model, options)
+        student_path = whole_model(options, "student_model", student_path, output_dir, dtype)
+        student = make_renderer(options, student_path, "student_model")
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
-    check_positions(options, teacher_path)
+    check_positions(options, start.path)
     use_tensorboard_dir(output_dir)
-    model = load_teacher(options, teacher_path, dtype)
+    model = load_teacher(options, start.path, dtype, start.adapter)
     engine = sentinel = judge = probes = None
     if options.use_vllm and options.replay_rollouts is None:
         # First on the device: the weights go straight to where the engine keeps them.
-        engine = start_engine(options, model, teacher, teacher_path, device, dtype, output_dir)
+        engine = start_engine(options, model, teacher, start.path, device, dtype, output_dir)
         prompt = teacher.encode_prompt(train_set[0]["prompt"])
         sentinel = Sentinel(engine, model, prompt, dtype, options.sentinel_tolerance)
     if student is None:
@@ -81,7 +84,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     reference, sync = None, arguments.sync_ref_model
     if arguments.beta and not options.use_peft:
         key, temperature = "model_name_or_path", arguments.temperature
-        reference = load_frozen(options, teacher_path, key, device, dtype, temperature, writable=sync)
+        reference = load_frozen(options, start.path, key, device, dtype, temperature, writable=sync)
     timer = PhaseTimer(MemoryWatch(device))
     trainer = TeacherGRPOTrainer(
         options=options,
@@ -110,13 +113,6 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     return output_dir
 
 
-def load_teacher(options: Any, path: str, dtype: torch.dtype) -> Any:
-    """Load the model to train, with fresh adapters where they are what is trained."""
-    trust, attention = options.trust_remote_code, options.attn_implementation
-    model = load_model(path, dtype, attention, "model_name_or_path", trust)
-    return add_adapters(model, options) if options.use_peft else model
-
-
 def make_judge(options: Any, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
     """The student's rewards, of groups as they are finished where that is asked for."""
     judge = StudentReward(scorer)
@@ -137,7 +133,8 @@ def start_engine(
     """Start vLLM on the teacher's weights."""
     tag = teacher.tags.explanation[1] if options.stop_at_closing_tag else None
     tag_ids = teacher.encode_text(tag) if tag else None
-    return Engine(model, path, options, device, dtype, list(teacher.end_ids), tag, tag_ids, output_dir)
+    tokenizer_path = teacher.tokenizer.name_or_path or path
+    return Engine(model, path, options, device, dtype, list(teacher.end_ids), tag, tag_ids, output_dir, tokenizer_path)
 
 
 def check_positions(options: Any, path: str) -> None:

@@ -11,7 +11,8 @@ from data.explanation import written_explanation
 from data.load import read_rows, select_texts
 from trainers.errors import ConfigError, Fault
 from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
-from trainers.models import resolve_device, resolve_dtype
+from trainers.merge import whole_model
+from trainers.models import resolve_place
 from trainers.quantized import samples_of
 from trainers.scoring import Scored, teacher_logprobs
 from trainers.warmup import resolve_model
@@ -27,12 +28,13 @@ def run_score(options: Any, output_dir: Path) -> Path:
     Returns:
         The file with the scores.
     """
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.precision, device)
+    device, dtype = resolve_place(options)
     rows = load_score_rows(options)
     check_models(options)
-    teacher_path = resolve_model(options.model_name_or_path, options)
-    student_path = resolve_model(options.student_model, options)
+    teacher_path, student_path = (
+        whole_model(options, key, resolve_model(getattr(options, key), options), output_dir, dtype)
+        for key in ("model_name_or_path", "student_model")
+    )
     teacher = make_renderer(options, teacher_path, "model_name_or_path")
     student = make_renderer(options, student_path, "student_model")
     samples = samples_of(rows)

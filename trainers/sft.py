@@ -3,29 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from data.formats import Part
 from data.render import Renderer
+from trainers.adapter_files import base_of, tokenizer_of
 from trainers.errors import ConfigError, Fault
 from trainers.models import (
     choose_pad_token,
     generation_end_ids,
     load_config,
-    load_model,
     load_tokenizer,
     make_model,
     make_tokenizer,
-    resolve_device,
-    resolve_dtype,
+    resolve_place,
 )
 from trainers.optim_specs import optimizer_faults
 from trainers.optimizers import OwnOptimizer
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
+from trainers.starts import load_teacher, resolve_start
 from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.trl_config import precision_arguments
 
@@ -45,28 +44,31 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     Args:
         options: SFT options.
         output_dir: Where everything goes.
-        model_path: The model to start from; None makes the one of `options.model_init`.
+        model_path: The model or the adapter to start from; None makes the model of `options.model_init`.
         num_devices: Processes that train together.
 
     Returns:
         The folder of the trained model.
     """
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.precision, device)
+    device, dtype = resolve_place(options)
     if faults := optimizer_faults(options, device.type, str(dtype)):
         raise ConfigError(faults)
     rows = load_train_rows(options)
     eval_rows = load_eval_rows(options) if options.eval_strategy != "no" else None
     check_traces(rows, options)
-    tokenizer = _tokenizer(options, model_path, rows)
-    ends = () if model_path is None else generation_end_ids(model_path, options.trust_remote_code)
+    start = None if model_path is None else resolve_start(options, model_path, output_dir, dtype)
+    tokenizer = _tokenizer(options, None if start is None else start.tokenizer, rows)
+    ends = () if start is None else generation_end_ids(start.path, options.trust_remote_code)
     renderer = Renderer(tokenizer, tag_format(options), options.chat_template_kwargs, "model_name_or_path", ends)
     train_set = sft_rows(rows, renderer, options, "training data")
     eval_set = None if eval_rows is None else sft_rows(eval_rows, renderer, options, "held-out data")
     first = next(row for row in rows if row["reasoning_trace"])
     show_sample(f"first {options.sft_role} text", sft_parts(first, renderer, options.sft_role))
     arguments = sft_config(options, output_dir, num_devices, dtype)
-    model = _model(options, model_path, tokenizer, dtype)
+    if start is None:
+        model = make_model(options.model_init, tokenizer, options.seed, dtype, options.attn_implementation)
+    else:
+        model = load_teacher(options, start.path, dtype, start.adapter)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
     trainer = WarmupTrainer(
@@ -97,6 +99,7 @@ def sft_config(options: Any, output_dir: Path, num_devices: int, dtype: Any) -> 
             **{
                 **arguments,
                 "output_dir": str(output_dir),
+                "activation_offloading": options.activation_offloading,
                 "seed": options.seed,
                 "gradient_accumulation_steps": options.train_batch_size // (per_device * num_devices),
                 "disable_tqdm": True,  # our own Progress takes its place
@@ -110,8 +113,9 @@ def _tokenizer(options: Any, model_path: str | None, rows: Any) -> Any:
     """The tokenizer of the model to train: the model's, or a fresh one made from the data."""
     if model_path is not None:
         trust = options.trust_remote_code
-        vocab_size = load_config(model_path, "model_name_or_path", trust).get_text_config().vocab_size
-        tokenizer = load_tokenizer(model_path, options.chat_template, options.eos_token, "model_name_or_path", trust)
+        key, template = "model_name_or_path", options.chat_template
+        vocab_size = load_config(base_of(model_path, key), key, trust).get_text_config().vocab_size
+        tokenizer = load_tokenizer(tokenizer_of(model_path, key), template, options.eos_token, key, trust)
     else:
         vocab_size = options.model_init.get("vocab_size", 512)
         tags = tag_format(options)
@@ -129,9 +133,3 @@ def _row(row: dict[str, str]) -> dict[str, str]:
 
 def _text(parts: list[Part]) -> str:
     return "".join(part.text for part in parts)
-
-
-def _model(options: Any, model_path: str | None, tokenizer: Any, dtype: Any) -> PreTrainedModel:
-    if model_path is None:
-        return make_model(options.model_init, tokenizer, options.seed, dtype, options.attn_implementation)
-    return load_model(model_path, dtype, options.attn_implementation, "model_name_or_path", options.trust_remote_code)

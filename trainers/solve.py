@@ -44,7 +44,9 @@ def precision_of(options: Any, machine: Machine) -> str:
         return options.precision
     if device_of(options, machine) == "cpu":
         return "fp32"
-    return "bf16" if machine.card is None or machine.card.compute >= 8 else "fp16"
+    if machine.card is None or machine.card.compute >= 8:
+        return "bf16"
+    return "fp16" if options.use_peft else "fp32"  # as models.resolve_dtype
 
 
 def available_memory(options: Any, machine: Machine) -> int:

@@ -1,7 +1,7 @@
 """GRPO for a teacher: TRL's GRPOTrainer with our engine, our rollout and a reference that need not live on the GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from data.render import Encoded, Renderer
@@ -67,7 +68,8 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
         renderer: The teacher's template and tokenizer.
         timer: Seconds of `PHASES` and of whole steps are added here.
         args: TRL's arguments; `use_vllm` must be false.
-        reference: The teacher as it was, where `args.beta` is not 0 and it is not the model without its adapters.
+        reference: The teacher as it was, where `args.beta` is not 0; with adapters none: TRL then takes the adapter
+            `ref` if there is one (see adapters.py), else the model without its adapters.
         probes: What is scored beside the teacher's explanations at every evaluation, if anything.
         engine: What generates; None for transformers, or where rollouts are replayed.
         sentinel: Compares engine and trainer after each update, if anything does.
@@ -101,12 +103,19 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
             super().__init__(args=args, rollout_func=rollout, **kwargs)
         self.beta, self.ref_model = args.beta, reference
         self.watch_updates()
+        # As in TRL's SFTTrainer, whose option this is; after the engine, so that shared weights are known as weights.
+        self._offloading = get_act_offloading_ctx_manager(self.model) if options.activation_offloading else None
         if args.sync_ref_model:
             self.add_callback(ReferenceSync(reference, self.accelerator))
         if options.use_vllm:
             # From here on TRL treats the rollouts as vLLM's: it calls sync_weights before each and corrects for the
             # difference between the sampling and the training log-probabilities.
             self.use_vllm, self.vllm_generation, self._last_loaded_step = True, self, -1
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As TRL's; what the backward pass needs rests in host memory meanwhile, where that is asked for."""
+        with self._offloading or nullcontext():
+            return super().training_step(*args, **kwargs)
 
     def sync_weights(self) -> None:
         """Bring the current weights to the engine, and see that they are there."""

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trainers.adapter_files import is_adapter
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError, Fault
@@ -37,8 +38,11 @@ CODE = (
     "trainers/sft.py",
     "trainers/texts.py",
     "trainers/models.py",
+    "trainers/adapters.py",
+    "trainers/merge.py",
+    "trainers/starts.py",
 )
-PACKAGES = ("torch", "transformers", "trl", "tokenizers")
+PACKAGES = ("torch", "transformers", "trl", "tokenizers", "peft")
 
 
 def warmup_options(name: str, options: Any) -> tuple[dict[str, Any], Any]:
@@ -56,7 +60,10 @@ def warmup_options(name: str, options: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _composed(name: str, inherited: dict[str, Any]) -> dict[str, Any]:
-    return compose_run(name) | {key: value for key, value in inherited.items() if value is not None}
+    composed = compose_run(name)
+    if inherited.get("precision") == "fp16" and not composed.get("use_peft"):
+        inherited = inherited | {"precision": "auto"}  # adapters alone can be trained in fp16
+    return composed | {key: value for key, value in inherited.items() if value is not None}
 
 
 @cache
@@ -88,7 +95,7 @@ def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | No
     name = path[4:]
     composed, checked = warmup_options(name, options)
     folder = cached_path(name, composed, root)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or is_adapter(str(folder)):
         logger.info("%s: kept from an earlier run in %s", path, folder)
         return str(folder)
     start = resolve_model(checked.model_name_or_path, checked, root)

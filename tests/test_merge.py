@@ -1,0 +1,236 @@
+"""Adapters of an earlier run: merged, trained on, or refused. Run: ./run_tests.sh tests/test_merge.py"""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import REPO
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from trainers.adapter_files import find_base, is_adapter, open_adapter
+from trainers.adapters import ADAPTER, add_adapters
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.errors import ConfigError
+from trainers.merge import RECORD, merge_adapter, whole_model
+from trainers.options import options_class
+from trainers.starts import Start, load_teacher, resolve_start
+
+IDS = torch.arange(40).remainder(30)[None]
+
+
+def options(stage="rl", **values):
+    return options_class(stage)(stage=stage, **values)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def checked(*words, run="teacher_rlt_tiny", num_devices=1):
+    place = [] if run == "merge" else ["device=cpu"]
+    return load_options(compose_run(run, [*place, *map(str, words)]), num_devices, REPO)
+
+
+def faults(*words, **kwargs):
+    with pytest.raises(ConfigError) as error:
+        checked(*words, **kwargs)
+    return {fault.key: fault for fault in error.value.faults}
+
+
+@pytest.fixture
+def copy(adapter_dir, tmp_path):
+    """The adapter in a folder of its own, and a way to change its adapter_config.json."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_dir, folder)
+
+    def change(**values):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | values))
+        return folder
+
+    return change
+
+
+def test_merged_model_says_what_base_and_adapter_say_together(model_dir, adapter_dir, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    untouched = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, adapter_dir))
+    out = tmp_path / "merged"
+    train.run(checked(f"model_name_or_path={adapter_dir}", f"output_dir={out}", run="merge"), {}, "merge")
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert not isinstance(merged, PeftModel) and not is_adapter(out)
+    assert (logits(merged) - expected).abs().max() < 1e-5
+    assert (expected - untouched).abs().max() > 0.1
+    assert set(load_file(out / "model.safetensors")) == set(load_file(model_dir / "model.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(adapter_dir).chat_template
+    assert tokenizer.eos_token_id in merged.generation_config.eos_token_id
+    assert json.loads((out / RECORD).read_text())["base"] == str(model_dir)
+    with pytest.raises(ConfigError, match="already holds a model"):
+        checked(f"model_name_or_path={adapter_dir}", f"output_dir={out}", run="merge")
+
+
+def test_merge_rounds_the_sum_once(model_dir, adapter_dir, tmp_path):
+    """An adapter's part below half a bf16 step of its weight still counts where the sum is taken before rounding."""
+    adapter = open_adapter("model_name_or_path", str(adapter_dir))
+    merge_adapter(adapter, torch.float32, False, tmp_path / "fp32", "model_name_or_path")
+    merge_adapter(adapter, torch.bfloat16, False, tmp_path / "bf16", "model_name_or_path")
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16"))
+    assert {t.dtype for t in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+
+
+def test_base_that_moved_is_found_beside_the_adapter_or_named(model_dir, copy, tmp_path):
+    folder = copy(base_model_name_or_path="/gone/base")
+    assert find_base(folder, "/gone/base") == "/gone/base"
+    found = faults(f"model_name_or_path={folder}", run="merge")
+    assert "/gone/base is no model folder" in found["model_name_or_path"].cause
+    assert "base_model=" in found["model_name_or_path"].remedy
+    assert checked(f"model_name_or_path={folder}", f"base_model={model_dir}", run="merge").base_model == str(model_dir)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    assert find_base(folder, "/gone/base") == str(tmp_path / "base")
+    assert find_base(folder, "owner/name") == "owner/name"
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_loads(model_dir, adapter_dir, copy, tmp_path):
+    assert "holds no LoRA adapter" in faults(f"model_name_or_path={model_dir}", run="merge")["model_name_or_path"].cause
+    assert "no such folder" in faults("model_name_or_path=./nowhere", run="merge")["model_name_or_path"].cause
+    assert "no adapter is named" in faults(run="merge")["model_name_or_path"].cause
+    named = f"model_name_or_path={adapter_dir}"
+    assert faults(named, "base_model=./nowhere", run="merge")["base_model"].cause.startswith("its base ./nowhere")
+    assert "one process" in faults(named, run="merge", num_devices=2)["num_processes"].cause
+    folder = copy(base_model_name_or_path=None)
+    assert "names no base" in faults(f"model_name_or_path={folder}", run="merge")["model_name_or_path"].cause
+    copy(base_model_name_or_path=str(adapter_dir))
+    assert "LoRA adapter itself" in faults(f"model_name_or_path={folder}", run="merge")["model_name_or_path"].cause
+    copy(base_model_name_or_path=str(model_dir))
+    shutil.copy(model_dir / "model.safetensors", folder)
+    assert "both a LoRA adapter and" in faults(f"model_name_or_path={folder}", run="merge")["model_name_or_path"].cause
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").unlink()
+    assert "no adapter_model" in faults(f"model_name_or_path={folder}", run="merge")["model_name_or_path"].cause
+
+
+def test_adapter_that_does_not_fit_or_is_broken_is_no_model(adapter_dir, copy, tmp_path):
+    weights = load_file(adapter_dir / "adapter_model.safetensors")
+    name = min(weights)
+
+    def merge(changed, message):
+        folder = copy()
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(ConfigError, match=message):
+            merge_adapter(open_adapter("k", str(folder)), None, False, tmp_path / "out", "k")
+        assert not (tmp_path / "out" / "config.json").exists()
+
+    merge({key: value for key, value in weights.items() if key != name}, "1 of its weights or layers")
+    merge(weights | {name.replace("layers.0", "layers.7"): weights[name].clone()}, "1 of its weights or layers")
+    merge(weights | {name: weights[name][:, :-1].contiguous()}, "does not fit its base: .*size mismatch")
+    merge(weights | {name: weights[name] * float("nan")}, "the adapter is broken")
+
+
+def test_start_is_recognised_and_its_reference_named(model_dir, adapter_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
+    def start(out, **values):
+        caplog.clear()
+        return resolve_start(options(**values), str(adapter_dir), tmp_path / out, torch.float32)
+
+    found = start("a", use_peft=True, beta=0.1)
+    assert (found.path, found.adapter.folder, found.tokenizer) == (str(model_dir), adapter_dir, str(adapter_dir))
+    assert f"start from {adapter_dir}: its LoRA adapter is trained on, on its base {model_dir}" in caplog.text
+    assert "KL reference: that adapter as it is now" in caplog.text
+    assert not (tmp_path / "a").exists()
+    merged = Start(str(tmp_path / "b" / "merged_start"))
+    assert start("b", use_peft=False, beta=0.1, sync_ref_model=True) == merged
+    assert "every weight of that is trained; KL reference: the merged model, which follows" in caplog.text
+    assert start("b", use_peft=True, adapter_start="merge", beta=0.1) == merged
+    assert "merged before" in caplog.text and "KL reference: the merged model, without the fresh" in caplog.text
+    assert start("a", use_peft=True, beta=0.0).adapter and "no KL reference (beta=0)" in caplog.text
+    with pytest.raises(ConfigError, match="merge of another adapter"):
+        resolve_start(options(), str(adapter_dir), tmp_path / "b", torch.bfloat16)
+    assert resolve_start(options(), str(model_dir), tmp_path / "c", torch.float32) == Start(str(model_dir))
+    with pytest.raises(ConfigError, match="is no folder with a LoRA adapter"):  # of run:NAME it shows only here
+        resolve_start(options(use_peft=True, adapter_start="continue"), str(model_dir), tmp_path, torch.float32)
+
+
+def test_student_that_is_an_adapter_becomes_a_model_of_the_run(model_dir, adapter_dir, tmp_path):
+    path = whole_model(options(), "student_model", str(adapter_dir), tmp_path, torch.float32)
+    assert path == str(tmp_path / "merged_student")
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter_dir))
+    assert (logits(AutoModelForCausalLM.from_pretrained(path)) - expected).abs().max() < 1e-5
+    assert whole_model(options(), "student_model", str(model_dir), tmp_path, torch.float32) == str(model_dir)
+
+
+def test_continued_adapter_trains_and_its_copy_does_not(model_dir, adapter_dir, tmp_path):
+    chosen = options(use_peft=True, beta=0.1)
+    start = resolve_start(chosen, str(adapter_dir), tmp_path, torch.float32)
+    model = load_teacher(chosen, start.path, torch.float32, start.adapter)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 28 and all(f"lora_{name.split('lora_')[1][0]}.{ADAPTER}." in name for name in trained)
+    config = model.peft_config[ADAPTER]
+    assert (config.r, config.lora_alpha, config.inference_mode) == (4, 8, False)  # the checkpoint's
+    before = logits(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert (logits(model) - before).abs().max() > 0.01
+    model.set_adapter("ref")
+    assert (logits(model) - before).abs().max() < 1e-6
+    assert "ref" not in load_teacher(options(use_peft=True), start.path, torch.float32, start.adapter).peft_config
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "cause", "remedy"),
+    [
+        (["use_peft=true", "lora_r=16"], "lora_r", "r=4", "leave lora_r out"),
+        (["use_peft=true", "lora_alpha=32"], "lora_alpha", "lora_alpha=8", "adapter_start=merge"),
+        (["use_peft=true", "lora_target_modules=[q_proj]"], "lora_target_modules", "down_proj", "leave"),
+        (["adapter_start=continue"], "adapter_start", "every weight", "use_peft=true"),
+    ],
+)
+def test_options_against_the_adapter_are_refused(adapter_dir, words, key, cause, remedy):
+    fault = faults(f"model_name_or_path={adapter_dir}", *words)[key]
+    assert cause in fault.cause and remedy in fault.remedy
+
+
+def test_options_with_the_adapter_are_taken(adapter_dir):
+    named = f"model_name_or_path={adapter_dir}"
+    for words in (
+        [],
+        ["use_peft=true"],
+        ["use_peft=true", "lora_r=4", "lora_alpha=8", "lora_dropout=0"],
+        ["use_peft=true", "adapter_start=merge", "lora_r=2"],
+    ):
+        assert checked(named, *words).model_name_or_path == str(adapter_dir)
+        assert checked(named, *words, "model_init=null", run="student_sft_tiny").model_name_or_path == str(adapter_dir)
+    assert "is no folder with" in faults("adapter_start=merge", "model_name_or_path=a/b")["adapter_start"].cause
+    assert (
+        "one process"
+        in faults(named, "model_init=null", run="student_sft_tiny", num_devices=2)["model_name_or_path"].cause
+    )
+
+
+def test_all_linear_against_an_adapter_of_some_layers_is_refused(model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    add_adapters(model, options(use_peft=True, lora_target_modules=["q_proj"])).save_pretrained(tmp_path / "some")
+    chosen = options(use_peft=True, lora_target_modules="all-linear")
+    start = resolve_start(chosen, str(tmp_path / "some"), tmp_path, torch.float32)
+    with pytest.raises(ConfigError, match="has none for model.layers.0.self_attn.k_proj"):
+        load_teacher(chosen, start.path, torch.float32, start.adapter)
+    load_teacher(options(use_peft=True), start.path, torch.float32, start.adapter)
+
+
+@pytest.mark.parametrize("beyond", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}])
+def test_adapter_that_the_engine_has_no_place_for_is_merged_not_continued(copy, beyond):
+    folder = copy(**beyond)
+    fault = faults(f"model_name_or_path={folder}", "use_peft=true")["model_name_or_path"]
+    assert "cannot be trained on" in fault.cause and "stage=merge" in fault.remedy
+    assert checked(f"model_name_or_path={folder}", "use_peft=true", "adapter_start=merge")
