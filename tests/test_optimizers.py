@@ -279,6 +279,9 @@ def test_many_weights_are_sampled():
     state = torch.get_rng_state()
     assert fraction_of(update, weights=2**22) == pytest.approx(0.25, abs=0.002)
     assert torch.equal(torch.get_rng_state(), state)
+    watch = VisibleFraction([torch.zeros(2**22), torch.zeros(3 * 2**22)], torch.bfloat16, print)
+    watch.on_pre_optimizer_step(None, None, None)
+    assert [len(places) for places in watch._places] == [2**18, 3 * 2**18] and len(watch._before) == 2**20
 
 
 def options(**chosen):

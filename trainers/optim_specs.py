@@ -58,9 +58,9 @@ def rounding_warning(name: str, dtype: str, learning_rate: float) -> str | None:
     if name not in ROUNDING or dtype != "torch.bfloat16":
         return None
     return (
-        f"optim={name} rounds bf16 weights to the nearest: steps (about {learning_rate:g}, the learning_rate) far smaller "
-        "than a weight / 256 are lost (arXiv 2602.03839), for norms of 1 all below 0.002; optim=adamw_8bit or cpu_offload keeps them, and so does "
-        "precision=fp32, at twice the memory"
+        f"optim={name} rounds bf16 weights to the nearest: steps (about learning_rate, {learning_rate:g}) far smaller "
+        "than a weight / 256 are lost (arXiv 2602.03839), beside a norm's weight of 1 all below 0.002; "
+        "optim=adamw_8bit or cpu_offload keeps them, and so does precision=fp32, at twice the memory"
     )
 
 
