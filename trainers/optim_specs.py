@@ -102,8 +102,8 @@ def optimizer_bytes(name: str, shapes: Iterable[tuple[int, ...]], itemsize: int)
         blocks = [s for shape, s in zip(shapes, sizes, strict=True) if is_quantized(shape)]
         kept = [s for shape, s in zip(shapes, sizes, strict=True) if not is_quantized(shape)]
         quantized = sum(2 * (s + 4 * (s // BLOCK) + 4 * 256) for s in blocks)  # codes, scales, the codes' values
-        # A compiled step may keep fp32 weights and both states of one matrix between its kernels.
-        transient = max(12 * max(blocks, default=0), 4 * max(kept, default=0))
+        # Compiled for a CPU, a step keeps both states of one matrix in fp32 between its loops; a GPU's kernel may not.
+        transient = max(8 * max(blocks, default=0), 4 * max(kept, default=0))
         return OptimizerBytes(quantized + 12 * sum(kept) + 4 * len(kept), 4 * len(blocks), transient)
     if name == "cpu_offload":
         piece = min(PIECE, largest)
