@@ -7,9 +7,13 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from small_run import make_trainer
 
+from trainers.models import load_model
 from trainers.optimizers import CombinedOptimizer, MasterAdamW
+from trainers.options import options_class
+from trainers.sft import WarmupTrainer, sft_config
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,29 @@ def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kin
     assert steps[0]["sentinel/mismatch_max"] < 0.3 and steps[-1]["sentinel/mismatch_max"] < 0.3
     # 1e-3 beside weights of about 0.02 is seen. (Of adapters, A has no gradient at the first step: B is 0.)
     assert all(0.3 < line["update/visible_fraction"] <= 1 for line in steps)
+
+
+def test_warm_up_uses_the_optimizer_too(model_dir, tokenizer, tmp_path):
+    options = options_class("sft")(
+        device="cpu",
+        train_batch_size=2,
+        per_device_train_batch_size=2,
+        optim="cpu_offload",
+        max_steps=2,
+        learning_rate=1e-6,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        max_length=512,
+    )
+    trainer = WarmupTrainer(
+        options=options,
+        model=load_model(str(model_dir), torch.bfloat16, None, "model_name_or_path", False),
+        args=sft_config(options, tmp_path, 1, torch.bfloat16),
+        train_dataset=Dataset.from_list([{"input_ids": [10, 20, 30], "labels": [-100, 20, 30]}] * 4),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is MasterAdamW
+    found = [line["update/visible_fraction"] for line in trainer.state.log_history if "loss" in line]
+    assert len(found) == 2 and all(0 < value < 0.1 for value in found)  # 1e-6 is lost on almost every weight of 0.02

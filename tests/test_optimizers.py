@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -240,6 +241,22 @@ def test_bytes_are_those_of_the_real_states(name, dtype):
     assert (planned.device == 0) == (name == "cpu_offload")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "adafactor"])
+def test_transient_bytes_are_the_peak_of_a_step(name, dtype):
+    model = nn.Module()
+    model.up = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+    optimizer = make_optimizer(model, name, arguments())
+    give_gradients(model, 0)
+    optimizer.step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    planned = optimizer_bytes(name, [(256, 256)], dtype.itemsize).transient
+    assert max(held) == pytest.approx(planned, rel=0.05, abs=100)
+
+
 def test_bytes_by_hand():
     """A matrix of 4096 x 256 = 2^20 weights and a norm of 256, in bf16."""
     shapes = [(4096, 256), (256,)]
@@ -279,6 +296,9 @@ def test_many_weights_are_sampled():
     state = torch.get_rng_state()
     assert fraction_of(update, weights=2**22) == pytest.approx(0.25, abs=0.002)
     assert torch.equal(torch.get_rng_state(), state)
+    watch = VisibleFraction([torch.zeros(2**22), torch.zeros(3 * 2**22)], torch.bfloat16, print)
+    watch.on_pre_optimizer_step(None, None, None)
+    assert [len(places) for places in watch._places] == [2**18, 3 * 2**18] and len(watch._before) == 2**20
 
 
 def options(**chosen):
@@ -343,3 +363,18 @@ def test_flash_adamw_keeps_small_steps_on_a_gpu():
     assert moved(after, before) > 0.8  # 24 bits: performance.md's simulation has 86 % visible in bf16
     real = sum(v.nbytes for state in optimizer.state_dict()["state"].values() for v in state.values())
     assert optimizer_bytes("flash_adamw", [tuple(p.shape) for p in model.parameters()], 2).device <= real * 1.01
+
+
+@pytest.mark.gpu
+def test_cpu_offload_of_a_gpu_s_weights_is_that_of_a_cpu_s(monkeypatch):
+    monkeypatch.setattr(optimizers, "PIECE", 1000)
+    here, there = Model(), Model().cuda()
+    for model in (here, there):
+        optimizer = make_optimizer(model, "cpu_offload", arguments(learning_rate=1e-3))
+        for seed in range(3):
+            give_gradients(here, seed)
+            for p, q in zip(model.parameters(), here.parameters(), strict=True):
+                p.grad = q.grad.to(p.device)
+            optimizer.step()
+    for p, q in zip(here.parameters(), there.parameters(), strict=True):
+        assert torch.equal(p, q.cpu())

@@ -58,10 +58,9 @@ def rounding_warning(name: str, dtype: str, learning_rate: float) -> str | None:
     if name not in ROUNDING or dtype != "torch.bfloat16":
         return None
     return (
-        f"optim={name} rounds bf16 weights to the nearest: steps (about {learning_rate:g}, the learning_rate) far "
-        "smaller than a weight / 256 are lost (arXiv 2602.03839), for norms of 1 all below 0.002; optim=adamw_8bit or "
-        "cpu_offload keeps them, and so does "
-        "precision=fp32, at twice the memory"
+        f"optim={name} rounds bf16 weights to the nearest: steps (about learning_rate, {learning_rate:g}) far smaller "
+        "than a weight / 256 are lost (arXiv 2602.03839), beside a norm's weight of 1 all below 0.002; "
+        "optim=adamw_8bit or cpu_offload keeps them, and so does precision=fp32, at twice the memory"
     )
 
 
@@ -103,8 +102,8 @@ def optimizer_bytes(name: str, shapes: Iterable[tuple[int, ...]], itemsize: int)
         blocks = [s for shape, s in zip(shapes, sizes, strict=True) if is_quantized(shape)]
         kept = [s for shape, s in zip(shapes, sizes, strict=True) if not is_quantized(shape)]
         quantized = sum(2 * (s + 4 * (s // BLOCK) + 4 * 256) for s in blocks)  # codes, scales, the codes' values
-        # A compiled step may keep fp32 weights and both states of one matrix between its kernels.
-        transient = max(12 * max(blocks, default=0), 4 * max(kept, default=0))
+        # Compiled for a CPU, a step keeps both states of one matrix in fp32 between its loops; a GPU's kernel may not.
+        transient = max(8 * max(blocks, default=0), 4 * max(kept, default=0))
         return OptimizerBytes(quantized + 12 * sum(kept) + 4 * len(kept), 4 * len(blocks), transient)
     if name == "cpu_offload":
         piece = min(PIECE, largest)

@@ -45,7 +45,7 @@ class VisibleFraction(TrainerCallback):
             self._choose()
         taken = []
         for p, places in zip(self.parameters, self._places, strict=True):
-            flat = p.view(-1)
+            flat = p.reshape(-1)
             taken.append((flat.clone() if places is None else flat[places]).to(self.dtype))
         return torch.cat(taken).view(BITS[self.dtype.itemsize])
 
