@@ -15,7 +15,7 @@ from trainers.config_faults import STAGES, invalid_faults, unknown_fault
 from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
-from trainers.optim_specs import optimizer_faults
+from trainers.optim_specs import TORCH_DTYPES, optimizer_faults
 from trainers.options import CommonOptions, admits_none, options_class
 from trainers.reward_specs import asks_student, reward_faults
 
@@ -159,7 +159,7 @@ def _check_optimizer(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     device = "cuda" if options.device != "cpu" and num_cuda_devices() else "cpu"
     automatic = {"cuda": "bf16", "cpu": "fp32"}[device]  # the run looks again: an old GPU has no bf16
     precision = automatic if options.precision == "auto" else options.precision
-    return optimizer_faults(options, device, {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[precision])
+    return optimizer_faults(options, device, TORCH_DTYPES[precision])
 
 
 @check("model_name_or_path", "model_init", "student_model", "reward_funcs")

@@ -27,7 +27,8 @@ LAYER_PEAK = {4: (24, 41, 5.5), 2: (14.5, 28, 3.3)}
 LAYER_KEPT = {4: (16, 44, 0), 2: (8, 26, 0)}
 # What adapters add to these: the inputs of frozen layers are cast for them.
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # a tile of TRL's fused head, in positions and vocabulary entries
-CPU_HEAD_TEMPORARIES = 30  # bytes per entry of a tile; on a GPU a kernel makes none
+# Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass, of the backward.
+TILE_FORWARD, TILE_BACKWARD = 13.5, 28
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
@@ -37,8 +38,11 @@ SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 64}
 # workspaces), and each captured graph (26 MiB of a large model, vllm#22897). Not measured here.
 CUDA_CONTEXT = int(0.75 * GIB)
 CUDA_GRAPH = 26 * 2**20
-FRAGMENTATION = 0.05  # of what comes and goes; not measured on a GPU
-PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}  # the interpreter with torch and vLLM; with CUDA, its host side
+# Of what comes and goes: blocks that are free but not given back. Not measured on a GPU; glibc, as it comes, keeps
+# 15 to 20 % (told to give large blocks back at once, it keeps none, and an update takes 1.6 to 1.8 times as long).
+FRAGMENTATION = {"cuda": 0.05, "cpu": 0.15}
+# The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
+PROCESS = {"cuda": 4 * GIB, "cpu": int(0.72 * GIB)}
 MAX_SEQS = 256  # completions that it writes at once, unless set
 
 
@@ -220,15 +224,18 @@ def _gradients_while_generating(work: Workload) -> bool:
 
 def max_num_seqs(options: Any) -> int:
     """Completions that vLLM writes at once."""
-    return options.max_num_seqs or min(MAX_SEQS, max(batch_plan(options).generation_batch, 8))
+    at_once = max(batch_plan(options).generation_batch, options.per_device_eval_batch_size)
+    return options.max_num_seqs or min(MAX_SEQS, at_once)
 
 
-def kv_needed(options: Any, teacher: ModelShape, itemsize: int) -> int:
-    """Bytes of keys and values where all completions that are written at once are as long as they may be; the prompt
-    of a group is held once."""
+def kv_needed(options: Any, teacher: ModelShape, itemsize: int, device: str) -> int:
+    """Bytes of keys and values where all completions that are written at once are as long as they may be.
+
+    The prompt of a group is held once; not counted on where memory is no matter (a CPU).
+    """
     seqs = max_num_seqs(options)
-    questions = -(-seqs // options.num_generations)
-    tokens = seqs * (options.max_completion_length + 64) + questions * options.max_prompt_length
+    prompts = seqs if device == "cpu" else -(-seqs // options.num_generations)
+    tokens = seqs * (options.max_completion_length + 64) + prompts * options.max_prompt_length
     return tokens * teacher.kv_bytes(itemsize)
 
 
@@ -271,23 +278,29 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     """What a frozen model needs on the device to read a batch."""
     if mode == "cpu" and work.device == "cuda":
         return {}
-    size, o = work.itemsize, work.options
-    micro = max(MICRO_TOKENS[work.device], work.length)
-    batch = work.options.train_batch_size * work.length
-    held = min(o.student_tokens_per_pass, batch)
+    size, hidden, length = work.itemsize, shape.hidden, work.length
+    texts = max(1, MICRO_TOKENS[work.device] // length)  # of a micro-batch
     head_tokens, width = SCORE_HEAD_TOKENS[work.device], min(HEAD_WIDTH, shape.vocab)
-    head = head_tokens * HEAD_WIDTH * 4 + width * shape.hidden * (4 if size < 4 else 0)
-    if work.device == "cpu":
-        head += head_tokens * width * CPU_HEAD_TEMPORARIES
-    layer = micro * (3 * shape.intermediate + 6 * shape.hidden) * size
-    items = {"scoring buffers": max(layer, head)}
-    if mode == "streamed":
-        items["hidden states"] = held * shape.hidden * size
-        placed = shape.vocab * shape.hidden * size if work.device == "cuda" else 0  # a CPU maps the head
-        items["streaming buffers"] = max(2 * shape.largest_layer * size, shape.largest_layer * size + placed)
-    else:
-        items["hidden states"] = 2 * micro * shape.hidden * size
-    return items
+    cast = width * hidden * (4 if size < 4 else 0)
+    tile = int(head_tokens * width * TILE_FORWARD) if work.device == "cpu" else 0
+    head = head_tokens * HEAD_WIDTH * 4 + max(cast, tile)
+    inner = texts * length * 3 * shape.intermediate * size
+    if mode != "streamed":
+        layer = inner + int(texts * length * 5.7 * hidden * size)
+        return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
+    batch = batch_plan(work.options).generation_batch if work.is_rl else work.options.train_batch_size
+    held = min(work.options.student_tokens_per_pass, batch * length)
+    rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
+    resting = held * hidden * size + rotary
+    layer = inner + int(texts * length * 2.3 * hidden * size)
+    slots = 2 * shape.largest_layer * size
+    placed = shape.vocab * hidden * size if work.device == "cuda" else 0  # a CPU maps the head
+    # The head comes while the last layer is computed, and is used when the layers are gone.
+    moments = (
+        {"streaming buffers": slots + placed, "hidden states": resting, "scoring buffers": layer},
+        {"streaming buffers": placed, "hidden states": resting, "scoring buffers": head},
+    )
+    return max(moments, key=lambda items: sum(items.values()))
 
 
 def _update(work: Workload) -> dict[str, int]:
@@ -305,7 +318,7 @@ def _update(work: Workload) -> dict[str, int]:
     ]
     for items in moments:
         moving = sum(size for name, size in items.items() if name != "gradients")
-        items["fragmentation"] = int(FRAGMENTATION * moving) if work.device == "cuda" else 0
+        items["fragmentation"] = int(FRAGMENTATION[work.device] * moving)
     return max(moments, key=lambda items: sum(items.values()))
 
 
@@ -332,7 +345,7 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     positions, width = min(scored, HEAD_TOKENS), min(HEAD_WIDTH, teacher.vocab)
     head = positions * HEAD_WIDTH * size + scored * teacher.hidden * (4 + 2 * size)
     if work.device == "cpu":
-        head += positions * width * CPU_HEAD_TEMPORARIES
+        head += positions * width * TILE_BACKWARD
     if not work.use_peft:
         head += teacher.vocab * teacher.hidden * (4 + (size if size < 4 else 0))
     return {"activations": kept, "head": head}, {"activations": kept + layer}

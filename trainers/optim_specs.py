@@ -10,6 +10,7 @@ BLOCK = 256  # values that share a scale in torchao's 8-bit states
 SMALLEST = 4096  # torchao keeps the states of smaller tensors in the weights' own type
 PIECE = 2**25  # weights that an optimizer in host memory brings over at once
 SLOTS = 2  # pieces under way: one is stepped while the next arrives
+TORCH_DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 ROUNDING = ("adamw_torch", "adafactor")  # they write bf16 weights rounded to the nearest
 
 

@@ -15,7 +15,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine
 from trainers.memory import GIB, Plan, Workload, asked_student, kv_least, kv_needed, make_plan, max_num_seqs
 from trainers.model_shapes import ModelShape
-from trainers.optim_specs import optimizer_name
+from trainers.optim_specs import TORCH_DTYPES, optimizer_name
 
 SPARE = 0.08  # of the memory: what the solver keeps free
 MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
@@ -106,7 +106,7 @@ def _candidates(
 
 
 def _optimizers(options: Any, precision: str, device: str) -> list[str]:
-    name = optimizer_name(options, {"fp32": "torch.float32", "bf16": "torch.bfloat16"}.get(precision, ""), device)
+    name = optimizer_name(options, TORCH_DTYPES[precision], device)
     return [name, "cpu_offload"] if options.optim == "auto" and name == "adamw_8bit" and device == "cuda" else [name]
 
 
@@ -146,12 +146,13 @@ def _with_cache(work: Workload, budget: int, available: int, enough: float) -> S
     options = work.options
     if options.stage != "rl" or not options.use_vllm:
         return Solved(options, make_plan(work, available))
-    need, least = (f(options, work.teacher, work.itemsize) for f in (kv_needed, kv_least))
+    need = kv_needed(options, work.teacher, work.itemsize, work.device)
+    least = kv_least(options, work.teacher, work.itemsize)
     empty = make_plan(work, available)
     if options.kv_cache_gib is not None:
         size = int(options.kv_cache_gib * GIB)
-    elif work.device == "cpu":
-        size = min(need, CPU_KV_CACHE)  # of the latter, only what is written to is taken from the machine
+    elif options.vllm_gpu_memory_utilization != "auto" and work.device == "cpu":
+        size = CPU_KV_CACHE
     elif options.vllm_gpu_memory_utilization != "auto":
         taken = sum(size for name, size in empty.phases["load"].items() if name not in ("student", "reference"))
         size = int(options.vllm_gpu_memory_utilization * available) - taken
@@ -159,7 +160,7 @@ def _with_cache(work: Workload, budget: int, available: int, enough: float) -> S
         size = min(need, budget - max(empty.total("generate"), empty.total("load")))
     size = max(size, least, int(enough * need) if options.vllm_gpu_memory_utilization == "auto" else 0)
     work = replace(work, kv_cache=size)
-    if work.device == "cuda" and options.vllm_gpu_memory_utilization == "auto":
+    if options.vllm_gpu_memory_utilization == "auto":
         update = {"kv_cache_gib": size / GIB, "max_num_seqs": max_num_seqs(options)}
         work = replace(work, options=options.model_copy(update=update))
     return Solved(work.options, make_plan(work, available))
