@@ -5,6 +5,7 @@ TRL (see `trl_options`) and not repeated here. `RLOptions` and `SFTOptions` are 
 against; importing this module loads neither torch nor vLLM.
 """
 
+from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -290,6 +291,7 @@ def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
     return create_model(base.__name__, __base__=base, **fields)
 
 
+@cache
 def options_class(stage: str) -> type[BaseOptions]:
     """Return the class that holds every option of `stage`, TRL's included."""
     without_trl = {"score": ScoreOptions, "rescore": RescoreOptions, "merge": MergeOptions}

@@ -1,0 +1,209 @@
+"""The plan of memory. Run: ./run_tests.sh tests/test_memory_plan.py"""
+
+from dataclasses import replace
+
+import pytest
+from conftest import REPO
+
+from trainers.batch import batch_plan
+from trainers.checks import load_options
+from trainers.config import CONFIG_DIR, compose_run
+from trainers.errors import ConfigError
+from trainers.machine import Holder, Machine, planned_card
+from trainers.memory import GIB, PHASES
+from trainers.plan_table import plan_text
+from trainers.planning import machine_for, planned_options, shapes_of
+from trainers.solve import SPARE, knobs, micro_batch_choices, nearest_fit, refuse, solve
+
+CARDS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("teacher_rlt_mono*.yaml"))
+N = 7_615_616_512
+
+
+def machine(gb):
+    return Machine(planned_card(gb), 256 * GIB, 256 * GIB, 1000 * GIB)
+
+
+def planned(run, *overrides, gb=None):
+    options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+    teacher, student = shapes_of(options)
+    return solve(options, teacher, student, machine(gb or options.vram_gb)), options
+
+
+def nearest(run, *overrides, gb):
+    options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+    return nearest_fit(options, *shapes_of(options), machine(gb))
+
+
+@pytest.mark.parametrize("run", CARDS)
+def test_every_preset_fits_its_card_with_8_percent_to_spare(run):
+    solved, _ = planned(run)
+    assert solved.plan.peak <= 0.92 * solved.plan.available
+    assert set(solved.plan.phases) == set(PHASES)
+
+
+def test_there_is_a_preset_for_each_card():
+    sizes = {compose_run(run)["vram_gb"] for run in CARDS}
+    assert sizes == {12, 16, 24, 40, 48, 80, 85, 96}
+
+
+@pytest.mark.parametrize("run", CARDS)
+def test_header_of_a_preset_tells_what_is_planned(run):
+    """What the file says of its memory is what the plan says: nobody has to remember to write it anew."""
+    solved, _ = planned(run)
+    header = (CONFIG_DIR / "run_cfg" / f"{run}.yaml").read_text().splitlines()
+    phases = ", ".join(f"{phase} {solved.plan.total(phase) / GIB:.1f}" for phase in PHASES)
+    host, disk = sum(solved.plan.host.values()) / GIB, sum(solved.plan.disk.values()) / GIB
+    assert header[1].endswith(f":  ./launch_mono.sh {run}.yaml")
+    assert f"# Planned GiB: {phases}." in header
+    assert f"# Host memory {host:.0f} GiB, disk {disk:.0f} GiB." in header
+
+
+def test_weights_gradients_and_states_of_seven_billion_by_hand():
+    plan = planned("teacher_rlt_mono_85gb")[0].plan
+    update = plan.phases["update"]
+    assert update["weights"] == update["gradients"] == 2 * N
+    assert update["optimizer"] == pytest.approx(N * 2 * (1 + 4 / 256), rel=0.001)  # two states of 8 bits, scales
+    assert plan.peak == max(plan.total(phase) for phase in PHASES)  # the maximum, not the sum
+    assert "KV cache" not in update and "gradients" not in plan.phases["save"]
+    # Its 32 micro-batches are generated 8 at a time: the second rollout finds gradients.
+    assert plan.phases["generate"]["gradients"] == 2 * N
+    assert "gradients" not in planned("teacher_rlt_mono_80gb")[0].plan.phases["generate"]
+
+
+def test_copy_bridge_holds_the_weights_twice():
+    once, twice = (
+        planned("teacher_rlt_mono_85gb", f"weight_bridge={bridge}")[0]
+        .plan.phases["generate"]
+        .get("engine's weights", 0)
+        for bridge in ("shared", "copy")
+    )
+    assert twice - once == 2 * N
+
+
+def test_lora_trains_adapters_only():
+    plan = planned("teacher_rlt_mono_24gb")[0].plan
+    adapters = 4 * 28 * 16 * ((3584 + 3584) * 2 + (3584 + 512) * 2 + (3584 + 18944) * 3)
+    assert plan.phases["update"]["gradients"] == plan.phases["update"]["adapters"] == adapters
+    assert plan.phases["update"]["optimizer"] == pytest.approx(2 * adapters, rel=0.001)
+    assert plan.phases["generate"]["engine's adapters"] == adapters // 2
+
+
+def test_optimizer_in_host_memory_is_not_on_the_device():
+    plan = planned("teacher_rlt_mono_48gb", "optim=cpu_offload")[0].plan
+    assert "optimizer" not in plan.phases["update"]
+    assert plan.host["optimizer on the host"] == pytest.approx(12 * N, rel=0.01)
+
+
+def test_gradient_checkpointing_keeps_a_fraction_of_the_activations():
+    on, off = (
+        planned("teacher_rlt_mono_96gb", "optim=cpu_offload", "per_device_train_batch_size=1", f"{key}={value}")[0].plan
+        for key, value in (("gradient_checkpointing", "true"), ("gradient_checkpointing", "false"))
+    )
+    assert off.total("update") > 2 * on.total("update")
+
+
+def test_resident_student_is_on_the_device_and_a_streamed_one_in_host_memory():
+    resident = planned("teacher_rlt_mono_85gb", "student_mode=resident", "optim=cpu_offload")[0].plan
+    streamed = planned("teacher_rlt_mono_85gb", "student_mode=streamed")[0].plan
+    assert resident.phases["update"]["student"] == streamed.host["student"] == 2 * N
+    assert "student" not in resident.host
+
+
+@pytest.mark.parametrize("gb", [30, 40, 48, 80, 140])
+def test_solving_changes_neither_the_batch_nor_the_group(gb):
+    solved, asked = planned("teacher_rlt_mono", gb=gb)
+    for key in ("train_batch_size", "num_generations", "max_prompt_length", "max_completion_length"):
+        assert getattr(solved.options, key) == getattr(asked, key)
+    assert batch_plan(solved.options).is_legal
+    for key in ("per_device_train_batch_size", "student_tokens_per_pass", "optim", "student_mode"):
+        assert getattr(solved.options, key) != "auto"
+    assert solved.options.kv_cache_gib > 0
+
+
+def test_more_memory_is_used():
+    small, large = (planned("teacher_rlt_mono", "offload_untrained_models=false", gb=gb)[0] for gb in (40, 140))
+    assert (small.options.optim, large.options.optim) == ("cpu_offload", "adamw_8bit")
+    assert (small.options.student_mode, large.options.student_mode) == ("streamed", "resident")
+    assert small.options.per_device_train_batch_size < large.options.per_device_train_batch_size
+
+
+def test_micro_batches_on_offer_are_legal():
+    options = load_options(compose_run("teacher_rlt_mono_85gb"), repo=REPO, needs_device=False)
+    assert micro_batch_choices(options, 1) == [12, 6, 3]  # 8 of them hold whole groups of 24, and 96 is a multiple
+    free = load_options(compose_run("teacher_rlt_mono"), repo=REPO, needs_device=False)
+    assert micro_batch_choices(free, 1) == [32, 16, 8, 4, 2, 1]
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do():
+    solved, _ = planned("teacher_rlt_mono", "per_device_train_batch_size=8", gb=40)
+    assert not solved.plan.fits
+    change = nearest("teacher_rlt_mono", "per_device_train_batch_size=8", gb=40)
+    assert change.settings == {"per_device_train_batch_size": "auto"}
+    message = str(refuse(solved, change))
+    assert "the update phase needs" in message and "37.3 GiB are free" in message
+    assert "-> per_device_train_batch_size=auto   (peak" in message
+    again, _ = planned("teacher_rlt_mono", *str(change).split(), gb=40)
+    assert again.plan.fits  # as it is pasted
+
+
+def test_last_resort_is_lora_and_then_nothing():
+    change = nearest("teacher_rlt_mono", gb=22)
+    assert change.settings["use_peft"] is True and change.solved.plan.fits
+    assert nearest("teacher_rlt_mono", gb=12) is None
+    assert "a smaller model" in str(refuse(planned("teacher_rlt_mono", gb=12)[0], None))
+
+
+def test_knobs_tell_what_each_change_does():
+    options = load_options(compose_run("teacher_rlt_mono_80gb"), repo=REPO, needs_device=False)
+    changes = {str(c): c.solved.plan.peak for c in knobs(options, *shapes_of(options), machine(80))}
+    now = planned("teacher_rlt_mono_80gb")[0].plan.peak
+    assert changes["optim=cpu_offload"] < now
+    assert any("use_peft=true" in name and peak < now for name, peak in changes.items())
+
+
+def test_plan_is_made_from_the_memory_that_is_free_and_names_who_holds_the_rest():
+    card = replace(planned_card(80), free=30 * GIB, holders=[Holder(4711, "python", 44 * GIB)])
+    taken = Machine(card, 256 * GIB, 256 * GIB, 1000 * GIB)
+    options = load_options(compose_run("teacher_rlt_mono_80gb"), repo=REPO, needs_device=False)
+    solved = solve(options, *shapes_of(options), taken)
+    assert solved.plan.available == 30 * GIB and not solved.plan.fits
+    text = plan_text(solved, taken, full=True)
+    assert "30.0 of 74.5 GiB free" in text and "held by pid 4711 (python) 44.0 GiB" in text
+    assert "it does not fit" in text
+
+
+def test_run_that_does_not_fit_stops_unless_told_to_go_on(monkeypatch, caplog):
+    small = Machine(None, 2**28, 2**28, 1000 * GIB)
+    monkeypatch.setattr("trainers.planning.machine_for", lambda options: small)
+    options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
+    with pytest.raises(ConfigError, match="memory: the update phase needs"):
+        planned_options(options)
+    assert planned_options(options.model_copy(update={"ignore_memory_plan": True})).optim == "adamw_torch"
+    assert "ignore_memory_plan: memory: the update phase needs" in caplog.text
+
+
+def test_full_disk_is_told_before_the_start(monkeypatch):
+    full = Machine(None, 32 * GIB, 32 * GIB, 2**20)
+    monkeypatch.setattr("trainers.planning.machine_for", lambda options: full)
+    with pytest.raises(ConfigError, match="disk: its checkpoints take up to"):
+        planned_options(load_options(compose_run("teacher_rlt_tiny"), repo=REPO))
+
+
+def test_default_run_is_planned_through_its_warm_ups():
+    options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
+    teacher, student = shapes_of(options)
+    assert teacher.num_parameters == student.num_parameters == 804_480
+    solved = solve(options, teacher, student, machine_for(options))
+    assert solved.plan.work.device == "cpu" and solved.plan.fits
+    assert solved.options.kv_cache_gib < 0.1  # 128 sequences of 192 tokens, not the GiB that vLLM takes unasked
+
+
+def test_sft_is_planned_too():
+    solved, _ = planned("teacher_sft", gb=80)
+    assert set(solved.plan.phases) == {"load", "update", "save"}
+    assert solved.plan.phases["update"]["weights"] == 2 * N
+
+
+def test_solver_keeps_its_share_free():
+    assert SPARE == 0.08
+    assert planned("teacher_rlt_mono_24gb")[0].plan.spare == pytest.approx(0.08, abs=0.005)  # the KV cache fills up

