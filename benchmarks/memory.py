@@ -3,9 +3,11 @@
     python benchmarks/memory.py                     every case; fails where the plan is off by more than it promises
     python benchmarks/memory.py --cases 50m-full    some of them
 
-Each case is a process of its own that trains three steps with the real engine, student and optimizer. Of weights,
+Each case is a process of its own that trains two steps with the real engine, student and optimizer. Of weights,
 gradients, optimizer state and scoring buffers the bytes of the tensors themselves are compared (the buffers by torch's
-allocator), of the whole the largest resident set that the kernel saw. Promised: 5 % for each item, 10 % for the peak.
+allocator), of the whole the largest resident set that the kernel saw. glibc is told to give blocks of a MiB and more
+back when they are freed (MALLOC_MMAP_THRESHOLD_): as it comes it keeps 15 to 50 % of what comes and goes, which the
+plan does not count. Promised: 5 % for each item, 10 % for the peak.
 The last line is JSON.
 """
 
@@ -21,10 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.shapes import SHAPES
+from benchmarks.small_data import write_model, write_rows
 
 ITEMS, WHOLE = 0.05, 0.10
-BATCH = {"train_batch_size": 16, "num_generations": 8, "per_device_eval_batch_size": 8, "max_prompt_length": 288}
-BATCH |= {"max_completion_length": 96, "per_device_train_batch_size": 8}
+BATCH = {"train_batch_size": 8, "num_generations": 4, "per_device_eval_batch_size": 4, "max_prompt_length": 190}
+BATCH |= {"max_completion_length": 64, "per_device_train_batch_size": 4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "50m-full": ("50m", {}),
     "50m-full-streamed": ("50m", {"student_mode": "streamed"}),
@@ -37,23 +40,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "0.5b-full-streamed": ("0.5b", {"student_mode": "streamed"}),
     "0.5b-lora": ("0.5b", {"use_peft": True}),
 }
-QUESTIONS = ["What is 2+3?", "What is 4+5?", "What is 10+7+1?", "What is 6+6?"]
-
-
-def make_case(shape: str, folder: Path) -> None:
-    """Write a model of random weights with a tokenizer, and data."""
-    import torch
-
-    from trainers.models import make_model, make_tokenizer
-
-    texts = [" ".join(QUESTIONS) + "\nExplain. Solve. system\nuser\nassistant\n"] * 4
-    tags = [f"<|{end}_of_{name}|>" for name in ("explanation", "thought", "solution") for end in ("begin", "end")]
-    tokenizer = make_tokenizer(texts, tags, 400)
-    config = {"model_type": "qwen2", "max_position_embeddings": 1024} | SHAPES[shape]
-    make_model(config, tokenizer, 0, torch.float32, None).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = ({"question": question + " Say why." * 20, "solution": "five " * 10} for question in QUESTIONS * 8)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -66,7 +52,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     from trainers.memory_watch import resident_peak
     from trainers.planning import machine_for, plan_run
 
-    overrides = BATCH | CASES[case][1] | {"max_steps": 3, "report_before_after": False, "save_strategy": "no"}
+    overrides = BATCH | CASES[case][1] | {"max_steps": 2, "report_before_after": False, "save_strategy": "no"}
     overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}
     overrides |= {"student_model": folder / "model", "output_dir": folder / "out", "num_probes": 0, "logging_steps": 1}
     overrides |= {"stop_at_closing_tag": False, "report_to": "none", "device": "cpu", "seed": 0}
@@ -141,7 +127,8 @@ def state_bytes(optimizer: Any) -> int:
 
 def run(case: str, folder: Path) -> dict[str, dict[str, float]]:
     command = [sys.executable, __file__, "--measure", case, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{case} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -160,7 +147,8 @@ def main() -> None:
     print(f"{'case':22} {'item':10} {'planned MiB':>12} {'measured MiB':>13} {'off':>7}")
     for case in arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
-            make_case(CASES[case][0], Path(folder))
+            write_model(Path(folder) / "model", SHAPES[CASES[case][0]], "float32", "cpu")
+            write_rows(Path(folder) / "rows.jsonl", words=21)
             results[case] = run(case, Path(folder))
         for name, row in results[case].items():
             error = row["planned"] / row["measured"] - 1 if row["measured"] else float(bool(row["planned"]))

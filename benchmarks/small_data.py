@@ -1,0 +1,33 @@
+"""Models of random weights and rows without meaning: what a measurement of memory needs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+QUESTIONS = ["What is 2+3?", "What is 4+5?", "What is 10+7+1?", "What is 6+6?"]
+
+
+def write_model(folder: Path, sizes: dict[str, Any], dtype: str, device: str) -> None:
+    """Save a Qwen2 of these sizes with random weights, and a small tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from trainers.models import make_tokenizer
+
+    texts = [" ".join(QUESTIONS) + "\nExplain. Solve. system\nuser\nassistant\n"] * 4
+    tags = [f"<|{end}_of_{name}|>" for name in ("explanation", "thought", "solution") for end in ("begin", "end")]
+    tokenizer = make_tokenizer(texts, tags, 400)
+    arguments = {"max_position_embeddings": 32768} | {k: v for k, v in sizes.items() if k != "model_type"}
+    config = AutoConfig.for_model("qwen2", **arguments)
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(file: Path, words: int, count: int = 64) -> None:
+    """Write questions of so many words; a number keeps each apart from the others."""
+    rows = ({"question": f"{i} {QUESTIONS[i % 4]}" + " say" * words, "solution": "five " * 10} for i in range(count))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
