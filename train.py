@@ -95,8 +95,9 @@ def check(arguments: list[str]) -> None:
 
 def plan(arguments: list[str]) -> bool:
     """Plan the memory of a run, and start nothing. Returns whether it fits."""
-    composed = compose_run("", arguments)
-    return run_plan(load_options(composed, 1, REPO, needs_device=False))
+    options = load_options(compose_run("", arguments), 1, REPO, needs_device=False)
+    asked = any(word.lstrip("+").startswith("vram_gb=") for word in arguments)  # a preset's own yields to a real card
+    return run_plan(options, options.vram_gb if asked else None)
 
 
 if __name__ == "__main__":

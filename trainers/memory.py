@@ -38,11 +38,11 @@ SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 64}
 # workspaces), and each captured graph (26 MiB of a large model, vllm#22897). Not measured here.
 CUDA_CONTEXT = int(0.75 * GIB)
 CUDA_GRAPH = 26 * 2**20
-# Of what comes and goes: blocks that are free but not given back. Not measured on a GPU. On a CPU glibc keeps 15 to 50 %
-# of it, less predictably than can be planned (docs/LOG.md): the plan says what is needed.
+# Of what comes and goes: blocks that are free but not given back. Not measured on a GPU. On a CPU glibc keeps 15 to 50
+# percent of it, less predictably than can be planned (docs/LOG.md): the plan says what is needed.
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
 # The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
-PROCESS = {"cuda": 4 * GIB, "cpu": int(0.72 * GIB)}
+PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}
 MAX_SEQS = 256  # completions that it writes at once, unless set
 
 

@@ -46,10 +46,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     """
     logger.info("batch: %s", batch_plan(options).equation())
     device, dtype = resolve_place(options)
-    mode = frozen_mode(options, "student_model", device) if asks_student(options) else None
-    where = device.type, str(dtype)
-    if faults := device_faults(options, *where, mode) + optimizer_faults(options, *where):
-        raise ConfigError(faults)
+    check_device(options, device, dtype)
     arguments = grpo_config(options, output_dir, dtype)
     own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
@@ -103,14 +100,31 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         processing_class=teacher.tokenizer,
         callbacks=[MetricsWriter(output_dir, timer), Progress()],
     )
+    train_and_report(trainer, options, output_dir)
+    return output_dir
+
+
+def check_device(options: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what this device cannot do.
+
+    Raises:
+        ConfigError: With every fault.
+    """
+    mode = frozen_mode(options, "student_model", device) if asks_student(options) else None
+    where = device.type, str(dtype)
+    if faults := device_faults(options, *where, mode) + optimizer_faults(options, *where):
+        raise ConfigError(faults)
+
+
+def train_and_report(trainer: TeacherGRPOTrainer, options: Any, output_dir: Path) -> None:
+    """Train, save, and tell what changed where that is asked for."""
     trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate() if options.report_before_after else None
     trainer.train()
     trainer.save_model(str(output_dir))
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
-        write_result(output_dir, before, trainer.evaluate(), len(eval_set), reward_names(options))
-    return output_dir
+        write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))
 
 
 def make_judge(options: Any, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
