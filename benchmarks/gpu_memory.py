@@ -3,12 +3,13 @@
     python benchmarks/gpu_memory.py --config teacher_rlt_mono_80gb [key=value ...]
 
 Nothing is downloaded: teacher and student are made here, prompts and completions are as long as they may be. Prints
-planned and measured peak of each phase; the target is 5 %. Without a GPU it says so, and claims nothing.
+planned and measured peak of the phases of a step; the target is 5 %. Without a GPU it says so, and claims nothing.
 The last line is JSON.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.small_data import write_model, write_rows
+from benchmarks.small_data import write_rows
 from trainers.checks import load_options
-from trainers.config import compose_run
+from trainers.config import REPO, compose_run
 from trainers.known_models import KNOWN_MODELS
 from trainers.machine import read_card
-from trainers.memory import GIB
-from trainers.planning import machine_for, plan_run, planned_options
+from trainers.planning import machine_for, plan_run
+from trainers.workload import GIB
 
 TARGET = 0.05
 MEASURED = {"generate": "memory/generate_peak", "score": "memory/score_peak", "update": "memory/step_peak"}
@@ -36,7 +37,11 @@ def compose(config: str, overrides: list[str], folder: Path) -> Any:
         name = composed[key]
         paths[key] = folder / name.replace("/", "--")
         if not paths[key].exists():
-            write_model(paths[key], KNOWN_MODELS[name], "bfloat16", "cuda")
+            # In a process of its own: what it leaves on the card would be taken from the run.
+            code = (
+                f"from benchmarks.small_data import write_model; write_model({str(paths[key])!r}, {KNOWN_MODELS[name]})"
+            )
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
     write_rows(folder / "rows.jsonl", words=composed["max_prompt_length"])
     here = paths | {"dataset_id_or_path": folder / "rows.jsonl", "output_dir": folder / "out", "max_steps": 2}
     here |= {"overlong": "truncate_left", "save_strategy": "no", "report_to": "none", "logging_steps": 1}
@@ -56,11 +61,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         options = compose(arguments.config, arguments.overrides, folder)
-        plan = plan_run(options, machine_for(options)).plan
-        options = planned_options(options)
+        solved = plan_run(options, machine_for(options))
+        plan = solved.plan
         from trainers.rl import run_rl
 
-        run_rl(options, folder / "out")
+        run_rl(solved.options, folder / "out")
         lines = (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     before = card.total - card.free

@@ -35,8 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "0.16b-full": ("0.16b", {}),
     "0.16b-full-streamed": ("0.16b", {"student_mode": "streamed"}),
     "0.16b-lora-streamed": ("0.16b", {"use_peft": True, "student_mode": "streamed"}),
-    "0.16b-bf16-8bit": ("0.16b", {"precision": "bf16", "optim": "adamw_8bit"}),
-    "0.16b-bf16-offload": ("0.16b", {"precision": "bf16", "optim": "cpu_offload"}),
+    "50m-bf16-8bit": ("50m", {"precision": "bf16", "optim": "adamw_8bit"}),
+    "50m-bf16-offload": ("50m", {"precision": "bf16", "optim": "cpu_offload"}),
+    "50m-bf16-lora": ("50m", {"precision": "bf16", "use_peft": True}),
     "0.5b-full-streamed": ("0.5b", {"student_mode": "streamed"}),
     "0.5b-lora": ("0.5b", {"use_peft": True}),
 }
@@ -81,7 +82,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
             result = super().train(*args, **kwargs)
-            found["optimizer"] = state_bytes(self.optimizer)
+            found["optimizer"] = state_bytes(self.optimizer.optimizer)  # accelerate wraps it
             return result
 
     rl.TeacherGRPOTrainer = Watched
@@ -147,7 +148,7 @@ def main() -> None:
     print(f"{'case':22} {'item':10} {'planned MiB':>12} {'measured MiB':>13} {'off':>7}")
     for case in arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder) / "model", SHAPES[CASES[case][0]], "float32", "cpu")
+            write_model(Path(folder) / "model", SHAPES[CASES[case][0]])
             write_rows(Path(folder) / "rows.jsonl", words=21)
             results[case] = run(case, Path(folder))
         for name, row in results[case].items():

@@ -7,8 +7,8 @@ from typing import Any
 QUESTIONS = ["What is 2+3?", "What is 4+5?", "What is 10+7+1?", "What is 6+6?"]
 
 
-def write_model(folder: Path, sizes: dict[str, Any], dtype: str, device: str) -> None:
-    """Save a Qwen2 of these sizes with random weights, and a small tokenizer."""
+def write_model(folder: Path | str, sizes: dict[str, Any]) -> None:
+    """Save a Qwen2 of these sizes with random weights, and a small tokenizer. A GPU makes them faster, in bf16."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,8 +21,9 @@ def write_model(folder: Path, sizes: dict[str, Any], dtype: str, device: str) ->
     config = AutoConfig.for_model("qwen2", **arguments)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

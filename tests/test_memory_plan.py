@@ -10,12 +10,15 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run
 from trainers.errors import ConfigError
 from trainers.machine import Holder, Machine, planned_card
-from trainers.memory import GIB, PHASES
+from trainers.options import options_class
 from trainers.plan_table import plan_text
-from trainers.planning import machine_for, planned_options, shapes_of
-from trainers.solve import SPARE, knobs, micro_batch_choices, nearest_fit, refuse, solve
+from trainers.planning import machine_for, planned_options, run_plan, shapes_of
+from trainers.solve import knobs, micro_batch_choices, nearest_fit, refuse, solve
+from trainers.workload import GIB, PHASES
 
 CARDS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("teacher_rlt_mono*.yaml"))
+NOT_TRAINED = {"score", "rescore", "merge"}
+RUNS = sorted({path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml")} - NOT_TRAINED)
 N = 7_615_616_512
 
 
@@ -68,6 +71,61 @@ def test_weights_gradients_and_states_of_seven_billion_by_hand():
     # Its 32 micro-batches are generated 8 at a time: the second rollout finds gradients.
     assert plan.phases["generate"]["gradients"] == 2 * N
     assert "gradients" not in planned("teacher_rlt_mono_80gb")[0].plan.phases["generate"]
+
+
+def test_buffers_of_a_preset_by_hand():
+    """80 GB: 64 completions of 8192 tokens, prompts of 4096, two texts at a time."""
+    plan = planned("teacher_rlt_mono_80gb")[0].plan
+    assert plan.phases["generate"]["KV cache"] == (64 * (8192 + 64) + 4 * 4096) * 57344
+    assert plan.phases["save"]["clones"] == 2 * N
+    layer = 2 * 3584 * 3584 + 2 * 512 * 3584 + 3584 + 2 * 512 + 3 * 18944 * 3584 + 2 * 3584
+    head = 152064 * 3584
+    assert plan.phases["score"]["streaming buffers"] == 2 * (2 * layer + head)
+    # 262144 tokens of hidden states, and the rotary tables of each text.
+    assert plan.phases["score"]["hidden states"] == 262144 * (3584 + 2 * 128) * 2
+    kept = 28 * 2 * 12288 * 3584 * 2  # the input of each layer
+    work = 2 * 12288 * (14.5 * 18944 + 28 * 3584 + 3.3 * 12288)
+    assert plan.phases["update"]["activations"] == pytest.approx(kept + work, rel=1e-6)
+    states = plan.phases["update"]["optimizer"]
+    assert plan.disk["result"] == 2 * N and plan.disk["checkpoints"] == pytest.approx(2 * (2 * N + states), rel=0.001)
+
+
+def test_what_does_not_give_its_cache_back_keeps_it_while_it_learns():
+    released, kept = (
+        planned("teacher_rlt_mono_80gb", f"weight_bridge={bridge}")[0].plan.phases["update"].get("KV cache", 0)
+        for bridge in ("copy", "restart")
+    )
+    assert released == 0 and kept > 0
+    without = planned("teacher_rlt_mono_80gb", "use_vllm=false", "vllm_gpu_memory_utilization=0.3")[0].plan
+    assert without.phases["generate"]["KV cache"] == 64 * 12288 * 57344  # transformers', of the whole rollout
+    apart = planned("teacher_rlt_mono_80gb", "enable_prefix_caching=false")[0].plan
+    assert apart.phases["generate"]["KV cache"] > released  # each completion holds its own prompt
+
+
+def test_cache_that_was_asked_for_is_what_is_planned_and_given():
+    solved, _ = planned("teacher_rlt_mono_80gb", "kv_cache_gib=2")
+    assert solved.plan.phases["generate"]["KV cache"] == 2 * GIB and solved.options.kv_cache_gib == 2
+    with pytest.raises(ConfigError, match="one sequence of the greatest length takes 0.6"):
+        planned("teacher_rlt_mono_80gb", "kv_cache_gib=0.1")
+
+
+def test_what_is_solved_reaches_the_engine():
+    import torch
+
+    from trainers.engine import engine_arguments
+
+    def arguments(*overrides):
+        solved = planned("teacher_rlt_mono_80gb", *overrides)[0]
+        return engine_arguments(solved.options, "model", torch.device("cuda"), torch.bfloat16), solved
+
+    given, solved = arguments()
+    assert given["kv_cache_memory_bytes"] == solved.plan.phases["generate"]["KV cache"]
+    assert (given["max_num_seqs"], given["max_num_batched_tokens"]) == (64, 8192)
+    given, solved = arguments("vllm_gpu_memory_utilization=0.5")
+    assert "kv_cache_memory_bytes" not in given
+    assert (given["gpu_memory_utilization"], given["max_num_seqs"]) == (0.5, 64)
+    loaded = solved.plan.phases["load"]  # vLLM's share of the card holds what is loaded, its cache included
+    assert sum(loaded.values()) == pytest.approx(0.5 * 80e9, rel=1e-6)
 
 
 def test_copy_bridge_holds_the_weights_twice():
@@ -198,12 +256,30 @@ def test_default_run_is_planned_through_its_warm_ups():
     assert solved.options.kv_cache_gib < 0.1  # 128 sequences of 192 tokens, not the GiB that vLLM takes unasked
 
 
+@pytest.mark.parametrize("run", sorted(set(RUNS) - set(CARDS)))
+def test_every_other_run_that_trains_is_planned(run):
+    options = load_options(compose_run(run), repo=REPO, needs_device=False)
+    if options.device == "cuda":
+        solved, _ = planned(run, gb=80)
+    else:
+        solved = solve(options, *shapes_of(options), Machine(None, 8 * GIB, 8 * GIB, 100 * GIB))
+    assert solved.plan.fits
+    assert set(solved.plan.phases) == (set(PHASES) if options.stage == "rl" else {"load", "update", "save"})
+
+
 def test_sft_is_planned_too():
-    solved, _ = planned("teacher_sft", gb=80)
-    assert set(solved.plan.phases) == {"load", "update", "save"}
-    assert solved.plan.phases["update"]["weights"] == 2 * N
+    assert planned("teacher_sft", gb=80)[0].plan.phases["update"]["weights"] == 2 * N
+    # Without max_length the longest text is the model's.
+    endless = planned("teacher_sft", "max_length=null", gb=80)[0].plan
+    assert endless.total("update") > planned("teacher_sft", gb=80)[0].plan.total("update")
+
+
+@pytest.mark.parametrize("run", ["score", "rescore"])
+def test_what_does_not_train_is_not_planned(run):
+    options = options_class(run)(stage=run)
+    with pytest.raises(ConfigError, match=f"stage='{run}': only the memory of runs that train is planned"):
+        run_plan(options)
 
 
 def test_solver_keeps_its_share_free():
-    assert SPARE == 0.08
     assert planned("teacher_rlt_mono_24gb")[0].plan.spare == pytest.approx(0.08, abs=0.005)  # the KV cache fills up

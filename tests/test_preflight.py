@@ -9,8 +9,9 @@ import pytest
 from conftest import REPO
 
 from trainers import machine, preflight
+from trainers.errors import ConfigError
 from trainers.machine import Card, read_card
-from trainers.memory import GIB
+from trainers.workload import GIB
 
 SCRIPT = [sys.executable, str(REPO / "test_config_85gb.py")]
 
@@ -139,6 +140,7 @@ def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):
     answers = tmp_path / "nvidia-smi"
     answers.write_text(
         "#!/usr/bin/env bash\n"
+        '[[ "$*" == *--id=3 ]] || exit 9\n'
         'case "$*" in\n'
         '  *query-gpu*) echo "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.65.06" ;;\n'
         '  *query-compute-apps*) echo "4711, /usr/bin/python3, 512"; echo "4712, [Not Found], [N/A]" ;;\n'
@@ -146,7 +148,15 @@ def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):
     )
     answers.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    monkeypatch.setattr(machine, "num_cuda_devices", lambda: 1)
     found = read_card()
     assert (found.name, found.total, found.free) == ("NVIDIA H100 80GB HBM3", 81559 * 2**20, 81000 * 2**20)
     assert (found.compute, found.driver) == (9.0, "580.65.06")
     assert [str(holder) for holder in found.holders] == ["pid 4711 (python3) 0.5 GiB"]
+    monkeypatch.setattr(machine, "num_cuda_devices", lambda: 0)
+    assert read_card() is None  # the run would not see it either
+    monkeypatch.setattr(machine, "num_cuda_devices", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match="nvidia-smi failed"):
+        read_card()

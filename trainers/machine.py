@@ -1,11 +1,15 @@
 """The card, the memory and the disk of this machine, found out without importing torch."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from trainers.errors import ConfigError, Fault
+from trainers.hardware import num_cuda_devices
 
 MIB = 2**20
 GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
@@ -72,15 +76,18 @@ def read_machine(folder: Path, vram_gb: float | None = None) -> Machine:
 
 
 def read_card() -> Card | None:
-    """The first GPU as `nvidia-smi` describes it, or None where there is none.
+    """The GPU that this process computes on, as `nvidia-smi` describes it, or None where there is none.
 
     Raises:
-        RuntimeError: If nvidia-smi is there and fails.
+        ConfigError: If it cannot be asked.
     """
-    rows = _nvidia_smi("--query-gpu=name,memory.total,memory.free,compute_cap,driver_version")
-    if not rows:
+    if num_cuda_devices() == 0:
         return None
-    name, total, free, compute, driver = rows[0]
+    name, total, free, compute, driver = _nvidia_smi(
+        "--query-gpu=name,memory.total,memory.free,compute_cap,driver_version"
+    )[0]
+    if not (total.isdigit() and free.isdigit()):  # one that shares the memory of the host
+        raise _unknown(f"nvidia-smi does not tell how much memory {name} has")
     holders = [
         Holder(int(pid), process.rpartition("/")[2], int(used) * MIB)
         for pid, process, used in _nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
@@ -89,11 +96,16 @@ def read_card() -> Card | None:
     return Card(name, int(total) * MIB, int(free) * MIB, float(compute), driver, holders)
 
 
+def _unknown(cause: str) -> ConfigError:
+    return ConfigError(Fault("GPU", ..., cause, "put nvidia-smi right; stage=plan vram_gb=<GB> plans without it"))
+
+
 def _nvidia_smi(query: str) -> list[list[str]]:
     if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0"]
+        raise _unknown("there is no nvidia-smi to ask about its memory")
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # an index or a UUID
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={first}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     if done.returncode:
-        raise RuntimeError(f"nvidia-smi failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise _unknown(f"nvidia-smi failed: {(done.stderr.strip() or done.stdout.strip() or done.returncode)}")
     return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]

@@ -5,6 +5,7 @@ transformers); for any other family transformers builds the model without memory
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -16,6 +17,7 @@ from trainers.known_models import KNOWN_MODELS
 
 Shape = tuple[int, ...]
 
+SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
 # What a config that leaves a key out means, where that is not what Llama's means.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -73,16 +75,17 @@ class ModelShape:
         """`(out, in)` of the linear layers that these target modules name."""
         if targets == "all-linear":
             return self.linear_shapes
-        wanted = {targets} if isinstance(targets, str) else set(targets)
-        inside = {n: s for n, s in self.parameters.items() if n.startswith(self.layer_prefix) and len(s) == 2}
-        return [shape for name, shape in inside.items() if name.split(".")[-2] in wanted]
+        inside = {n.removesuffix(".weight"): s for n, s in self.parameters.items() if len(s) == 2}
+        if isinstance(targets, str):  # as peft: a regular expression for the whole name
+            return [shape for name, shape in inside.items() if re.fullmatch(targets, name)]
+        return [shape for name, shape in inside.items() if any(f".{name}".endswith(f".{t}") for t in targets)]
 
     def kv_bytes(self, itemsize: int) -> int:
         """Bytes of keys and values of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
 
-def read_config(path: str, key: str, trust: bool = False) -> dict[str, Any]:
+def read_config(path: str, key: str) -> dict[str, Any]:
     """The config of a model: a folder's, one that an earlier download left, a well-known model's, or the hub's.
 
     Raises:
@@ -111,7 +114,7 @@ def read_config(path: str, key: str, trust: bool = False) -> dict[str, Any]:
 @cache
 def _shape_of(config_json: str, name: str, trust: bool) -> ModelShape:
     config = json.loads(config_json)
-    if config.get("model_type") in FAMILY_DEFAULTS:
+    if config.get("model_type") in FAMILY_DEFAULTS and SIZES <= config.keys():
         return _known_family(config, name)
     return _from_transformers(config, name, trust)
 

@@ -92,7 +92,7 @@ class ExactStates:
         for i, p in zip(ids, parameters, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
                 is_tensor = isinstance(value, Tensor)
-                self.state[p][name] = value.to(self._home(p), copy=True) if is_tensor else value
+                self.state[p][name] = value.to(self._home(p)) if is_tensor else value
 
 
 class MasterAdamW(ExactStates, Optimizer):

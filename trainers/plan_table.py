@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers.machine import Machine
-from trainers.memory import GIB, Plan
 from trainers.solve import Change, Solved
+from trainers.workload import GIB, Plan
 
 WIDTH = 40  # of a bar that fills the memory
 DECIDED = (

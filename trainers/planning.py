@@ -7,11 +7,12 @@ from typing import Any
 from trainers.adapter_files import base_of
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine, read_machine
-from trainers.memory import GIB, asked_student
 from trainers.model_shapes import ModelShape, model_shape, read_config
 from trainers.plan_table import knobs_text, plan_text
+from trainers.reward_specs import asked_student
 from trainers.solve import Solved, device_of, knobs, nearest_fit, refuse, solve
 from trainers.warmup import warmup_options
+from trainers.workload import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,17 @@ def machine_for(options: Any, vram_gb: float | None = None) -> Machine:
     if machine.card is None and wants is not None and device_of(options, machine) == "cuda":
         return read_machine(folder, wants)
     return machine
+
+
+def check_planned(options: Any) -> None:
+    """Only what trains is planned.
+
+    Raises:
+        ConfigError: If the stage does not.
+    """
+    if options.stage not in ("rl", "sft"):
+        cause = "only the memory of runs that train is planned"
+        raise ConfigError(Fault("stage", options.stage, cause, "name a run with stage=rl or stage=sft"))
 
 
 def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
@@ -70,7 +82,7 @@ def planned_options(options: Any, devices: int = 1) -> Any:
     machine = machine_for(options)
     teacher, student = shapes_of(options)
     solved = solve(options, teacher, student, machine, devices)
-    logger.info("%s", plan_text(solved, machine))
+    logger.info("%s", plan_text(solved, machine, full=solved.plan.work.device == "cuda"))
     faults = room_faults(solved, machine)
     if not solved.plan.fits:
         faults = refuse(solved, nearest_fit(options, teacher, student, machine)).faults + faults
@@ -84,8 +96,11 @@ def planned_options(options: Any, devices: int = 1) -> Any:
 def room_faults(solved: Solved, machine: Machine) -> list[Fault]:
     """What does not fit into host memory or onto the disk."""
     faults = []
-    host, disk = sum(solved.plan.host.values()), sum(solved.plan.disk.values())
-    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in solved.plan.host.items())
+    items = dict(solved.plan.host)
+    if solved.plan.work.student_mode == "streamed" and items.get("student", 0) > 0.8 * machine.host_free:
+        del items["student"]  # read from disk at every pass (weight_files.fits_in_memory)
+    host, disk = sum(items.values()), sum(solved.plan.disk.values())
+    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in items.items())
     if host > machine.host_free:
         cause = f"it needs {host / GIB:.1f} GiB ({needs}) and {machine.host_free / GIB:.1f} GiB are free"
         faults.append(Fault("host memory", ..., cause, _host_remedy(solved)))
@@ -108,6 +123,7 @@ def run_plan(options: Any, vram_gb: float | None = None) -> bool:
     Returns:
         Whether it fits.
     """
+    check_planned(options)
     machine = machine_for(options, vram_gb)
     teacher, student = shapes_of(options)
     solved = solve(options, teacher, student, machine)

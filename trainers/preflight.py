@@ -14,9 +14,10 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run
 from trainers.errors import ConfigError
 from trainers.machine import GB, Machine
-from trainers.memory import GIB, asked_student
-from trainers.planning import machine_for, room_faults, shapes_of
+from trainers.planning import check_planned, machine_for, room_faults, shapes_of
+from trainers.reward_specs import asked_student
 from trainers.solve import Solved, device_of, nearest_fit, refuse, solve
+from trainers.workload import GIB
 
 Level = Literal["error", "warning", "ok"]
 CUDA_DRIVER = 580  # the first driver branch for CUDA 13, which the lock is built for
@@ -72,6 +73,7 @@ def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> P
     findings = [_presets(), *_packages(), _python()]
     try:
         options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
+        check_planned(options)
         teacher, student = shapes_of(options)
         machine = machine_for(options, vram_gb)
         findings += _card(options, machine, vram_gb)

@@ -42,6 +42,11 @@ def asks_student(options: Any) -> bool:
     return options.stage != "rl" or any(name in OF_STUDENT for name in options.reward_funcs if isinstance(name, str))
 
 
+def asked_student(options: Any) -> bool:
+    """Whether a student is loaded at all."""
+    return options.stage == "rl" and asks_student(options)
+
+
 def model_keys(options: Any) -> tuple[str, ...]:
     """The options that name the models which this run loads."""
     return ("model_name_or_path", "student_model") if asks_student(options) else ("model_name_or_path",)

@@ -13,9 +13,11 @@ from trainers.batch import batch_plan, micro_batch_choices
 from trainers.engine_specs import CPU_KV_CACHE
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine
-from trainers.memory import GIB, Plan, Workload, asked_student, kv_least, kv_needed, make_plan, max_num_seqs
+from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
 from trainers.model_shapes import ModelShape
 from trainers.optim_specs import TORCH_DTYPES, optimizer_name
+from trainers.reward_specs import asked_student
+from trainers.workload import GIB, Plan, Workload
 
 SPARE = 0.08  # of the memory: what the solver keeps free
 MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
@@ -70,10 +72,11 @@ def solve(options: Any, teacher: ModelShape, student: ModelShape | None, machine
     """
     available = available_memory(options, machine)
     budget = int(available * (1 - SPARE))
+    total = machine.card.total if machine.card is not None else available
     last = None
     for enough in (0.25, 0.0):  # a KV cache too small for a quarter of the completions is the last resort
         for work in _candidates(options, teacher, student, machine, devices):
-            last = _with_cache(work, budget, available, enough)
+            last = _with_cache(work, budget, available, total, enough)
             if last.plan.peak <= budget:
                 return last
     assert last is not None, "there is always a candidate"
@@ -113,6 +116,8 @@ def _optimizers(options: Any, precision: str, device: str) -> list[str]:
 def _student_modes(options: Any, device: str) -> list[str]:
     if options.student_quantization and options.student_mode == "auto":
         return ["resident"]
+    if options.overlap_scoring and options.student_mode == "auto":
+        return ["resident"]  # a streamed student reads a whole batch at once
     offload = options.offload_untrained_models and not options.disable_student_offloading
     return _modes(options, options.student_mode, device, offload)
 
@@ -128,7 +133,8 @@ def _modes(options: Any, mode: str, device: str, offload: bool) -> list[str]:
 def _micro_batches(options: Any, devices: int) -> list[int]:
     if options.per_device_train_batch_size != "auto":
         return [options.per_device_train_batch_size]
-    length = options.max_prompt_length + options.max_completion_length if options.stage == "rl" else options.max_length
+    length = options.max_prompt_length
+    length = length + options.max_completion_length if options.stage == "rl" else options.max_length or length
     legal = micro_batch_choices(options, devices)
     assert legal, "an illegal batch is told before"
     return [n for n in legal if n * length <= MOST_TOKENS] or legal[-1:]
@@ -141,28 +147,33 @@ def _tokens_per_pass(options: Any, device: str) -> list[int]:
     return list(TOKENS_PER_PASS) if device == "cuda" else [CPU_TOKENS_PER_PASS]
 
 
-def _with_cache(work: Workload, budget: int, available: int, enough: float) -> Solved:
+def _with_cache(work: Workload, budget: int, available: int, total: int, enough: float) -> Solved:
     """Give the engine what the completions need, or what is left; as much as was asked for, where it was."""
     options = work.options
-    if options.stage != "rl" or not options.use_vllm:
+    if not work.has_engine:
         return Solved(options, make_plan(work, available))
     need = kv_needed(options, work.teacher, work.itemsize, work.device)
     least = kv_least(options, work.teacher, work.itemsize)
-    empty = make_plan(work, available)
+    solves = options.vllm_gpu_memory_utilization == "auto"
     if options.kv_cache_gib is not None:
         size = int(options.kv_cache_gib * GIB)
-    elif options.vllm_gpu_memory_utilization != "auto" and work.device == "cpu":
+        if size < least:
+            cause = f"one sequence of the greatest length takes {least / GIB:.3g} GiB"
+            raise ConfigError(Fault("kv_cache_gib", options.kv_cache_gib, cause, f"kv_cache_gib={least / GIB:.3g}"))
+    elif solves:
+        empty = make_plan(work, available)
+        room = budget - max(empty.total("generate"), empty.total("load"))
+        size = max(min(need, room), least, int(enough * need))
+    elif work.device == "cpu":
         size = CPU_KV_CACHE
-    elif options.vllm_gpu_memory_utilization != "auto":
-        taken = sum(size for name, size in empty.phases["load"].items() if name not in ("student", "reference"))
-        size = int(options.vllm_gpu_memory_utilization * available) - taken
-    else:
-        size = min(need, budget - max(empty.total("generate"), empty.total("load")))
-    size = max(size, least, int(enough * need) if options.vllm_gpu_memory_utilization == "auto" else 0)
-    work = replace(work, kv_cache=size)
-    if options.vllm_gpu_memory_utilization == "auto":
-        update = {"kv_cache_gib": size / GIB, "max_num_seqs": max_num_seqs(options)}
-        work = replace(work, options=options.model_copy(update=update))
+    else:  # as vLLM: a share of the whole card, less what it finds taken
+        loaded = make_plan(work, available).phases["load"]
+        taken = sum(size for name, size in loaded.items() if name not in ("student", "reference"))
+        size = max(int(options.vllm_gpu_memory_utilization * total) - taken, least)
+    update: dict[str, Any] = {"max_num_seqs": max_num_seqs(options)}
+    if solves:
+        update["kv_cache_gib"] = size / GIB
+    work = replace(work, kv_cache=size, options=options.model_copy(update=update))
     return Solved(work.options, make_plan(work, available))
 
 
@@ -180,6 +191,7 @@ FRUGAL: tuple[dict[str, Any], ...] = (
     {"optim": "cpu_offload"},
     {"max_completion_length": 0.5},
     {"max_prompt_length": 0.5},
+    {"max_length": 0.5},
     {"use_peft": True, "optim": "auto", "sync_ref_model": False, "reference_mode": "auto", "weight_bridge": None},
 )
 
@@ -225,12 +237,7 @@ def knobs(options: Any, teacher: ModelShape, student: ModelShape | None, machine
     """Each single change that takes another amount of memory, with the plan it leads to."""
     changes = []
     now = solve(options, teacher, student, machine).plan.peak
-    for knob in (
-        *FRUGAL,
-        {"max_completion_length": 2.0},
-        {"student_mode": "resident"},
-        {"beta": 0.0, "sync_ref_model": False},
-    ):
+    for knob in (*FRUGAL, *OTHERS):
         settings = _changed(options, knob)
         if settings and _applies(options, settings, machine):
             change = Change(settings, solve(options.model_copy(update=settings), teacher, student, machine))
@@ -241,6 +248,8 @@ def knobs(options: Any, teacher: ModelShape, student: ModelShape | None, machine
 
 def _applies(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
     """Whether a change makes sense with the rest of the options."""
+    if settings.keys() & {"max_prompt_length"} and options.stage == "sft":
+        return False  # max_length is what counts
     device, adapters = device_of(options, machine), getattr(options, "use_peft", False)
     if settings.get("optim") in ("adamw_8bit", "cpu_offload"):
         return not adapters and precision_of(options, machine) == "bf16"

@@ -198,6 +198,11 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
         if model is self.ref_model is not None:
             logps = completion_logps(model, input_ids, attention_mask, logits_to_keep)
             return logps.to(self.accelerator.device), None, None
+        if not args and not self.model.training:
+            # An evaluation's batch is larger than a micro-batch, and memory is planned for the latter.
+            kwargs["batch_size"] = min(
+                kwargs.get("batch_size") or len(input_ids), self.args.per_device_train_batch_size
+            )
         result = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )

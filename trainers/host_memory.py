@@ -1,0 +1,40 @@
+"""Host memory and disk of a run, as the plan of memory counts them."""
+
+from trainers.workload import GIB, Workload
+
+# The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
+PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}
+
+
+def host_memory(work: Workload) -> dict[str, int]:
+    """Bytes in host memory by item; on a CPU beside what the phases hold."""
+    size = work.itemsize
+    host = {"process": PROCESS[work.device]}
+    host["optimizer on the host"] = work.optimizer_bytes.host
+    on_gpu = work.device == "cuda"
+    if on_gpu and work.student_mode in ("cpu", "streamed"):  # on a CPU a streamed student stays on disk
+        host["student"] = work.student.num_parameters * size
+    written = work.reference_mode == "streamed" and getattr(work.options, "sync_ref_model", False)
+    if written or (on_gpu and work.reference_mode in ("cpu", "streamed")):
+        host["reference"] = work.teacher.num_parameters * size
+    if on_gpu:
+        reading = work.teacher.num_parameters * size
+        later = sum(host.get(name, 0) for name in ("student", "reference", "optimizer on the host"))
+        host["reading the teacher"] = max(0, reading - later)  # gone before these come
+        if getattr(work.options, "activation_offloading", False):
+            tokens = work.micro_batch * work.length
+            host["activations"] = tokens * work.teacher.hidden * size * work.teacher.num_layers
+    elif work.bridge in ("shared", "lora"):
+        host["reading the teacher"] = work.teacher.num_parameters * size  # beside the engine's, until it is shared
+    return {name: bytes_ for name, bytes_ in host.items() if bytes_ >= 2**20}
+
+
+def disk_space(work: Workload) -> dict[str, int]:
+    """Checkpoints that are kept, one more while it is written, and the result."""
+    o = work.options
+    weights, optimizer = work.trained_bytes, work.optimizer_bytes
+    states = 0 if o.save_only_model else optimizer.device + optimizer.host
+    # Without a limit all stay; how many there will be is known only where steps are counted.
+    saved = o.max_steps // o.save_steps if o.save_strategy == "steps" and o.max_steps > 0 and o.save_steps >= 1 else 1
+    number = 0 if o.save_strategy == "no" else (o.save_total_limit or int(saved)) + 1
+    return {"checkpoints": number * (weights + states), "result": weights}

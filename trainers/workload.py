@@ -1,0 +1,133 @@
+"""What a plan of memory is made of: the work, and the bytes of its phases."""
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from trainers.engine_specs import bridge_name
+from trainers.model_shapes import ModelShape
+from trainers.optim_specs import OptimizerBytes, optimizer_bytes
+
+GIB = 2**30
+PHASES = ("load", "generate", "score", "update", "save")
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is planned: the options, with every `auto` in them decided, and the models' sizes.
+
+    Args:
+        device: cuda or cpu.
+        precision: fp32, bf16 or fp16.
+        optimizer: By name.
+        student_mode: resident, streamed or cpu; None where no student is asked.
+        reference_mode: The same for the reference of beta; None without one.
+        kv_cache: Bytes.
+    """
+
+    options: Any
+    teacher: ModelShape
+    student: ModelShape | None
+    device: str
+    precision: str
+    optimizer: str
+    student_mode: str | None
+    reference_mode: str | None
+    kv_cache: int
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.precision]
+
+    @property
+    def is_rl(self) -> bool:
+        return self.options.stage == "rl"
+
+    @property
+    def use_peft(self) -> bool:
+        return bool(getattr(self.options, "use_peft", False))
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        o = self.options
+        if self.is_rl:
+            return o.max_prompt_length + o.max_completion_length
+        return o.max_length or self.teacher.max_positions
+
+    @property
+    def has_engine(self) -> bool:
+        o = self.options
+        return self.is_rl and o.use_vllm and o.replay_rollouts is None
+
+    @property
+    def bridge(self) -> str | None:
+        """The weight bridge, if an engine is there to be bridged to."""
+        return bridge_name(self.options) if self.has_engine else None
+
+    @property
+    def micro_batch(self) -> int:
+        return self.options.per_device_train_batch_size
+
+    @property
+    def accumulates(self) -> bool:
+        return self.options.train_batch_size > self.micro_batch
+
+    def adapter_shapes(self, rank: int | None = None) -> list[tuple[int, ...]]:
+        rank = rank or self.options.lora_r
+        linears = self.teacher.linears(self.options.lora_target_modules)
+        return [shape for out, inner in linears for shape in ((rank, inner), (out, rank))]
+
+    def trained_shapes(self) -> list[tuple[int, ...]]:
+        return self.adapter_shapes() if self.use_peft else list(self.teacher.parameters.values())
+
+    @property
+    def trained_itemsize(self) -> int:
+        return 4 if self.use_peft else self.itemsize  # adapters are fp32
+
+    @property
+    def trained_bytes(self) -> int:
+        return self.trained_itemsize * sum(map(prod, self.trained_shapes()))
+
+    @property
+    def optimizer_bytes(self) -> OptimizerBytes:
+        return optimizer_bytes(self.optimizer, self.trained_shapes(), self.trained_itemsize)
+
+
+@dataclass
+class Plan:
+    """Bytes per phase and item.
+
+    Attributes:
+        phases: Of the device; what a phase holds adds up to its peak.
+        host: Of host memory, at its peak; on a CPU the device is the host, and this is empty.
+        disk: What a run leaves at most at one time.
+        available: Bytes of the device that are free for it.
+    """
+
+    work: Workload
+    available: int
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        return self.total(self.peak_phase)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.available
+
+    @property
+    def spare(self) -> float:
+        """Share of the available memory that stays free at the peak; negative where it does not fit."""
+        return 1 - self.peak / self.available
