@@ -20,6 +20,8 @@ from trainers.workload import GIB, Plan, Workload
 # differentiated, `kept` where nothing is computed again (no gradient checkpointing).
 LAYER_PEAK = {4: (24, 41, 5.5), 2: (14.5, 28, 3.3)}
 LAYER_KEPT = {4: (16, 44), 2: (8, 26)}
+# What other families add to the hidden width's share at the peak: further norms, and casts around them.
+FAMILY_PEAK = {"qwen3": {4: 12, 2: 9}, "phi3": {4: 4, 2: 2}, "gemma2": {4: 24, 2: 30}, "gemma3_text": {4: 36, 2: 42}}
 # With adapters, whose inputs are cast to fp32 and back; the last is for each rank.
 LORA_PEAK = {4: (24, 32.5, 5.5, 24), 2: (14.1, 38.5, 3.3, 28.5)}
 LORA_KEPT = {4: (16, 37, 21), 2: (8, 30.5, 18)}
@@ -240,6 +242,7 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     checkpointing = o.gradient_checkpointing is not False
     inner, hidden, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
     ranks = rank[0] * o.lora_r if rank else 0
+    hidden += FAMILY_PEAK.get(teacher.model_type, {}).get(size, 0)
     layer = int(tokens * (inner * teacher.intermediate + hidden * teacher.hidden + mask * work.length + ranks))
     inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
     whole = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * o.lora_r if rank else 0)
