@@ -128,7 +128,7 @@ def adapter_run(model_dir, rows_file, tmp_path_factory):
 def sft_run(out, rows_file, **values):
     seen = []
 
-    class Watched(SFTTrainer):
+    class Watched(sft.WarmupTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             seen.append(self)
@@ -140,7 +140,7 @@ def sft_run(out, rows_file, **values):
 
     chosen = {"dataset_id_or_path": str(rows_file), "max_steps": 2, "save_strategy": "no", "learning_rate": 1e-2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "SFTTrainer", Watched)
+        patch.setattr(sft, "WarmupTrainer", Watched)
         chosen = options(**chosen, **values)
         path = chosen.model_name_or_path
         return run_sft(chosen, out, path), seen[0]

@@ -112,7 +112,7 @@ def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(
     chosen = {"use_peft": True, "beta": 0.1, "gradient_checkpointing": True, "learning_rate": 3e-3, "max_steps": 3}
     chosen["activation_offloading"] = True
     adapter = open_adapter("k", str(adapter_dir))
-    trainer = make_trainer(renderer, model_dir, tmp_path / "out", [Watch()], adapter, **chosen)
+    trainer = make_trainer(renderer, model_dir, tmp_path / "out", [Watch()], adapter=adapter, **chosen)
     try:
         layer = trainer.model.get_base_model().model.layers[0]
         assert trainer.ref_model is None
