@@ -135,6 +135,17 @@ def test_wandb_without_an_account_fails(monkeypatch, tmp_path):
     assert levels(preflight.preflight("teacher_rlt_tiny", ["report_to=wandb"]).findings, "wandb") == ["ok"]
 
 
+def test_card_without_nvidia_smi_is_known_by_its_driver(monkeypatch):
+    """What the driver says is made up: there is none here."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(machine, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(machine, "cuda_device", lambda: ("NVIDIA L4", 24 * 10**9, 8.9))
+    found = read_card()
+    assert (found.total, found.free, found.compute) == (24 * 10**9, 24 * 10**9, 8.9)
+    findings = preflight.preflight("teacher_rlt_mono_24gb", []).findings
+    assert "warning" in levels(findings, "CUDA") and levels(findings, "memory") == ["ok"]
+
+
 def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):
     """A stand-in for nvidia-smi, whose answers have the form of the real one's: there is no card here."""
     answers = tmp_path / "nvidia-smi"

@@ -4,7 +4,6 @@ import textwrap
 
 from trainers.config import CONFIG_DIR
 from trainers.options import (
-    DERIVED,
     BaseOptions,
     CommonOptions,
     FormulaOptions,
@@ -17,6 +16,7 @@ from trainers.options import (
     SFTOptions,
     TrainOptions,
 )
+from trainers.trl_choices import DERIVED, TRL_AUTO
 from trainers.trl_options import trl_options
 
 SECTIONS = (
@@ -54,6 +54,7 @@ def print_help(usage: str) -> None:
     trl = (("grpo", RLOptions, "GRPOConfig (stage=rl)"), ("sft", SFTOptions, "SFTConfig (stage=sft)"))
     for kind, cls, title in trl:
         names = sorted(set(trl_options(kind)) - set(cls.model_fields) - set(DERIVED))
-        listed = ", ".join(f"{name}={trl_options(kind)[name].default}" for name in names)
+        auto = {name: " (or auto)" for name in TRL_AUTO}
+        listed = ", ".join(f"{name}={trl_options(kind)[name].default}{auto.get(name, '')}" for name in names)
         print(f"\nOptions of TRL's {title}, with TRL's defaults (TRL documents them):")
         print(textwrap.fill(listed, 116, initial_indent="  ", subsequent_indent="  "))

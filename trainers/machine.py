@@ -1,5 +1,6 @@
 """The card, the memory and the disk of this machine, found out without importing torch."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 import psutil
 
 from trainers.errors import ConfigError, Fault
-from trainers.hardware import num_cuda_devices
+from trainers.hardware import cuda_device, num_cuda_devices
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
@@ -83,6 +86,10 @@ def read_card() -> Card | None:
     """
     if num_cuda_devices() == 0:
         return None
+    if shutil.which("nvidia-smi") is None:  # as in a container with the driver alone
+        name, size, capability = cuda_device()
+        logger.warning("there is no nvidia-smi: all %.1f GiB of %s are taken to be free", size / 2**30, name)
+        return Card(name, size, size, capability)
     name, total, free, compute, driver = _nvidia_smi(
         "--query-gpu=name,memory.total,memory.free,compute_cap,driver_version"
     )[0]
@@ -101,8 +108,6 @@ def _unknown(cause: str) -> ConfigError:
 
 
 def _nvidia_smi(query: str) -> list[list[str]]:
-    if shutil.which("nvidia-smi") is None:
-        raise _unknown("there is no nvidia-smi to ask about its memory")
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # an index or a UUID
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={first}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -159,7 +159,10 @@ def _card(options: Any, machine: Machine, vram_gb: float | None) -> list[Finding
         message = f"planned for {card.name}, which is not this machine's: CUDA, memory and disk here are not judged"
         return [Finding("GPU", "warning", message)]
     findings = [Finding("GPU", "ok", f"{card.name}, {card.total / GB:.1f} GB, compute capability {card.compute}")]
-    if int(card.driver.partition(".")[0] or 0) < CUDA_DRIVER:
+    if not card.driver:
+        remedy = f"CUDA 13 needs {CUDA_DRIVER} or newer"
+        findings.append(Finding("CUDA", "warning", "without nvidia-smi the driver's version is unknown", remedy))
+    elif int(card.driver.partition(".")[0]) < CUDA_DRIVER:
         message = f"driver {card.driver} is older than {CUDA_DRIVER}, which CUDA 13 needs"
         findings.append(Finding("CUDA", "error", message, "update the NVIDIA driver"))
     else:

@@ -13,6 +13,7 @@ from trainers.batch import batch_plan
 from trainers.engine import Engine
 from trainers.engine_specs import device_faults
 from trainers.errors import ConfigError, Fault
+from trainers.frozen import FrozenModel
 from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer, tokens_per_pass
 from trainers.memory_watch import MemoryWatch
 from trainers.merge import whole_model
@@ -78,10 +79,6 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         judge = make_judge(options, scorer, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
         probes = Probes(judge.scorer, options.num_probes, tokens_per_pass(options))
-    reference, sync = None, arguments.sync_ref_model
-    if arguments.beta and not options.use_peft:
-        key, temperature = "model_name_or_path", arguments.temperature
-        reference = load_frozen(options, start.path, key, device, dtype, temperature, writable=sync)
     timer = PhaseTimer(MemoryWatch(device))
     trainer = TeacherGRPOTrainer(
         options=options,
@@ -90,7 +87,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         model=model,
         reward_funcs=make_reward_funcs(options, teacher, judge, own),
         args=arguments,
-        reference=reference,
+        reference=load_reference(options, arguments, start.path, device, dtype),
         probes=probes,
         engine=engine,
         sentinel=sentinel,
@@ -114,6 +111,16 @@ def check_device(options: Any, device: torch.device, dtype: torch.dtype) -> None
     where = device.type, str(dtype)
     if faults := device_faults(options, *where, mode) + optimizer_faults(options, *where):
         raise ConfigError(faults)
+
+
+def load_reference(
+    options: Any, arguments: GRPOConfig, path: str, device: torch.device, dtype: torch.dtype
+) -> FrozenModel | None:
+    """The teacher as it was, where `beta` asks for it and it is not the model without its adapters."""
+    if not arguments.beta or options.use_peft:
+        return None
+    key, sync = "model_name_or_path", arguments.sync_ref_model
+    return load_frozen(options, path, key, device, dtype, arguments.temperature, writable=sync)
 
 
 def train_and_report(trainer: TeacherGRPOTrainer, options: Any, output_dir: Path) -> None:
