@@ -6,9 +6,11 @@ As in the `config.json` of each on the hub, reduced to what decides its size.
 from typing import Any
 
 
-def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
+def qwen2_sizes(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool = False
+) -> dict[str, Any]:
+    """What a Qwen2Config is told."""
     return {
-        "model_type": "qwen2",
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -16,8 +18,11 @@ def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voca
         "num_key_value_heads": kv_heads,
         "vocab_size": vocab,
         "tie_word_embeddings": tied,
-        "max_position_embeddings": 32768,
     }
+
+
+def _qwen2(*sizes: Any) -> dict[str, Any]:
+    return {"model_type": "qwen2", "max_position_embeddings": 32768} | qwen2_sizes(*sizes)
 
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
