@@ -70,7 +70,15 @@ def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> P
         overrides: `key=value` words.
         vram_gb: Plan for a card of so many GB that need not be here; None for the one that is.
     """
-    findings = [_presets(), *_packages(), _python()]
+    with get_context("fork").Pool() as pool:  # Hydra takes a tenth of a second for each preset
+        presets = pool.map_async(_preset_fault, _runs(), chunksize=1)
+        found = _look(run, overrides, vram_gb)
+        found.findings.insert(0, _presets(presets.get()))
+    return found
+
+
+def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
+    findings = [*_packages(), _python()]
     try:
         options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
         check_planned(options)
@@ -91,15 +99,16 @@ def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> P
     return Preflight(findings, solved, machine)
 
 
-def _presets() -> Finding:
-    """Every run configuration composes and is valid."""
+def _runs() -> list[str]:
     needs = {"score", "rescore", "merge"}  # these ask for what only the command line can give
-    runs = sorted({path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml")} - needs)
-    with get_context("fork").Pool() as pool:  # Hydra takes a tenth of a second for each
-        broken = [fault for fault in pool.map(_preset_fault, runs, chunksize=1) if fault]
-    if broken:
+    return sorted({path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml")} - needs)
+
+
+def _presets(faults: list[str | None]) -> Finding:
+    """Whether every run configuration composes and is valid."""
+    if broken := [fault for fault in faults if fault]:
         return Finding("presets", "error", "; ".join(broken), "correct these files of cfgs/")
-    return Finding("presets", "ok", f"all {len(runs)} compose and are valid")
+    return Finding("presets", "ok", f"all {len(faults)} compose and are valid")
 
 
 def _preset_fault(run: str) -> str | None:
