@@ -101,6 +101,12 @@ def test_run_obeys_its_overrides(first_run):
     assert max(line["step"] for line in lines(out)) == 3
 
 
+def test_run_begins_with_its_plan_of_memory(first_run):
+    out, printed = first_run
+    assert "Memory plan: " in printed and "<- peak" in printed
+    assert "Memory plan: " in (out / "training.log").read_text()
+
+
 def test_result_has_every_figure_before_and_after(first_run):
     out, printed = first_run
     result = json.loads((out / "result.json").read_text())

@@ -105,6 +105,9 @@ def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REP
     base.setLevel(logging.DEBUG if debug else logging.INFO)
     for handler in (log_file, terminal):
         base.addHandler(handler)
+    for name, ours in logging.root.manager.loggerDict.items():
+        if name.startswith("trainers.") and isinstance(ours, logging.Logger):
+            ours.disabled = False  # Hydra, setting up its own logging, disables those that exist already
     for name in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)

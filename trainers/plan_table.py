@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers.machine import Machine
+from trainers.model_shapes import ModelShape
 from trainers.solve import Change, Solved
 from trainers.workload import GIB, Plan
 
@@ -41,9 +42,9 @@ def _heading(plan: Plan, machine: Machine) -> str:
     work = plan.work
     name = work.teacher.name or work.teacher.model_type
     method = f"LoRA of rank {work.options.lora_r}" if work.use_peft else "all weights"
-    lines = [f"Memory plan: {name} ({work.teacher.num_parameters / 1e9:.3g}B), {method}, {work.precision}"]
+    lines = [f"Memory plan: {name} ({_parameters(work.teacher)}), {method}, {work.precision}"]
     if work.student is not None:
-        lines[0] += f"; student {work.student.name} ({work.student.num_parameters / 1e9:.3g}B) {work.student_mode}"
+        lines[0] += f"; student {work.student.name} ({_parameters(work.student)}) {work.student_mode}"
     if work.device == "cuda":
         card = machine.card
         lines.append(f"  on {card.name}: {card.free / GIB:.1f} of {card.total / GIB:.1f} GiB free")
@@ -51,6 +52,11 @@ def _heading(plan: Plan, machine: Machine) -> str:
     else:
         lines.append(f"  on the CPU: {machine.host_free / GIB:.1f} of {machine.host_total / GIB:.1f} GiB free")
     return "\n".join(lines)
+
+
+def _parameters(shape: ModelShape) -> str:
+    count = shape.num_parameters
+    return f"{count / 1e9:.3g}B" if count >= 1e8 else f"{count / 1e6:.3g}M"
 
 
 def _phase_table(plan: Plan, full: bool) -> Table:
