@@ -128,6 +128,21 @@ def test_what_is_solved_reaches_the_engine():
     assert sum(loaded.values()) == pytest.approx(0.5 * 80e9, rel=1e-6)
 
 
+def test_sizes_that_the_plan_counts_on_are_those_that_are_used():
+    """They are written down twice, since a plan imports neither torch nor vLLM."""
+    from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    from trainers import frozen, judges, memory, solve
+    from trainers.bridges import lora_ranks
+
+    assert (memory.MICRO_TOKENS, memory.SCORE_HEAD_TOKENS) == (frozen.MICRO_TOKENS, frozen.HEAD_TOKENS)
+    assert (memory.HEAD_TOKENS, memory.HEAD_WIDTH) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert solve.CPU_TOKENS_PER_PASS == judges.TOKENS_PER_PASS
+    for rank in (1, 5, 16, 300):
+        assert memory._vllm_rank(rank) == next(r for r in lora_ranks() if r >= rank)
+
+
 def test_copy_bridge_holds_the_weights_twice():
     once, twice = (
         planned("teacher_rlt_mono_85gb", f"weight_bridge={bridge}")[0]

@@ -18,12 +18,11 @@ def _trains_fp32(options: Any, dtype: str) -> bool:
     return dtype == "torch.float32" or bool(getattr(options, "use_peft", False))  # adapters are fp32
 
 
-def optimizer_name(options: Any, dtype: str, device: str) -> str:
+def optimizer_name(options: Any, dtype: str) -> str:
     """The optimizer that `optim` means for these weights.
 
     Args:
         dtype: Of the model's weights, as in `torch.float32`.
-        device: cuda or cpu.
     """
     if options.optim != "auto":
         return options.optim

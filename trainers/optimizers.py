@@ -77,6 +77,14 @@ def _adamw_8bit(groups: Callable[..., list[dict[str, Any]]], adam: dict[str, Any
     return parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
 
 
+def _loss(closure: Callable[[], Any] | None) -> Any:
+    """What a step's closure computes, with gradients, if there is one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class ExactStates:
     """States are loaded as they were saved; torch's own loading would round them to the weights' type."""
 
@@ -124,10 +132,7 @@ class MasterAdamW(ExactStates, Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As every optimizer's."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss(closure)
         held = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for _, p in held:
             if not self.state[p]:
@@ -289,10 +294,7 @@ class CombinedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As every optimizer's."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss(closure)
         for part in self.parts:
             part.step()
         return loss
@@ -340,6 +342,6 @@ class OwnOptimizer:
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """As transformers': called when training begins, so after the engine took over the weights."""
         if self.optimizer is None:
-            name = optimizer_name(self.options, str(self.model.dtype), self.args.device.type)
+            name = optimizer_name(self.options, str(self.model.dtype))
             self.optimizer = make_optimizer(self.model, name, self.args)
         return self.optimizer

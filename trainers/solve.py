@@ -109,7 +109,7 @@ def _candidates(
 
 
 def _optimizers(options: Any, precision: str, device: str) -> list[str]:
-    name = optimizer_name(options, TORCH_DTYPES[precision], device)
+    name = optimizer_name(options, TORCH_DTYPES[precision])
     return [name, "cpu_offload"] if options.optim == "auto" and name == "adamw_8bit" and device == "cuda" else [name]
 
 
