@@ -1,0 +1,315 @@
+"""The ways of training that `benchmarks/bridges.py` compares: this project's trainer with each bridge, and TRL's."""
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.formats import TAG_FORMATS
+from data.render import Renderer
+from trainers.models import make_model, make_tokenizer
+
+OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
+THEIRS = ("trl", "trl-fastest", "trl-lora")
+READY = "ready for a step"
+TAGS = TAG_FORMATS["stratos"].with_prompts("Explain.", "Solve.")
+ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a way works with.
+
+    Attributes:
+        folder: The model's.
+        out: What it may write to.
+        arguments: Sizes of the work (benchmarks/bridges.py).
+        device, dtype: Where and in which type it computes.
+    """
+
+    folder: str
+    out: str
+    arguments: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+
+
+def place() -> tuple[torch.device, torch.dtype]:
+    """The GPU and bf16, or the CPU and fp32."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def by_parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that costs nothing and differs within a group."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+class Clock:
+    """Seconds by phase, of functions that it wraps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.inside = device, False
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.steps: list[dict[str, float]] = []
+
+    def wrap(self, owner: Any, name: str, phase: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:  # one timed function calls another: the outer one's time
+                return function(*args, **kwargs)
+            self.inside, start = True, self.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.seconds[phase] += self.now() - start
+
+        setattr(owner, name, timed)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Steps(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                print(READY, flush=True)
+                sys.stdin.readline()
+                clock.seconds.clear()
+                clock.start = clock.now()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                total = clock.now() - clock.start
+                clock.steps.append({**clock.seconds, "step": total, "rest": total - sum(clock.seconds.values())})
+
+        return Steps()
+
+
+def make_folder(folder: str, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    """A random model and its tokenizer, as a checkpoint."""
+    tags = [t for pair in (TAGS.explanation, TAGS.thought, TAGS.solution) for t in pair]
+    tokenizer = make_tokenizer([" ".join(row.values()) for row in ROWS] * 4, tags, 400)
+    model = {"model_type": "qwen2", "max_position_embeddings": 4096, **shape}
+    make_model(model, tokenizer, 0, dtype, None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def work(way: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps one way; return the seconds of each step by phase, and what was held."""
+    import transformers
+
+    device, dtype = place()
+    transformers.logging.set_verbosity_error()
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory() as out:
+        trained = ours if way in OURS else stock
+        trainer, bytes_held = trained(way, Setup(folder, out, arguments, device, dtype), clock)
+        trainer.add_callback(clock.callback())
+        trainer.train()
+        result = {"steps": clock.steps[1:], "weight_bytes": bytes_held()} | freed_by_release(trainer, device)
+        if device.type == "cuda":
+            result["torch_peak"] = torch.cuda.max_memory_reserved()
+        return result
+
+
+def freed_by_release(trainer: Any, device: torch.device) -> dict[str, int]:
+    """Free bytes of the GPU with the KV cache in place and after its release."""
+    engine = getattr(trainer, "engine", None)
+    if engine is None or device.type != "cuda":
+        return {}
+    engine.restore_cache()
+    before = torch.cuda.mem_get_info()[0]
+    engine.release_cache()
+    return {"free_before_release": before, "free_after_release": torch.cuda.mem_get_info()[0]}
+
+
+def training_arguments(setup: Setup) -> dict[str, Any]:
+    """What both trainers are told."""
+    arguments = setup.arguments
+    completions = arguments.questions * arguments.generations
+    return {
+        "max_steps": arguments.steps + 1,
+        "learning_rate": 1e-5,
+        "num_generations": arguments.generations,
+        "per_device_train_batch_size": arguments.micro_batch or completions,
+        "max_completion_length": arguments.completion,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "gradient_checkpointing": setup.device.type == "cuda",
+        "generation_kwargs": {"min_tokens": arguments.completion, "ignore_eos": True},
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "vllm_gpu_memory_utilization": arguments.utilization,
+    }
+
+
+def our_options(setup: Setup, bridge: str, **further: Any) -> Any:
+    """This project's options for the work of `setup`."""
+    from trainers.options import options_class
+
+    arguments = setup.arguments
+    return options_class("rl")(
+        model_name_or_path=setup.folder,
+        teacher_system_prompt="Explain.",
+        student_system_prompt="Solve.",
+        max_prompt_length=arguments.prompt,
+        train_batch_size=arguments.questions * arguments.generations,
+        weight_bridge=bridge,
+        use_peft=bridge == "lora",
+        stop_at_closing_tag=False,
+        padding_in_kl=False,
+        **training_arguments(setup) | further,
+    )
+
+
+def prompts_of(options: Any, folder: str) -> tuple[Renderer, Any]:
+    """The teacher's renderer, and `ROWS` as it renders them."""
+    from datasets import Dataset
+
+    from trainers.judges import make_renderer
+    from trainers.texts import rl_rows
+
+    renderer = make_renderer(options, folder, "model_name_or_path")
+    return renderer, rl_rows(Dataset.from_list(ROWS), renderer, options, "questions")
+
+
+def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
+    """This project's trainer, and what counts the bytes of its weights."""
+    from trainers.outputs import MetricsWriter
+    from trainers.phases import PhaseTimer
+    from trainers.rl import grpo_config, load_teacher, start_engine
+    from trainers.sentinel import Sentinel
+    from trainers.teacher_grpo import TeacherGRPOTrainer
+
+    further = {"optim": setup.arguments.optim, "overlap_scoring": way == "score-overlap"}
+    if way.startswith("score"):
+        further |= {"student_model": setup.folder, "student_mode": "cpu"}
+    options = our_options(setup, "shared" if way.startswith("score") else way, **further)
+    renderer, rows = prompts_of(options, setup.folder)
+    model = load_teacher(options, setup.folder, setup.dtype)
+    engine = start_engine(options, model, renderer, setup.folder, setup.device, setup.dtype, Path(setup.out))
+    reward = judge_by_student(options, setup, renderer) if way.startswith("score") else by_parity
+    timer = PhaseTimer()
+    trainer = TeacherGRPOTrainer(
+        options=options,
+        renderer=renderer,
+        timer=timer,
+        model=model,
+        reward_funcs=[reward],
+        args=grpo_config(options, Path(setup.out), setup.dtype),
+        reference=None,
+        probes=None,
+        engine=engine,
+        sentinel=Sentinel(engine, model, renderer.encode_prompt(rows[0]["prompt"]), setup.dtype, None),
+        ahead=getattr(reward, "ahead", None),
+        train_dataset=rows,
+        processing_class=renderer.tokenizer,
+        callbacks=[MetricsWriter(Path(setup.out), timer)],
+    )
+    clock.wrap(engine, "restore_cache", "kv cache")
+    clock.wrap(engine, "release_cache", "kv cache")
+    clock.wrap(engine, "sync_weights", "sync")
+    clock.wrap(trainer.sentinel, "check", "sentinel")
+    clock.wrap(engine, "generate", "generate")
+    clock.wrap(trainer, "_calculate_rewards", "score")
+    return trainer, engine.bridge.weight_bytes
+
+
+def judge_by_student(options: Any, setup: Setup, teacher: Renderer) -> Any:
+    """The reward of a student on the CPU."""
+    from trainers.judges import make_renderer, make_scorer
+    from trainers.rl import make_judge
+
+    student = make_renderer(options, setup.folder, "student_model")
+    scorer = make_scorer(options, Path(setup.out), setup.folder, student, teacher, setup.device, setup.dtype, [])
+    return make_judge(options, scorer, setup.device)
+
+
+def stock(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
+    """TRL's trainer, and what counts the bytes of its weights and its engine's."""
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import GRPOTrainer
+
+    from trainers.models import load_model
+    from trainers.options import options_class
+    from trainers.shared_weights import held_bytes
+
+    adapt_vllm_of_trl(setup)
+    arguments, folder = setup.arguments, setup.folder
+    prompts = options_class("rl")(
+        teacher_system_prompt="Explain.", student_system_prompt="Solve.", max_prompt_length=arguments.prompt
+    )
+    trainer = GRPOTrainer(
+        model=load_model(folder, setup.dtype, None, "model_name_or_path", False),
+        reward_funcs=[by_parity],
+        args=stock_config(way, setup),
+        train_dataset=prompts_of(prompts, folder)[1],
+        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if way == "trl-lora" else None,
+    )
+    clock.wrap(trainer.vllm_generation, "sync_weights", "sync")
+    clock.wrap(trainer.vllm_generation, "generate", "generate")
+    clock.wrap(trainer, "_calculate_rewards", "score")
+    runner = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return trainer, lambda: held_bytes(trainer.model.parameters(), runner.model.parameters())
+
+
+def stock_config(way: str, setup: Setup) -> Any:
+    """TRL's arguments."""
+    from trl import GRPOConfig
+
+    arguments = setup.arguments
+    completions = arguments.questions * arguments.generations
+    return GRPOConfig(
+        output_dir=setup.out,
+        gradient_accumulation_steps=completions // (arguments.micro_batch or completions),
+        use_cpu=setup.device.type == "cpu",
+        bf16=setup.dtype == torch.bfloat16,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=arguments.prompt + arguments.completion,
+        vllm_enable_sleep_mode=arguments.sleep,
+        vllm_importance_sampling_correction=way != "trl-fastest",
+        disable_tqdm=True,
+        # What torchao's optimizer of 8 bits is called there.
+        optim={"adamw_8bit": "adamw_torch_8bit"}.get(arguments.optim, arguments.optim),
+        **training_arguments(setup),
+    )
+
+
+def adapt_vllm_of_trl(setup: Setup) -> None:
+    """Give TRL's engine the arguments that this project's has, where they decide whether it runs here at all."""
+    from trainers.bridges import keep_linear_weights_on_cpu
+    from trainers.engine import prepare_environment
+    from trainers.engine_specs import CPU_KV_CACHE
+
+    prepare_environment(setup.device)
+    import trl.generation.vllm_generation as generation
+
+    changes: dict[str, Any] = {"dtype": str(setup.dtype).removeprefix("torch.")}
+    if setup.device.type == "cpu":
+        keep_linear_weights_on_cpu()
+        changes |= {"enforce_eager": True, "distributed_executor_backend": "uni", "max_num_batched_tokens": 8192}
+        # Of its own accord it would take a share of the machine's memory for its KV cache, and touch all of it.
+        changes |= {"kv_cache_memory_bytes": CPU_KV_CACHE, "gpu_memory_utilization": 0.01}
+    engine_class = generation.LLM
+    generation.LLM = lambda **kwargs: engine_class(**kwargs | changes)
