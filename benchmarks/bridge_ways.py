@@ -22,6 +22,7 @@ THEIRS = ("trl", "trl-fastest", "trl-lora")
 READY = "ready for a step"
 TAGS = TAG_FORMATS["stratos"].with_prompts("Explain.", "Solve.")
 ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
+WORD = " and"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def make_folder(folder: str, shape: dict[str, Any], dtype: torch.dtype) -> None:
     """A random model and its tokenizer, as a checkpoint."""
     tags = [t for pair in (TAGS.explanation, TAGS.thought, TAGS.solution) for t in pair]
     tokenizer = make_tokenizer([" ".join(row.values()) for row in ROWS] * 4, tags, 400)
-    model = {"model_type": "qwen2", "max_position_embeddings": 4096, **shape}
+    model = {"model_type": "qwen2", "max_position_embeddings": 32768, **shape}
     make_model(model, tokenizer, 0, dtype, None).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -180,15 +181,21 @@ def our_options(setup: Setup, bridge: str, **further: Any) -> Any:
     )
 
 
-def prompts_of(options: Any, folder: str) -> tuple[Renderer, Any]:
-    """The teacher's renderer, and `ROWS` as it renders them."""
+def prompts_of(options: Any, folder: str, full: bool = False) -> tuple[Renderer, Any]:
+    """The teacher's renderer, and `ROWS` as it renders them; `full`: with prompts as long as they may be."""
     from datasets import Dataset
 
     from trainers.judges import make_renderer
     from trainers.texts import rl_rows
 
     renderer = make_renderer(options, folder, "model_name_or_path")
-    return renderer, rl_rows(Dataset.from_list(ROWS), renderer, options, "questions")
+    rows = rl_rows(Dataset.from_list(ROWS), renderer, options, "questions")
+    if full:
+        longest = max(len(renderer.encode_prompt(prompt)) for prompt in rows["prompt"])
+        more = (options.max_prompt_length - longest) // len(renderer.encode_text(WORD))
+        longer = [row | {"question": row["question"] + WORD * more} for row in ROWS]
+        rows = rl_rows(Dataset.from_list(longer), renderer, options, "questions")
+    return renderer, rows
 
 
 def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
@@ -203,7 +210,7 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     if way.startswith("score"):
         further |= {"student_model": setup.folder, "student_mode": "cpu"}
     options = our_options(setup, "shared" if way.startswith("score") else way, **further)
-    renderer, rows = prompts_of(options, setup.folder)
+    renderer, rows = prompts_of(options, setup.folder, setup.arguments.full_prompts)
     model = load_teacher(options, setup.folder, setup.dtype)
     engine = start_engine(options, model, renderer, setup.folder, setup.device, setup.dtype, Path(setup.out))
     reward = judge_by_student(options, setup, renderer) if way.startswith("score") else by_parity
@@ -262,7 +269,7 @@ def stock(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]
         model=load_model(folder, setup.dtype, None, "model_name_or_path", False),
         reward_funcs=[by_parity],
         args=stock_config(way, setup),
-        train_dataset=prompts_of(prompts, folder)[1],
+        train_dataset=prompts_of(prompts, folder, arguments.full_prompts)[1],
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if way == "trl-lora" else None,
     )

@@ -52,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=8 if gpu else 4)
     parser.add_argument("--generations", type=int, default=8 if gpu else 4)
     parser.add_argument("--prompt", type=int, default=256 if gpu else 64, help="longest prompt, in tokens")
+    parser.add_argument("--full-prompts", action="store_true", help="every prompt as long as that")
     parser.add_argument("--completion", type=int, default=256 if gpu else 48, help="tokens of each completion")
     parser.add_argument("--micro-batch", type=int, default=8 if gpu else None, help="completions in one backward pass")
     parser.add_argument("--utilization", type=float, default=0.4, help="share of the GPU for vLLM")
@@ -124,7 +125,7 @@ def report(runs: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
         result[way] = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in phases}
         result[way]["tokens_per_second"] = tokens / result[way]["generate"]
         result[way]["weight_mib"] = run["weight_bytes"] / 2**20
-        for name in ("free_before_release", "free_after_release"):
+        for name in ("free_before_release", "free_after_release", "torch_peak"):
             if name in run:
                 result[way][f"{name}_gib"] = run[name] / 2**30
     columns = {"kv cache ms": 1e3, "sync ms": 1e3, "sentinel ms": 1e3, "generate s": 1, "score s": 1, "rest s": 1}

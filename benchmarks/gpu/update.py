@@ -1,0 +1,107 @@
+"""3. The update: a step of the teacher with all weights, by optimizer, and without gradient checkpointing.
+
+    python benchmarks/gpu/update.py
+
+Real runs on rollouts that were recorded with a small model (`replay_rollouts`): no engine, no student. Tokens per
+second are those of prompts and completions; the share of the card is 6 operations for each of them and each
+parameter, against the matrix product of ceilings.py, attention and what checkpointing computes again left out.
+"""
+
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu.report import Report, leave_without, parser, start
+
+leave_without("update", "trl", "hydra", "torchao")
+
+import torch
+
+from benchmarks.gpu.ceilings import matrix_product
+from benchmarks.preset_run import run_preset
+from benchmarks.small_data import made_model
+from trainers.model_shapes import model_shape, read_config
+
+PRESET = "teacher_rlt_mono_80gb"
+OPTIMIZERS = ("adamw_8bit", "flash_adamw", "cpu_offload", "adafactor", "adamw_torch")
+REWARD = "reward_funcs=[{_target_:benchmarks.bridge_ways.by_parity}]"
+
+
+def work(arguments: Namespace) -> list[str]:
+    """What the recording and every measured run have in common."""
+    own = {
+        "device": arguments.device,
+        "max_steps": arguments.steps,
+        "train_batch_size": arguments.completions,
+        "num_generations": arguments.completions,
+        "per_device_train_batch_size": arguments.micro_batch,
+        "max_prompt_length": arguments.prompt,
+        "max_completion_length": arguments.completion,
+        "student_model": "null",
+        "beta": 0,
+        "sync_ref_model": False,
+        "num_probes": 0,
+        "padding_in_kl": False,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-6,
+        "vllm_importance_sampling_correction": False,  # the recorded log-probabilities are a small model's
+    }
+    return [REWARD, *(f"{key}={value}" for key, value in own.items())]
+
+
+def main() -> None:
+    made = parser(__doc__, "7b")
+    made.add_argument("--optimizers", nargs="+", default=OPTIMIZERS)
+    made.add_argument("--completions", type=int, default=16)
+    made.add_argument("--micro-batch", type=int, default=4)
+    made.add_argument("--prompt", type=int, default=256)
+    made.add_argument("--completion", type=int, default=768)
+    made.add_argument("--steps", type=int, default=2)
+    arguments = made.parse_args()
+    report = start("update", "3. The update", arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(report, arguments, Path(temporary))
+    report.close()
+
+
+def measure(report: Report, arguments: Namespace, folder: Path) -> None:
+    models = arguments.models or folder
+    device, small = torch.device(arguments.device), arguments.device == "cpu"
+    product = matrix_product(device, **({"width": 512, "least": 0.1} if small else {}))
+    if not small:
+        torch.cuda.empty_cache()
+    kept, settings = folder / "rollouts", work(arguments)
+    overrides = [*settings, f"record_rollouts={kept}", "use_vllm=false", "optim=adamw_torch"]
+    recorded = run_preset(PRESET, overrides, models, "tiny", arguments.out / "update-recording.log")
+    if recorded.error is not None:
+        report.note(f"the rollouts could not be recorded: {recorded.error}")
+        sys.exit(1)
+    config = read_config(str(made_model("", models, arguments.model)), "model_name_or_path")
+    parameters = model_shape(config, arguments.model, False).num_parameters
+    ways = [(name, True) for name in arguments.optimizers] + [(arguments.optimizers[0], False)]
+    for optimizer, checkpointing in ways:
+        cells = {"optimizer": optimizer, "checkpointing": checkpointing}
+        overrides = [
+            *settings,
+            f"replay_rollouts={kept}",
+            f"optim={optimizer}",
+            f"gradient_checkpointing={checkpointing}",
+        ]
+        log = arguments.out / f"update-{optimizer}-{'with' if checkpointing else 'without'}-checkpointing.log"
+        run = run_preset(PRESET, overrides, models, arguments.model, log)
+        if run.error is not None:
+            report.row(**cells, error=run.error)
+            continue
+        rate = run.tokens / run.seconds["update"]
+        planned, measured = run.planned["update"], run.measured["update"]
+        cells |= {"update_s": run.seconds["update"], "tokens_per_s": rate, "share": 6 * parameters * rate / product}
+        cells |= {"planned_gib": planned, "measured_gib": measured, "plan_off": planned / measured - 1}
+        report.row(**cells, visible_fraction=run.metrics.get("update/visible_fraction"))
+    report.note(f"{parameters / 1e9:.2f}B parameters; a bf16 matrix product reaches {product / 1e12:.4g} TFLOP/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A few steps of a preset on models of random weights, in a process of its own: planned and measured memory, seconds.
+
+Nothing is downloaded: teacher and student are made here, and prompts and completions are as long as they may be.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.commands import run
+from benchmarks.small_data import made_model, write_rows
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.planning import machine_for, plan_run
+from trainers.workload import GIB
+
+PEAKS = {"generate": "generate_peak", "score": "score_peak", "update": "step_peak"}
+SECONDS = ("generate", "score", "update", "sync", "sentinel", "kv_cache")
+
+
+@dataclass(frozen=True)
+class PresetRun:
+    """What a run took.
+
+    Attributes:
+        planned, measured: GiB at the peak of a phase; measured is what the run itself took of the card.
+        seconds: Of the last step, by phase.
+        tokens: Of the last step: prompts and completions that the update read.
+        metrics: All that the last step logged.
+        plan: What the plan decided.
+        error: Why it failed, if it did.
+    """
+
+    planned: dict[str, float]
+    measured: dict[str, float]
+    seconds: dict[str, float]
+    tokens: float
+    metrics: dict[str, float]
+    plan: dict[str, Any]
+    error: str | None = None
+
+
+def run_preset(
+    config: str, overrides: list[str], models: Path | None = None, shape: str | None = None, log: Path | None = None
+) -> PresetRun:
+    """Run a preset in a process of its own.
+
+    Args:
+        config: A run of cfgs/run_cfg.
+        overrides: `key=value`, which come before what is set here.
+        models: Folder of made checkpoints, to use again; None for one that is removed.
+        shape: Of benchmarks/shapes.py, for teacher and student; None for those of the models that the preset names.
+        log: Where to keep what the run prints.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        order = {"config": config, "overrides": overrides, "folder": str(folder), "shape": shape}
+        order["models"] = str(models or folder / "models")
+        command = [sys.executable, __file__, json.dumps(order)]
+        found = run(command, log)
+        return PresetRun(**found) if isinstance(found, dict) else PresetRun({}, {}, {}, 0, {}, {}, found)
+
+
+def compose(config: str, overrides: list[str], folder: Path, models: Path, shape: str | None) -> Any:
+    """The options of the preset on made-up models and data."""
+    composed = compose_run(config, overrides)
+    keys = ("model_name_or_path", "student_model")
+    here: dict[str, Any] = {key: made_model(composed[key], models, shape) for key in keys if composed[key]}
+    write_rows(folder / "rows.jsonl", words=composed["max_prompt_length"])
+    here |= {"dataset_id_or_path": folder / "rows.jsonl", "output_dir": folder / "out", "report_to": "none"}
+    here |= {"overlong": "truncate_left", "save_strategy": "no", "logging_steps": 1, "num_completions_to_print": 0}
+    here |= {"stop_at_closing_tag": False, "generation_kwargs": "{ignore_eos: true, stop_token_ids: []}"}
+    if not any(override.startswith("max_steps=") for override in overrides):
+        here["max_steps"] = 2
+    return load_options(compose_run(config, [*overrides, *(f"{key}={value}" for key, value in here.items())]))
+
+
+def measure(order: dict[str, Any]) -> PresetRun:
+    """Run in this process."""
+    folder = Path(order["folder"])
+    options = compose(order["config"], order["overrides"], folder, Path(order["models"]), order["shape"])
+    machine = machine_for(options)
+    before = machine.card.total - machine.card.free if machine.card is not None else 0
+    solved = plan_run(options, machine)
+    from trainers.rl import run_rl
+
+    run_rl(solved.options, folder / "out")
+    rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "seconds/update" in row]
+    measured = {
+        phase: max(row[f"memory/{name}"] for row in rows if f"memory/{name}" in row) - before / GIB
+        for phase, name in PEAKS.items()
+    }
+    work = solved.plan.work
+    chosen = {"optim": work.optimizer, "micro_batch": work.micro_batch, "student_mode": work.student_mode}
+    return PresetRun(
+        {phase: solved.plan.total(phase) / GIB for phase in PEAKS},
+        measured,
+        {phase: steps[-1][f"seconds/{phase}"] for phase in SECONDS},
+        steps[-1]["num_tokens"] - (steps[-2]["num_tokens"] if len(steps) > 1 else 0),
+        steps[-1],
+        chosen,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(vars(measure(json.loads(sys.argv[1])))))

@@ -1,0 +1,99 @@
+"""The scripts of benchmarks/gpu, rehearsed on a CPU in small: what they would do on a card, they can do."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from benchmarks.commands import last_error, run
+
+SCRIPTS = ("ceilings", "student", "update", "engine", "step")
+SMALL = {
+    "ceilings": [],
+    "student": ["--model", "tiny", "--passes", "256", "--mean-tokens", "32", "--slow-completions", "2"],
+    "update": ["--model", "tiny", "--optimizers", "adamw_torch", "--completions", "4", "--micro-batch", "2"]
+    + ["--prompt", "64", "--completion", "16"],
+    "engine": ["--model", "tiny", "--bridges", "shared", "--ways", "--questions", "2", "--generations", "2"]
+    + ["--prompt", "64", "--completion", "16", "--cycles", "7", "--updates", "2"],
+    "step": ["--model", "tiny", "--presets", "80gb", "--group", "4", "--prompt", "64", "--completion", "16"]
+    + ["--no-stock"],
+}
+
+
+def rehearse(name, out):
+    command = [sys.executable, f"benchmarks/gpu/{name}.py", "--device", "cpu", "--out", str(out), *SMALL[name]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((out / f"{name}.json").read_text())
+    assert "rehearsal" in found["card"] and found["versions"]["torch"]
+    assert all("error" not in row for row in found["rows"]), found["rows"]
+    return found
+
+
+def test_without_a_gpu_they_say_so_and_claim_nothing(tmp_path):
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu/all.sh", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == list(SCRIPTS)
+    assert done.stdout.count("nothing was measured") == len(SCRIPTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("script", "package"), [("student", "trl"), ("update", "torchao"), ("engine", "vllm")])
+def test_a_missing_package_is_named(script, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", [script, "--device", "cpu"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(REPO / f"benchmarks/gpu/{script}.py"), run_name="__main__")
+    assert stopped.value.code == 0
+    assert f"{package} missing here: nothing was measured" in capsys.readouterr().out
+
+
+def test_ceilings(tmp_path):
+    rows = rehearse("ceilings", tmp_path)["rows"]
+    assert len(rows) == 3 and all(row["value"] > 0 for row in rows)
+
+
+def test_student(tmp_path):
+    (row,) = rehearse("student", tmp_path)["rows"]
+    assert row["completions"] == 8
+    assert 0.9 < row["weights_moved"] <= 1  # once in a pass; the tied head is not moved twice
+    assert min(row["streamed_s"], row["resident_s"], row["one_by_one_s"]) > 0
+
+
+def test_engine(tmp_path):
+    (row,) = rehearse("engine", tmp_path)["rows"]
+    assert row["max_before"] < 1e-5 and row["max_after"] < 1e-5
+    assert row["updates_moved"] > 0.01  # or it would have compared the weights of the begin with themselves
+
+
+@pytest.mark.slow
+def test_step(tmp_path):
+    rows = rehearse("step", tmp_path)["rows"]
+    assert [row["phase"] for row in rows[:3]] == ["generate", "score", "update"]
+    assert all(row["seconds"] > 0 and row["planned_gib"] > 0 and row["measured_gib"] > 0 for row in rows[:3])
+
+
+@pytest.mark.slow
+def test_update(tmp_path):
+    rows = rehearse("update", tmp_path)["rows"]
+    assert [row["checkpointing"] for row in rows] == [True, False]
+    assert all(row["tokens_per_s"] > 0 and row["visible_fraction"] > 0 for row in rows)
+
+
+def test_a_command_that_fails_gives_its_last_error(tmp_path):
+    log = tmp_path / "log"
+    assert run([sys.executable, "-c", "print('{\"a\": 1}')"], log) == {"a": 1}
+    failed = run([sys.executable, "-c", "print('well'); raise ValueError('too small')"], log)
+    assert failed == "ValueError: too small" and "well" in log.read_text()
+    assert last_error("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n  see the documentation") == (
+        "[rank0]: torch.OutOfMemoryError: CUDA out of memory"
+    )
