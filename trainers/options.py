@@ -233,6 +233,11 @@ class RLOptions(TrainOptions, RewardOptions):
     stop_at_closing_tag: bool = opt(
         True, "a completion ends at the closing explanation tag; what the teacher would write after it is not read"
     )
+    share_prompts: bool = opt(
+        True,
+        "in a forward pass, read the prompt that several completions continue once for all of them; same numbers, "
+        "without effect where gradient checkpointing computes layers again",
+    )
     sentinel_tolerance: float | None = opt(
         None,
         "after each update, log-probs of a fixed prompt may differ between trainer and engine by so much, else the run "

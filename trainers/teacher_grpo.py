@@ -24,6 +24,7 @@ from trainers.phases import PhaseTimer
 from trainers.probes import Evaluated, Probes
 from trainers.rollouts import Rollout, RolloutFiles
 from trainers.sentinel import Sentinel
+from trainers.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 
 PHASES = ("kv_cache", "sync", "sentinel", "generate", "score")  # of a step; the rest of it is the update
 EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
@@ -198,17 +199,53 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
         if model is self.ref_model is not None:
             logps = completion_logps(model, input_ids, attention_mask, logits_to_keep)
             return logps.to(self.accelerator.device), None, None
-        if not args and not self.model.training:
+        rows = len(input_ids)
+        size = kwargs.pop("batch_size", None) or rows
+        if not self.model.training:
             # An evaluation's batch is larger than a micro-batch, and memory is planned for the latter.
-            kwargs["batch_size"] = min(
-                kwargs.get("batch_size") or len(input_ids), self.args.per_device_train_batch_size
-            )
-        result = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            size = min(size, self.args.per_device_train_batch_size)
+        parts = [
+            self._logps_of(model, input_ids[at : at + size], attention_mask[at : at + size], logits_to_keep, **kwargs)
+            for at in range(0, rows, size)
+        ]
+        logps, entropies, aux_losses = zip(*parts, strict=True)
+        result = (
+            torch.cat(logps),
+            None if entropies[0] is None else torch.cat(entropies),
+            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
         )
         if self._uncorrected is not None:
             self._correct(result[0].detach(), self._uncorrected)
         return result
+
+    def _logps_of(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities, entropies and auxiliary loss of one forward pass."""
+        prompts = None
+        if self.options.share_prompts and not compute_aux_loss and can_share(model):
+            prompts = distinct_prompts(input_ids, attention_mask, logits_to_keep)
+        if prompts is None:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **images,
+            )
+        with self.accelerator.autocast():
+            outputs = shared_prompt_outputs(model, input_ids, attention_mask, logits_to_keep, *prompts)
+        entropies = outputs.entropy[:, -logits_to_keep:] if compute_entropy else None
+        return outputs.log_probs[:, -logits_to_keep:], entropies, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """As TRL's; the importance-sampling ratio is computed on the way where it was put off until here."""

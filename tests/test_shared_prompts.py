@@ -1,0 +1,120 @@
+"""Prompts that are read once for all their completions: the same numbers and gradients as when they are not."""
+
+import pytest
+import torch
+from families import COMMON, FAMILIES
+from peft import LoraConfig, get_peft_model
+from small_run import make_trainer
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from trainers.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
+
+KEEP = 10
+
+
+def make(family, **changes):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **COMMON | FAMILIES[family] | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model.train()
+
+
+def batch(questions=3, group=3, length=24):
+    """Rows of several questions in any order, prompts and completions of several lengths."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, 470, (questions, length), generator=generator)
+    mask = torch.ones_like(prompts)
+    mask[1, :5], mask[2, :11] = 0, 0
+    rows = questions * group
+    order = torch.randperm(rows, generator=generator)
+    completions = torch.randint(3, 470, (rows, KEEP), generator=generator)
+    ids = torch.cat((prompts.masked_fill(mask == 0, 0).repeat_interleave(group, 0), completions), 1)[order]
+    masks = torch.cat((mask.repeat_interleave(group, 0), torch.ones_like(completions)), 1)[order]
+    masks[0, -3:], masks[4, -6:] = 0, 0
+    return ids, masks
+
+
+def outcome(model, ids, mask, share):
+    """Log-probabilities, entropies, and the gradients of a loss that weighs each token in its own way."""
+    model.zero_grad()
+    if share:
+        found = shared_prompt_outputs(model, ids, mask, KEEP, *distinct_prompts(ids, mask, KEEP))
+    else:
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :-KEEP] = -100
+        found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    logps = found.log_probs[:, -KEEP:]
+    (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logps.detach(), found.entropy[:, -KEEP:].detach(), gradients
+
+
+def same(model, ids, mask):
+    apart, shared = outcome(model, ids, mask, False), outcome(model, ids, mask, True)
+    assert torch.allclose(apart[0], shared[0], atol=1e-5) and torch.allclose(apart[1], shared[1], atol=1e-5)
+    assert apart[2].keys() == shared[2].keys() and apart[2]
+    for name, gradient in apart[2].items():
+        assert (gradient - shared[2][name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_and_gradients_are_those_of_whole_rows(family):
+    same(make(family), *batch())
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+def test_a_window_shorter_than_the_prompt(family):
+    same(make(family, sliding_window=8), *batch())
+
+
+def test_adapters_learn_the_same():
+    adapters = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    same(get_peft_model(make("qwen2"), adapters), *batch())
+
+
+def test_what_cannot_be_shared_is_not():
+    ids, mask = batch()
+    first, of_row = distinct_prompts(ids, mask, KEEP)
+    assert len(first) == 3 and torch.equal(ids[first][of_row][:, :-KEEP], ids[:, :-KEEP])
+    assert distinct_prompts(ids[first], mask[first], KEEP) is None  # each prompt once
+    assert distinct_prompts(ids[:, -KEEP - 1 :], mask[:, -KEEP - 1 :], KEEP) is None  # of one token
+    padded = mask.clone()
+    padded[:, 0] = torch.arange(len(mask)) % 2  # the same tokens, one of them padding in some rows
+    assert len(distinct_prompts(ids, padded, KEEP)[0]) > 3
+
+    model = make("qwen2")
+    assert can_share(model)
+    model.gradient_checkpointing_enable()
+    assert not can_share(model)
+    assert can_share(model.eval())
+    assert not can_share(torch.nn.DataParallel(make("qwen2")))
+    recurrent = AutoConfig.for_model("qwen3_next", num_hidden_layers=4, vocab_size=64, hidden_size=32, num_experts=2)
+    model.config = recurrent
+    assert not can_share(model)
+
+
+def test_a_run_learns_the_same(renderer, model_dir, tmp_path):
+    """Three steps on the engine; the completions of later ones depend on the updates before."""
+
+    def train(share):
+        trainer = make_trainer(
+            renderer, model_dir, tmp_path / str(share), share_prompts=share, per_device_train_batch_size=4
+        )
+        read, forward = [], trainer.model.forward
+
+        def counted(*args, **kwargs):
+            read.append(kwargs["input_ids"].numel())
+            return forward(*args, **kwargs)
+
+        trainer.model.forward = counted
+        trainer.train()
+        trainer.engine.close()
+        logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+        return [(log["loss"], log["grad_norm"], log["entropy"]) for log in logs], sum(read)
+
+    (apart, tokens_apart), (shared, tokens_shared) = train(False), train(True)
+    assert len(apart) == 3
+    assert torch.allclose(torch.tensor(apart), torch.tensor(shared), atol=1e-5)
+    assert tokens_shared < 0.9 * tokens_apart
