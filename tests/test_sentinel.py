@@ -105,6 +105,7 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     with pytest.raises(SentinelError, match="trainer and engine disagree"):
         trainer.train()
     assert trainer.state.global_step == 2
+    assert trainer.engine.llm.llm_engine.has_unfinished_requests()  # at the first token of the rollout
 
 
 def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path):

@@ -24,6 +24,7 @@ from trainers.shared_weights import held_bytes
 logger = logging.getLogger(__name__)
 
 OnGroup = Callable[[list[int], list[list[int]], list[list[float]]], None]
+OnAnswer = Callable[[list[float], int], None]
 
 
 def prepare_environment(device: torch.device) -> None:
@@ -89,6 +90,7 @@ class Engine:
         if self.can_release:
             self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
         self._released = False
+        self._along: list[tuple[tuple[tuple[int, ...], Any], list[int], OnAnswer]] = []  # asked with the next requests
         self._build()
         held = self.bridge.weight_bytes() / 2**20
         logger.info("weight_bridge=%s: trainer and engine hold %.1f MiB of weights", bridge_name(options), held)
@@ -139,6 +141,7 @@ class Engine:
             RuntimeError: If either is not possible.
         """
         self.restore_cache()
+        self._along.clear()
         if self.bridge.rebuilds:
             self.close()
             self._build()
@@ -239,25 +242,30 @@ class Engine:
     ) -> list[tuple[list[float], int]]:
         """For each prompt the log-probabilities of some tokens as the next one, and how many of the prompt's tokens
         were found in the prefix cache."""
-        from vllm import SamplingParams
-
-        requests = []
-        for ids, wanted in zip(prompt_ids, tokens, strict=True):
-            params = SamplingParams(
-                temperature=temperature, max_tokens=1, seed=0, logprob_token_ids=wanted, detokenize=False
-            )
-            requests.append((ids, params))
+        pairs = zip(prompt_ids, tokens, strict=True)
+        requests = [(ids, next_token_params(wanted, temperature)) for ids, wanted in pairs]
         answers: list[tuple[list[float], int]] = [([], 0)] * len(requests)
         for index, output in self._run(requests):
-            first = output.outputs[0].logprobs[0]
-            answers[index] = ([first[token].logprob for token in tokens[index]], output.num_cached_tokens)
+            answers[index] = next_token_answer(output, tokens[index])
         return answers
+
+    def ask_along(self, prompt_ids: tuple[int, ...], tokens: list[int], on_answer: OnAnswer) -> None:
+        """Ask what `next_logprobs` tells of one prompt together with the next requests, ahead of them; a later
+        `sync_weights` takes the question back.
+
+        Args:
+            on_answer: Called with the log-probabilities and the number of tokens found in the prefix cache, while the
+                other requests are still in work; what it raises stops them.
+        """
+        self._along.append(((prompt_ids, next_token_params(tokens, 1.0)), tokens, on_answer))
 
     def _run(self, requests: list[tuple[tuple[int, ...], Any]]) -> Iterator[tuple[int, Any]]:
         """Process requests; yield the place and vLLM's output of each as it finishes."""
         if not requests:
             return
         self.restore_cache()
+        along, self._along = self._along, []
+        requests = [request for request, _, _ in along] + requests
         prompts = [{"prompt_token_ids": list(ids)} for ids, _ in requests]
         params = [p for _, p in requests]
         ids = self.llm.enqueue(prompts, params, lora_request=self.bridge.lora_request, use_tqdm=False)
@@ -265,8 +273,14 @@ class Engine:
         engine = self.llm.llm_engine
         while engine.has_unfinished_requests():
             for output in engine.step():
-                if output.finished:
-                    yield place[output.request_id], output
+                if not output.finished:
+                    continue
+                at = place[output.request_id] - len(along)
+                if at < 0:
+                    _, tokens, on_answer = along[at]
+                    on_answer(*next_token_answer(output, tokens))
+                else:
+                    yield at, output
 
 
 def engine_arguments(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -298,6 +312,19 @@ def engine_arguments(options: Any, model_path: str, device: torch.device, dtype:
         arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks
         arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
     return arguments
+
+
+def next_token_params(tokens: list[int], temperature: float) -> Any:
+    """vllm.SamplingParams that ask for the log-probabilities of these tokens as the next one."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=temperature, max_tokens=1, seed=0, logprob_token_ids=tokens, detokenize=False)
+
+
+def next_token_answer(output: Any, tokens: list[int]) -> tuple[list[float], int]:
+    """What vLLM answered to that, and how many tokens of the prompt were in its prefix cache."""
+    first = output.outputs[0].logprobs[0]
+    return [first[token].logprob for token in tokens], output.num_cached_tokens
 
 
 @contextmanager

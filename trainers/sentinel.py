@@ -1,6 +1,7 @@
 """Watches that the engine computes with the trainer's weights."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,8 +23,9 @@ class SentinelError(RuntimeError):
 class Sentinel:
     """After each update, compares log-probabilities after a fixed prompt between trainer and engine.
 
-    The prompt is longer than a block of the prefix cache: its keys and values are kept there from one check to the
-    next, unless the update drops them as it must.
+    The engine is asked together with the next rollout, ahead of it, which costs it next to nothing; a difference stops
+    the rollout at its first token. The prompt is longer than a block of the prefix cache: its keys and values are kept
+    there from one check to the next, unless the update drops them as it must.
 
     Args:
         engine: The engine.
@@ -39,7 +41,7 @@ class Sentinel:
         self.engine, self.model = engine, model
         self.dtype, self._is_default = dtype, tolerance is None
         self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
-        length = min(engine.block_size + 8, engine.max_model_len - 1)
+        length = min(engine.block_size + 1, engine.max_model_len - 1)
         repeats = length // len(prompt_ids) + 1
         self.prompt_ids = (prompt_ids * repeats)[:length]
         self._tokens: list[int] = []
@@ -54,26 +56,34 @@ class Sentinel:
         self.model.train(training)
         return logits.float().log_softmax(-1)
 
-    def check(self) -> dict[str, float]:
-        """Compare; call after `Engine.sync_weights`.
+    def check(self, report: Callable[[dict[str, float]], None]) -> None:
+        """Compare with the next rollout; call after `Engine.sync_weights`.
 
-        Returns:
-            `sentinel/mismatch_mean` and `sentinel/mismatch_max`, in nats.
+        Args:
+            report: Called with `sentinel/mismatch_mean` and `sentinel/mismatch_max`, in nats.
 
         Raises:
-            SentinelError: If the difference is beyond the tolerance, or the prefix cache outlived the update.
+            SentinelError: In that rollout, if the difference is beyond the tolerance, or the prefix cache outlived the
+                update.
         """
         ours = self._trainer_logprobs()
         first = not self._tokens
         if first:
             self._tokens = ours.topk(min(NUM_TOKENS, len(ours))).indices.tolist()
-        ((theirs, cached),) = self.engine.next_logprobs([tuple(self.prompt_ids)], [self._tokens], 1.0)
+        ours = ours[self._tokens].cpu()
+        self.engine.ask_along(
+            tuple(self.prompt_ids),
+            self._tokens,
+            lambda theirs, cached: report(self._compare(ours, torch.tensor(theirs), cached, first)),
+        )
+
+    def _compare(self, ours: torch.Tensor, theirs: torch.Tensor, cached: int, first: bool) -> dict[str, float]:
         if cached:
             raise SentinelError(
                 f"vLLM found {cached} tokens of a prompt in its prefix cache right after a weight update: keys and "
                 "values of older weights would be used\n  -> enable_prefix_caching=false, and please report this"
             )
-        difference = (ours[self._tokens].cpu() - torch.tensor(theirs)).abs()
+        difference = (ours - theirs).abs()
         worst = difference.max().item()
         if first and self.dtype != torch.float32 and self._is_default:
             self.tolerance = max(self.tolerance, 4 * worst)  # the weights are equal: this is rounding

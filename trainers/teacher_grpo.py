@@ -126,9 +126,14 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
             self.engine.restore_cache()
         with self.timer("sync"):
             self.engine.sync_weights()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+
+        def report(mismatch: dict[str, float]) -> None:
+            for name, value in mismatch.items():
+                metrics[name].append(value)
+
         with self.timer("sentinel"):
-            for name, value in self.sentinel.check().items():
-                self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self.sentinel.check(report)
 
     def sample(self, prompt_ids: list[list[int]]) -> Rollout:
         """Sample a completion for each prompt, or read what was sampled for it."""
