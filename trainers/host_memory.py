@@ -4,19 +4,32 @@ from trainers.workload import GIB, Workload
 
 # The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
 PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}
+# Of what is free when it is loaded: a streamed model that takes more is read from disk at every pass.
+STREAMED_SHARE = 0.8
 
 
-def host_memory(work: Workload) -> dict[str, int]:
-    """Bytes in host memory by item; on a CPU beside what the phases hold."""
+def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
+    """Bytes in host memory by item; on a CPU beside what the phases hold.
+
+    Args:
+        free: Bytes that are free before the run; None where that is not known.
+    """
     size = work.itemsize
     host = {"process": PROCESS[work.device]}
     host["optimizer on the host"] = work.optimizer_bytes.host
     on_gpu = work.device == "cuda"
-    if on_gpu and work.student_mode in ("cpu", "streamed"):  # on a CPU a streamed student stays on disk
-        host["student"] = work.student.num_parameters * size
+    left = None if free is None else free - host["process"]  # the optimizer comes after them
     written = work.reference_mode == "streamed" and getattr(work.options, "sync_ref_model", False)
-    if written or (on_gpu and work.reference_mode in ("cpu", "streamed")):
-        host["reference"] = work.teacher.num_parameters * size
+    frozen = (
+        ("student", work.student, work.student_mode, False),
+        ("reference", work.teacher, work.reference_mode, written),
+    )
+    for name, shape, mode, is_written in frozen:
+        if is_written or (on_gpu and mode in ("cpu", "streamed")):  # on a CPU what is streamed stays on disk
+            held = shape.num_parameters * size
+            if mode == "cpu" or is_written or left is None or held < STREAMED_SHARE * left:
+                host[name] = held
+                left = None if left is None else left - held
     if on_gpu:
         reading = work.teacher.num_parameters * size
         later = sum(host.get(name, 0) for name in ("student", "reference", "optimizer on the host"))

@@ -59,6 +59,11 @@ class Machine:
     host_free: int
     disk_free: int
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the run would be on this machine: the rest of one whose card is elsewhere is elsewhere too."""
+        return self.card is None or self.card.is_here
+
 
 def planned_card(vram_gb: float) -> Card:
     """A card of so many GB that is not here."""

@@ -43,13 +43,14 @@ FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
 MAX_SEQS = 256  # completions that it writes at once, unless set
 
 
-def make_plan(work: Workload, available: int) -> Plan:
+def make_plan(work: Workload, available: int, host_free: int | None = None) -> Plan:
     """Work out every phase.
 
     Args:
         available: Bytes of the device that are free.
+        host_free: Bytes of host memory that are free; None where that is not known.
     """
-    plan = Plan(work, available)
+    plan = Plan(work, available, host_free)
     resting = dict(_resting(work)) | _graphs(work)
     if work.has_engine and not _is_released(work):
         resting |= {"KV cache": work.kv_cache}
@@ -64,7 +65,7 @@ def make_plan(work: Workload, available: int) -> Plan:
     plan.phases["update"] = resting | _update(work)
     plan.phases["save"] = resting | _save(work)
     plan.disk = disk_space(work)
-    host = host_memory(work)
+    host = host_memory(work, host_free)
     if work.device == "cuda":
         plan.host = host
     else:

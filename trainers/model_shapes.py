@@ -7,7 +7,7 @@ transformers); for any other family transformers builds the model without memory
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,11 @@ class ModelShape:
     vocab: int
     max_positions: int
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         return sum(prod(shape) for shape in self.parameters.values())
 
-    @property
+    @cached_property
     def largest_layer(self) -> int:
         """Elements of the layer with the most, each tensor rounded up to 64 as a streamed layer's are."""
         sizes: dict[str, int] = {}

@@ -10,7 +10,7 @@ from trainers.machine import Machine, read_machine
 from trainers.model_shapes import ModelShape, model_shape, read_config
 from trainers.plan_table import knobs_text, plan_text
 from trainers.reward_specs import asked_student
-from trainers.solve import Solved, device_of, knobs, nearest_fit, refuse, solve
+from trainers.solve import Change, Solved, device_of, knobs, nearest_fit, refuse, solve
 from trainers.warmup import warmup_options
 from trainers.workload import GIB
 
@@ -83,9 +83,8 @@ def planned_options(options: Any, devices: int = 1) -> Any:
     teacher, student = shapes_of(options)
     solved = solve(options, teacher, student, machine, devices)
     logger.info("%s", plan_text(solved, machine, full=solved.plan.work.device == "cuda"))
-    faults = room_faults(solved, machine)
-    if not solved.plan.fits:
-        faults = refuse(solved, nearest_fit(options, teacher, student, machine)).faults + faults
+    nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine)
+    faults = memory_faults(solved, machine, nearest)
     if faults and not options.ignore_memory_plan:
         raise ConfigError(faults)
     for fault in faults:
@@ -93,17 +92,18 @@ def planned_options(options: Any, devices: int = 1) -> Any:
     return solved.options
 
 
-def room_faults(solved: Solved, machine: Machine) -> list[Fault]:
-    """What does not fit into host memory or onto the disk."""
-    faults = []
-    items = dict(solved.plan.host)
-    if solved.plan.work.student_mode == "streamed" and items.get("student", 0) > 0.8 * machine.host_free:
-        del items["student"]  # read from disk at every pass (weight_files.fits_in_memory)
-    host, disk = sum(items.values()), sum(solved.plan.disk.values())
-    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in items.items())
+def memory_faults(solved: Solved, machine: Machine, nearest: Change | None) -> list[Fault]:
+    """What does not fit onto the device, into host memory or onto the disk.
+
+    Args:
+        nearest: Settings that fit, if any were found.
+    """
+    faults = [] if solved.plan.fits_device else list(refuse(solved, nearest).faults)
+    host, disk = solved.plan.host_need, sum(solved.plan.disk.values())
+    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in solved.plan.host.items())
     if host > machine.host_free:
         cause = f"it needs {host / GIB:.1f} GiB ({needs}) and {machine.host_free / GIB:.1f} GiB are free"
-        faults.append(Fault("host memory", ..., cause, _host_remedy(solved)))
+        faults.append(Fault("host memory", ..., cause, nearest.as_remedy() if nearest else _host_remedy(solved)))
     if disk > machine.disk_free:
         cause = f"its checkpoints take up to {disk / GIB:.1f} GiB and {machine.disk_free / GIB:.1f} GiB are free"
         remedy = "output_dir=<a larger disk>, save_total_limit=1, save_only_model=true or save_strategy=no"
@@ -130,10 +130,9 @@ def run_plan(options: Any, vram_gb: float | None = None) -> bool:
     print(plan_text(solved, machine, full=True))
     print("\n" + knobs_text(solved, knobs(options, teacher, student, machine)))
     nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine)
-    # The rest of a machine whose card is elsewhere is elsewhere too.
-    faults = room_faults(solved, machine) if machine.card is None or machine.card.is_here else []
-    if not solved.plan.fits:
-        faults = refuse(solved, nearest).faults + faults
+    faults = memory_faults(solved, machine, nearest)
+    if not machine.is_here:
+        faults = [fault for fault in faults if fault.key == "memory"]
     if faults:
         print(f"\n{ConfigError(faults)}")
     return not faults

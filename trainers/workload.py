@@ -1,6 +1,7 @@
 """What a plan of memory is made of: the work, and the bytes of its phases."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -86,11 +87,11 @@ class Workload:
     def trained_itemsize(self) -> int:
         return 4 if self.use_peft else self.itemsize  # adapters are fp32
 
-    @property
+    @cached_property
     def trained_bytes(self) -> int:
         return self.trained_itemsize * sum(map(prod, self.trained_shapes()))
 
-    @property
+    @cached_property
     def optimizer_bytes(self) -> OptimizerBytes:
         return optimizer_bytes(self.optimizer, self.trained_shapes(), self.trained_itemsize)
 
@@ -104,10 +105,12 @@ class Plan:
         host: Of host memory, at its peak; on a CPU the device is the host, and this is empty.
         disk: What a run leaves at most at one time.
         available: Bytes of the device that are free for it.
+        host_free: Bytes of host memory that are free for it; None where the run is to be on another machine.
     """
 
     work: Workload
     available: int
+    host_free: int | None = None
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
@@ -124,8 +127,26 @@ class Plan:
         return self.total(self.peak_phase)
 
     @property
-    def fits(self) -> bool:
+    def fits_device(self) -> bool:
         return self.peak <= self.available
+
+    @property
+    def host_need(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host_free is None or self.host_need <= self.host_free
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_device and self.fits_host
+
+    @property
+    def missing(self) -> int:
+        """Bytes that device and host are short of, together."""
+        host = 0 if self.fits_host else self.host_need - self.host_free
+        return max(0, self.peak - self.available) + host
 
     @property
     def spare(self) -> float:
