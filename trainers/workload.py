@@ -68,6 +68,11 @@ class Workload:
         return bridge_name(self.options) if self.has_engine else None
 
     @property
+    def is_eager(self) -> bool:
+        """Whether attention writes the scores of each head down, `[texts, heads, tokens, tokens]`."""
+        return self.options.attn_implementation == "eager"
+
+    @property
     def micro_batch(self) -> int:
         return self.options.per_device_train_batch_size
 
