@@ -45,7 +45,7 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
 def disk_space(work: Workload) -> dict[str, int]:
     """Checkpoints that are kept, one more while it is written, and the result."""
     o = work.options
-    weights, optimizer = work.trained_bytes, work.optimizer_bytes
+    weights, optimizer = work.trained_bytes + work.reference_adapter_bytes, work.optimizer_bytes  # peft saves both
     states = 0 if o.save_only_model else optimizer.device + optimizer.host
     # Without a limit all stay; how many there will be is known only where steps are counted.
     saved = o.max_steps // o.save_steps if o.save_strategy == "steps" and o.max_steps > 0 and o.save_steps >= 1 else 1

@@ -100,13 +100,14 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
     weights = teacher.num_parameters * size
     yield "weights", weights
     if work.use_peft:
-        yield "adapters", 4 * sum(map(prod, work.adapter_shapes()))
+        yield "adapters", work.trained_bytes
+        yield "reference's adapters", work.reference_adapter_bytes
     if work.has_engine:
         bridge = work.bridge
         padded = (-teacher.vocab % 64) * teacher.hidden * size
         yield "engine's weights", (weights if bridge in ("copy", "restart") else 0) + padded
         if bridge == "lora":
-            yield "engine's adapters", size * sum(map(prod, work.adapter_shapes(_vllm_rank(work.options.lora_r))))
+            yield "engine's adapters", size * sum(map(prod, work.adapter_shapes(_vllm_rank(work.adapter.rank))))
     yield "optimizer", work.optimizer_bytes.device
     if work.device == "cuda":
         yield "CUDA context", CUDA_CONTEXT
@@ -276,12 +277,12 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     tokens = work.micro_batch * work.length
     checkpointing = o.gradient_checkpointing is not False
     inner, hidden, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
-    ranks = rank[0] * o.lora_r if rank else 0
+    ranks = rank[0] * work.adapter.rank if rank else 0
     norms = FAMILY_PEAK.get(teacher.model_type, {}).get(size, 0)
     hidden += norms
     layer = int(tokens * (inner * teacher.intermediate + hidden * teacher.hidden + mask * work.length + ranks))
     inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
-    whole = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * o.lora_r if rank else 0)
+    whole = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
     if work.is_eager:
         at_peak, kept_scores = _eager_peak(work, norms)
         layer = max(layer + kept_scores * tokens, at_peak)
@@ -315,7 +316,7 @@ def _eager_peak(work: Workload, norms: float) -> tuple[int, int]:
     _, peak, kept = EAGER_SCORES[size]
     hidden, rank = EAGER_LORA_PEAK[size] if work.use_peft else (EAGER_PEAK[size], 0)
     hidden = (hidden + min(norms, EAGER_FAMILY)) * teacher.hidden
-    each = (peak + capped) * scores + hidden + _masks(work, teacher) * size + rank * work.options.lora_r
+    each = (peak + capped) * scores + hidden + _masks(work, teacher) * size + rank * work.adapter.rank
     return int(tokens * each), (kept + capped) * scores
 
 

@@ -5,8 +5,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from trainers.adapter_files import is_continued
 from trainers.engine_specs import bridge_name
-from trainers.model_shapes import ModelShape
+from trainers.model_shapes import AdapterShape, ModelShape
 from trainers.optim_specs import OptimizerBytes, optimizer_bytes
 
 GIB = 2**30
@@ -80,9 +81,20 @@ class Workload:
     def accumulates(self) -> bool:
         return self.options.train_batch_size > self.micro_batch
 
+    @property
+    def continues(self) -> bool:
+        """Whether the adapter that the teacher comes with is trained on."""
+        return self.use_peft and self.teacher.adapter is not None and is_continued(self.options)
+
+    @property
+    def adapter(self) -> AdapterShape:
+        """The adapter in training, if one is."""
+        o = self.options
+        return self.teacher.adapter if self.continues else AdapterShape(o.lora_r, o.lora_target_modules)
+
     def adapter_shapes(self, rank: int | None = None) -> list[tuple[int, ...]]:
-        rank = rank or self.options.lora_r
-        linears = self.teacher.linears(self.options.lora_target_modules)
+        rank = rank or self.adapter.rank
+        linears = self.teacher.linears(self.adapter.targets)
         return [shape for out, inner in linears for shape in ((rank, inner), (out, rank))]
 
     def trained_shapes(self) -> list[tuple[int, ...]]:
@@ -95,6 +107,11 @@ class Workload:
     @cached_property
     def trained_bytes(self) -> int:
         return self.trained_itemsize * sum(map(prod, self.trained_shapes()))
+
+    @property
+    def reference_adapter_bytes(self) -> int:
+        """Of the frozen copy of the adapter that is trained on, as beta's reference (see adapters.py)."""
+        return self.trained_bytes if self.continues and getattr(self.options, "beta", 0) else 0
 
     @cached_property
     def optimizer_bytes(self) -> OptimizerBytes:
