@@ -39,7 +39,7 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
             host["activations"] = tokens * work.teacher.hidden * size * work.teacher.num_layers
     elif work.bridge in ("shared", "lora"):
         host["reading the teacher"] = work.teacher.num_parameters * size  # beside the engine's, until it is shared
-    return {name: bytes_ for name, bytes_ in host.items() if bytes_ >= 2**20}
+    return {name: bytes_ * work.devices for name, bytes_ in host.items() if bytes_ >= 2**20}
 
 
 def disk_space(work: Workload) -> dict[str, int]:

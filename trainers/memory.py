@@ -48,6 +48,7 @@ CUDA_GRAPH = 26 * 2**20
 # Of what comes and goes: blocks that are free but not given back. Not measured on a GPU. On a CPU glibc keeps 15 to 50
 # percent of it, less predictably than can be planned (docs/LOG.md): the plan says what is needed.
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
+BUCKETS = "gradient buckets"
 MAX_SEQS = 256  # completions that it writes at once, unless set
 
 
@@ -63,7 +64,7 @@ def make_plan(work: Workload, available: int, host_free: int | None = None) -> P
     if work.has_engine and not _is_released(work):
         resting |= {"KV cache": work.kv_cache}
     gradients = {"gradients": work.trained_bytes} if _gradients_while_generating(work) else {}
-    plan.phases["load"] = _without(resting, "optimizer") | _engine(work)
+    plan.phases["load"] = _without(resting, "optimizer", BUCKETS) | _engine(work)
     if work.is_rl:
         scoring = _scoring(work)
         plan.phases["generate"] = resting | gradients | _engine(work)
@@ -109,6 +110,8 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
         if bridge == "lora":
             yield "engine's adapters", size * sum(map(prod, work.adapter_shapes(_vllm_rank(work.adapter.rank))))
     yield "optimizer", work.optimizer_bytes.device
+    if work.devices > 1:  # torch's DistributedDataParallel sends gradients from buckets of its own
+        yield BUCKETS, work.trained_bytes
     if work.device == "cuda":
         yield "CUDA context", CUDA_CONTEXT
     if work.student is not None and work.student_mode == "resident":

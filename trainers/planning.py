@@ -96,7 +96,7 @@ def planned_options(options: Any, devices: int = 1) -> Any:
     teacher, student = shapes_of(options)
     solved = solve(options, teacher, student, machine, devices)
     logger.info("%s", plan_text(solved, machine, full=solved.plan.work.device == "cuda"))
-    nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine)
+    nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine, devices)
     faults = memory_faults(solved, machine, nearest)
     if faults and not options.ignore_memory_plan:
         raise ConfigError(faults)

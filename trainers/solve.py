@@ -107,9 +107,8 @@ def _candidates(
             update |= {"student_mode": student_mode} if student_mode else {}
             update |= {"reference_mode": reference_mode} if reference_mode else {}
         decided = options.model_copy(update=update)
-        yield Workload(
-            decided, teacher, student if asked else None, device, precision, optimizer, student_mode, reference_mode, 0
-        )
+        models = (teacher, student if asked else None)
+        yield Workload(decided, *models, device, precision, optimizer, student_mode, reference_mode, 0, devices)
 
 
 def _optimizers(options: Any, precision: str, device: str) -> list[str]:
@@ -272,7 +271,9 @@ def _applies(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
     return settings.get("precision") != "bf16" or device == "cuda"
 
 
-def nearest_fit(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine) -> Change | None:
+def nearest_fit(
+    options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int = 1
+) -> Change | None:
     """Settings that fit device and host: one change after another, the least painful first, and then none of them that
     the others make needless; None if nothing fits."""
     steps: list[dict[str, Any]] = []
@@ -280,7 +281,7 @@ def nearest_fit(options: Any, teacher: ModelShape, student: ModelShape | None, m
     def with_steps(steps: list[dict[str, Any]]) -> Change:
         settings = {k: v for step in steps for k, v in step.items()}
         settings = {k: v for k, v in settings.items() if v != getattr(options, k)}
-        return Change(settings, solve(options.model_copy(update=settings), teacher, student, machine))
+        return Change(settings, solve(options.model_copy(update=settings), teacher, student, machine, devices))
 
     best = with_steps(steps)
     for knob in (*FRUGAL, {"max_completion_length": 0.5}, {"max_completion_length": 0.5}):

@@ -26,6 +26,7 @@ class Workload:
         student_mode: resident, streamed or cpu; None where no student is asked.
         reference_mode: The same for the reference of beta; None without one.
         kv_cache: Bytes.
+        devices: Processes that train together, each on a device of its own.
     """
 
     options: Any
@@ -37,6 +38,7 @@ class Workload:
     student_mode: str | None
     reference_mode: str | None
     kv_cache: int
+    devices: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -79,7 +81,7 @@ class Workload:
 
     @property
     def accumulates(self) -> bool:
-        return self.options.train_batch_size > self.micro_batch
+        return self.options.train_batch_size > self.micro_batch * self.devices
 
     @property
     def continues(self) -> bool:
@@ -123,8 +125,8 @@ class Plan:
     """Bytes per phase and item.
 
     Attributes:
-        phases: Of the device; what a phase holds adds up to its peak.
-        host: Of host memory, at its peak; on a CPU the device is the host, and this is empty.
+        phases: Of each device; what a phase holds adds up to its peak.
+        host: Of host memory, at its peak, for all processes; on a CPU the device is the host, and this is empty.
         disk: What a run leaves at most at one time.
         available: Bytes of the device that are free for it.
         host_free: Bytes of host memory that are free for it; None where the run is to be on another machine.
