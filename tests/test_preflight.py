@@ -202,8 +202,13 @@ def test_memory_of_a_container_is_what_a_run_has(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "root", "folder"),
-    [("/docker/7", "/", "memory/docker/7"), ("/docker/7", "/docker/7", "memory"), ("/", "/", "memory")],
-    ids=["of a machine", "seen from a container", "with a namespace of its own"],
+    [
+        ("/docker/7", "/", "memory/docker/7"),
+        ("/docker/7", "/docker/7", "memory"),
+        ("/docker/7/job", "/docker/7", "memory/job"),
+        ("/", "/", "memory"),
+    ],
+    ids=["of a machine", "seen from a container", "below a container's", "with a namespace of its own"],
 )
 def test_memory_of_a_container_of_the_first_version(tmp_path, path, root, folder):
     control_groups(
