@@ -289,6 +289,17 @@ def test_sft_is_planned_too():
     assert endless.total("update") > planned("teacher_sft", gb=80)[0].plan.total("update")
 
 
+def test_several_processes_each_hold_buckets_and_share_the_host():
+    """DistributedDataParallel copies gradients into buckets of their size; measured with gloo, 102.67 MiB of 102.67."""
+    options = load_options(compose_run("teacher_sft", ["device=auto"]), num_devices=2, repo=REPO, needs_device=False)
+    here = Machine(replace(planned_card(140), is_here=True), 512 * GIB, 30 * GIB, 1000 * GIB)
+    one, two = (solve(options, *shapes_of(options), here, devices).plan for devices in (1, 2))
+    assert "gradient buckets" not in one.phases["update"] and two.phases["update"]["gradient buckets"] == 2 * N
+    assert "gradient buckets" not in two.phases["load"]
+    assert two.host_need == 2 * one.host_need and one.fits_host and not two.fits_host
+    assert nearest_fit(options, *shapes_of(options), here, 2) is None  # each process reads the model on the host
+
+
 @pytest.mark.parametrize("run", ["score", "rescore"])
 def test_what_does_not_train_is_not_planned(run):
     options = options_class(run)(stage=run)

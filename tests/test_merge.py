@@ -12,14 +12,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from trainers import planning
 from trainers.adapter_files import find_base, is_adapter, open_adapter
 from trainers.adapters import ADAPTER, add_adapters
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
+from trainers.machine import Machine
 from trainers.merge import RECORD, merge_adapter, whole_model
 from trainers.options import options_class
+from trainers.planning import plan_run
 from trainers.starts import Start, load_teacher, resolve_start
+from trainers.workload import GIB
 
 IDS = torch.arange(40).remainder(30)[None]
 
@@ -185,6 +189,39 @@ def test_continued_adapter_trains_and_its_copy_does_not(model_dir, adapter_dir, 
     model.set_adapter("ref")
     assert (logits(model) - before).abs().max() < 1e-6
     assert "ref" not in load_teacher(options(use_peft=True), start.path, torch.float32, start.adapter).peft_config
+
+
+def test_continued_adapter_is_planned_with_its_own_rank_and_its_copy(model_dir, adapter_dir, tmp_path):
+    """Rank 4 and every layer, whatever lora_r and lora_target_modules would be for a fresh one; see conftest.py."""
+
+    def planned(*words):
+        chosen = checked(f"model_name_or_path={adapter_dir}", "use_peft=true", *words)
+        plan = plan_run(chosen, Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)).plan
+        return plan, plan.phases["load"]
+
+    chosen = options(use_peft=True, beta=0.1)
+    start = resolve_start(chosen, str(adapter_dir), tmp_path, torch.float32)
+    model = load_teacher(chosen, start.path, torch.float32, start.adapter)
+    held = {name: sum(p.nbytes for n, p in model.named_parameters() if f".{name}." in n) for name in (ADAPTER, "ref")}
+    plan, items = planned("beta=0.1")
+    assert (items["adapters"], items["reference's adapters"]) == (held[ADAPTER], held["ref"])
+    assert plan.work.trained_bytes == held[ADAPTER]
+    model.save_pretrained(tmp_path / "saved")
+    saved = sum(file.stat().st_size for file in (tmp_path / "saved").rglob("*.safetensors"))
+    assert plan.disk["result"] == pytest.approx(saved, rel=0.1)  # beside headers
+    assert "reference's adapters" not in planned("beta=0")[1]
+    merged = planned("beta=0.1", "adapter_start=merge", "lora_r=2")[1]
+    assert merged["adapters"] == held[ADAPTER] // 2 and "reference's adapters" not in merged
+
+
+def test_adapter_of_a_warm_up_is_planned_before_it_is_there(monkeypatch, model_dir):
+    """The warm-up's rank counts, since its adapter is trained on."""
+    warmup = checked("use_peft=true", "lora_r=3", "lora_target_modules=[q_proj]", f"model_name_or_path={model_dir}",
+                     "model_init=null", run="student_sft_tiny")  # fmt: skip
+    monkeypatch.setattr(planning, "warmup_options", lambda name, options: ({}, warmup))
+    rl = checked("use_peft=true", "model_name_or_path=run:teacher_sft_tiny", f"student_model={model_dir}")
+    work = plan_run(rl, Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)).plan.work
+    assert work.adapter == (3, ["q_proj"]) and work.trained_bytes == 2 * 4 * 3 * (64 + 64)  # two layers, fp32
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from conftest import REPO
 
 from trainers import machine, preflight
 from trainers.errors import ConfigError
-from trainers.machine import Card, read_card
+from trainers.machine import Card, host_room, read_card
 from trainers.workload import GIB
 
 SCRIPT = [sys.executable, str(REPO / "test_config_85gb.py")]
@@ -171,3 +171,71 @@ def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ConfigError, match="nvidia-smi failed"):
         read_card()
+
+
+def control_groups(root, membership, mounts, groups):
+    """A made-up file system of control groups; `groups` maps a folder to its files."""
+    files = {"proc/self/cgroup": membership, "proc/self/mountinfo": mounts}
+    files |= {f"sys/fs/cgroup/{folder}/{name}": text for folder, f in groups.items() for name, text in f.items()}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+
+
+def test_memory_of_a_container_is_what_a_run_has(tmp_path):
+    """Version 2: the group itself has no limit, its parent grants 3 GiB and holds 2, half a GiB of it idle cache."""
+    control_groups(
+        tmp_path,
+        "0::/pod/job",
+        "30 24 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate",
+        {
+            "pod/job": {"memory.max": "max", "memory.current": "4096", "memory.stat": "inactive_file 0"},
+            "pod": {
+                "memory.max": str(3 * GIB),
+                "memory.current": str(2 * GIB),
+                "memory.stat": f"anon 5\nactive_file {GIB}\ninactive_file {GIB // 2}",
+            },
+        },
+    )
+    assert host_room(tmp_path) == (3 * GIB, 3 * GIB - 2 * GIB + GIB // 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "folder"),
+    [
+        ("/docker/7", "/", "memory/docker/7"),
+        ("/docker/7", "/docker/7", "memory"),
+        ("/docker/7/job", "/docker/7", "memory/job"),
+        ("/", "/", "memory"),
+    ],
+    ids=["of a machine", "seen from a container", "below a container's", "with a namespace of its own"],
+)
+def test_memory_of_a_container_of_the_first_version(tmp_path, path, root, folder):
+    control_groups(
+        tmp_path,
+        f"5:cpu,cpuacct:/other\n4:memory:{path}\n0::/",
+        f"34 31 0:31 {root} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
+        "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw",
+        {
+            folder: {
+                "memory.limit_in_bytes": str(GIB),
+                "memory.usage_in_bytes": str(GIB // 2),
+                "memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB // 4}",
+            }
+        },
+    )
+    assert host_room(tmp_path) == (GIB, GIB - GIB // 4)
+
+
+def test_memory_without_a_limit_is_the_machines(tmp_path):
+    import psutil
+
+    total = psutil.virtual_memory().total
+    assert host_room(tmp_path)[0] == total  # nothing there to read
+    mounts = "34 31 0:31 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+    unlimited = {"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": str(GIB)}  # and no memory.stat
+    control_groups(tmp_path, "4:memory:/a", mounts, {"memory/a": unlimited})
+    assert host_room(tmp_path)[0] == total
+    used = {"memory.limit_in_bytes": "4096", "memory.usage_in_bytes": "8192"}
+    control_groups(tmp_path, "4:memory:/a", mounts, {"memory/a": used, "memory": {"memory.usage_in_bytes": "1"}})
+    assert host_room(tmp_path) == (4096, 0)

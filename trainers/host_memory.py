@@ -4,19 +4,32 @@ from trainers.workload import GIB, Workload
 
 # The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
 PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}
+# Of what is free when it is loaded: a streamed model that takes more is read from disk at every pass.
+STREAMED_SHARE = 0.8
 
 
-def host_memory(work: Workload) -> dict[str, int]:
-    """Bytes in host memory by item; on a CPU beside what the phases hold."""
+def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
+    """Bytes in host memory by item; on a CPU beside what the phases hold.
+
+    Args:
+        free: Bytes that are free before the run; None where that is not known.
+    """
     size = work.itemsize
     host = {"process": PROCESS[work.device]}
     host["optimizer on the host"] = work.optimizer_bytes.host
     on_gpu = work.device == "cuda"
-    if on_gpu and work.student_mode in ("cpu", "streamed"):  # on a CPU a streamed student stays on disk
-        host["student"] = work.student.num_parameters * size
+    left = None if free is None else free - host["process"]  # the optimizer comes after them
     written = work.reference_mode == "streamed" and getattr(work.options, "sync_ref_model", False)
-    if written or (on_gpu and work.reference_mode in ("cpu", "streamed")):
-        host["reference"] = work.teacher.num_parameters * size
+    frozen = (
+        ("student", work.student, work.student_mode, False),
+        ("reference", work.teacher, work.reference_mode, written),
+    )
+    for name, shape, mode, is_written in frozen:
+        if is_written or (on_gpu and mode in ("cpu", "streamed")):  # on a CPU what is streamed stays on disk
+            held = shape.num_parameters * size
+            if mode == "cpu" or is_written or left is None or held < STREAMED_SHARE * left:
+                host[name] = held
+                left = None if left is None else left - held
     if on_gpu:
         reading = work.teacher.num_parameters * size
         later = sum(host.get(name, 0) for name in ("student", "reference", "optimizer on the host"))
@@ -26,13 +39,13 @@ def host_memory(work: Workload) -> dict[str, int]:
             host["activations"] = tokens * work.teacher.hidden * size * work.teacher.num_layers
     elif work.bridge in ("shared", "lora"):
         host["reading the teacher"] = work.teacher.num_parameters * size  # beside the engine's, until it is shared
-    return {name: bytes_ for name, bytes_ in host.items() if bytes_ >= 2**20}
+    return {name: bytes_ * work.devices for name, bytes_ in host.items() if bytes_ >= 2**20}
 
 
 def disk_space(work: Workload) -> dict[str, int]:
     """Checkpoints that are kept, one more while it is written, and the result."""
     o = work.options
-    weights, optimizer = work.trained_bytes, work.optimizer_bytes
+    weights, optimizer = work.trained_bytes + work.reference_adapter_bytes, work.optimizer_bytes  # peft saves both
     states = 0 if o.save_only_model else optimizer.device + optimizer.host
     # Without a limit all stay; how many there will be is known only where steps are counted.
     saved = o.max_steps // o.save_steps if o.save_strategy == "steps" and o.max_steps > 0 and o.save_steps >= 1 else 1

@@ -4,8 +4,10 @@ import logging
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -57,6 +59,11 @@ class Machine:
     host_free: int
     disk_free: int
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the run would be on this machine: the rest of one whose card is elsewhere is elsewhere too."""
+        return self.card is None or self.card.is_here
+
 
 def planned_card(vram_gb: float) -> Card:
     """A card of so many GB that is not here."""
@@ -71,11 +78,73 @@ def read_machine(folder: Path, vram_gb: float | None = None) -> Machine:
         folder: Where the run will write; its disk is the one that counts.
         vram_gb: Plan for a card of so many GB instead of the one that is here.
     """
-    memory = psutil.virtual_memory()
     while not folder.exists():
         folder = folder.parent
     card = read_card() if vram_gb is None else planned_card(vram_gb)
-    return Machine(card, memory.total, memory.available, shutil.disk_usage(folder).free)
+    return Machine(card, *host_room(), shutil.disk_usage(folder).free)
+
+
+def host_room(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of host memory that this process may use in all, and may still take: those of the machine, or of a
+    container where that grants less.
+
+    Args:
+        root: Of the file system that tells of containers.
+    """
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in _cgroup_limits(root):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+class _Names(NamedTuple):
+    """The file system of control groups, their files, and what they call file pages that are not in use any more."""
+
+    mount: str
+    limit: str
+    usage: str
+    idle: str
+
+
+V2 = _Names("cgroup2", "memory.max", "memory.current", "inactive_file")
+V1 = _Names("cgroup", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Bytes granted to, and bytes in use by, each control group (cgroups(7)) that this process is in and that has a
+    limit; what cannot be read limits nothing."""
+    mounts = [line.split() for line in _lines(root / "proc/self/mountinfo")]
+    for line in _lines(root / "proc/self/cgroup"):  # number:controllers:path, without controllers in version 2
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names = V1 if controllers else V2
+        for mount in mounts:  # number, parent, device, root, mount point, ..., "-", type, source, options
+            if mount[-3] != names.mount or (controllers and "memory" not in mount[-1].split(",")):
+                continue
+            # In a container the mount may begin at the container's own group, and the path at the machine's.
+            folder = root / mount[4].lstrip("/")
+            for part in ("", *path.removeprefix(mount[3]).strip("/").split("/")):
+                folder = folder / part
+                yield from _limit(folder, names)
+
+
+def _limit(folder: Path, names: _Names) -> Iterator[tuple[int, int]]:
+    """What one control group grants and what is in use of it, if it has a limit."""
+    limit, used = ("".join(_lines(folder / name)).strip() for name in (names.limit, names.usage))
+    if limit.isdigit() and used.isdigit():  # not "max"
+        idle = [line.split()[1] for line in _lines(folder / "memory.stat") if line.startswith(f"{names.idle} ")]
+        # The kernel gives up page cache before it refuses memory.
+        yield int(limit), max(0, int(used) - sum(map(int, idle)))
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file, none where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def read_card() -> Card | None:

@@ -25,6 +25,14 @@ FAMILY_PEAK = {"qwen3": {4: 12, 2: 9}, "phi3": {4: 4, 2: 2}, "gemma2": {4: 24, 2
 # With adapters, whose inputs are cast to fp32 and back; the last is for each rank.
 LORA_PEAK = {4: (24, 32.5, 5.5, 24), 2: (14.1, 38.5, 3.3, 28.5)}
 LORA_KEPT = {4: (16, 37, 21), 2: (8, 30.5, 18)}
+# Eager attention (transformers' eager_attention_forward): bytes of each score of each head where nothing is kept, at
+# the peak of its backward pass, and kept for that; and what else a token takes at that peak for its hidden width, with
+# adapters for each rank too. Families' norms count less there than in the whole layer.
+EAGER_SCORES = {4: (8, 12, 4), 2: (10, 12, 6)}
+EAGER_PEAK = {4: 28.5, 2: 18.3}
+EAGER_LORA_PEAK = {4: (25, 12), 2: (20.6, 9)}
+EAGER_FAMILY = 12
+CAPPED = ("gemma2",)  # its scores go through tanh, and the result is kept too
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # a tile of TRL's fused head, in positions and vocabulary entries
 # Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass, of the backward.
 TILE_FORWARD, TILE_BACKWARD = 13.5, 28
@@ -40,21 +48,23 @@ CUDA_GRAPH = 26 * 2**20
 # Of what comes and goes: blocks that are free but not given back. Not measured on a GPU. On a CPU glibc keeps 15 to 50
 # percent of it, less predictably than can be planned (docs/LOG.md): the plan says what is needed.
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
+BUCKETS = "gradient buckets"
 MAX_SEQS = 256  # completions that it writes at once, unless set
 
 
-def make_plan(work: Workload, available: int) -> Plan:
+def make_plan(work: Workload, available: int, host_free: int | None = None) -> Plan:
     """Work out every phase.
 
     Args:
         available: Bytes of the device that are free.
+        host_free: Bytes of host memory that are free; None where that is not known.
     """
-    plan = Plan(work, available)
+    plan = Plan(work, available, host_free)
     resting = dict(_resting(work)) | _graphs(work)
     if work.has_engine and not _is_released(work):
         resting |= {"KV cache": work.kv_cache}
     gradients = {"gradients": work.trained_bytes} if _gradients_while_generating(work) else {}
-    plan.phases["load"] = _without(resting, "optimizer") | _engine(work)
+    plan.phases["load"] = _without(resting, "optimizer", BUCKETS) | _engine(work)
     if work.is_rl:
         scoring = _scoring(work)
         plan.phases["generate"] = resting | gradients | _engine(work)
@@ -64,7 +74,7 @@ def make_plan(work: Workload, available: int) -> Plan:
     plan.phases["update"] = resting | _update(work)
     plan.phases["save"] = resting | _save(work)
     plan.disk = disk_space(work)
-    host = host_memory(work)
+    host = host_memory(work, host_free)
     if work.device == "cuda":
         plan.host = host
     else:
@@ -91,14 +101,17 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
     weights = teacher.num_parameters * size
     yield "weights", weights
     if work.use_peft:
-        yield "adapters", 4 * sum(map(prod, work.adapter_shapes()))
+        yield "adapters", work.trained_bytes
+        yield "reference's adapters", work.reference_adapter_bytes
     if work.has_engine:
         bridge = work.bridge
         padded = (-teacher.vocab % 64) * teacher.hidden * size
         yield "engine's weights", (weights if bridge in ("copy", "restart") else 0) + padded
         if bridge == "lora":
-            yield "engine's adapters", size * sum(map(prod, work.adapter_shapes(_vllm_rank(work.options.lora_r))))
+            yield "engine's adapters", size * sum(map(prod, work.adapter_shapes(_vllm_rank(work.adapter.rank))))
     yield "optimizer", work.optimizer_bytes.device
+    if work.devices > 1:  # torch's DistributedDataParallel sends gradients from buckets of its own
+        yield BUCKETS, work.trained_bytes
     if work.device == "cuda":
         yield "CUDA context", CUDA_CONTEXT
     if work.student is not None and work.student_mode == "resident":
@@ -158,7 +171,12 @@ def _engine(work: Workload) -> dict[str, int]:
         if not work.is_rl or o.replay_rollouts is not None:
             return {}
         # transformers writes a whole rollout at once
-        return {"KV cache": batch_plan(o).generation_batch * work.length * teacher.kv_bytes(work.itemsize)}
+        texts = batch_plan(o).generation_batch
+        scores = EAGER_SCORES[work.itemsize][0] * teacher.num_heads * o.max_prompt_length**2 if work.is_eager else 0
+        return {
+            "KV cache": texts * work.length * teacher.kv_bytes(work.itemsize),
+            "prompts' attention": texts * scores,
+        }
     tokens = o.vllm_kwargs.get("max_num_batched_tokens", MAX_BATCHED_TOKENS)
     if work.device == "cpu":  # whole prompts, and no dummy run with as many tokens as there may be
         questions = -(-batch_plan(o).generation_batch // o.num_generations)
@@ -194,15 +212,15 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     cast = width * hidden * (4 if size < 4 else 0)
     tile = int(head_tokens * width * TILE_FORWARD) if work.device == "cpu" else 0
     head = head_tokens * HEAD_WIDTH * 4 + max(cast, tile)
-    inner = texts * length * 3 * shape.intermediate * size
+    masks = _masks(work, shape)  # elements for each token
     if mode != "streamed":
-        layer = inner + int(texts * length * 5.7 * hidden * size)
+        layer = _reading_layer(work, shape, texts, 3.4 * hidden + masks)
         return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
     batch = batch_plan(work.options).generation_batch if work.is_rl else work.options.train_batch_size
     held = min(work.options.student_tokens_per_pass, batch * length)
     rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
-    resting = held * hidden * size + rotary
-    layer = inner + int(texts * length * 2.3 * hidden * size)
+    resting = held * (hidden + masks) * size + rotary
+    layer = _reading_layer(work, shape, texts)
     slots = 2 * shape.largest_layer * size
     placed = shape.vocab * hidden * size if work.device == "cuda" else 0  # a CPU maps the head
     # The head comes while the last layer is computed, and is used when the layers are gone.
@@ -211,6 +229,27 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
         {"streaming buffers": placed, "hidden states": resting, "scoring buffers": head},
     )
     return max(moments, key=lambda items: sum(items.values()))
+
+
+def _masks(work: Workload, shape: ModelShape) -> int:
+    """Elements of the causal mask that a token has where its attention is eager; other kinds need none to read."""
+    kinds = 2 if shape.model_type.startswith("gemma") else 1  # a sliding window has its own
+    return kinds * work.length if work.is_eager else 0
+
+
+def _reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float = 0) -> int:
+    """What a layer needs to read a micro-batch of so many texts.
+
+    Args:
+        beside: Elements of each token that are held meanwhile.
+    """
+    size, tokens = work.itemsize, texts * work.length
+    feedforward = tokens * (3 * shape.intermediate + 2.3 * shape.hidden + beside) * size
+    if not work.is_eager:
+        return int(feedforward)
+    scores = tokens * shape.num_heads * work.length
+    attention = scores * EAGER_SCORES[size][0] + tokens * (3.4 * shape.hidden + beside) * size
+    return int(max(feedforward + scores * size, attention))  # a layer drops its scores when it is done
 
 
 def _update(work: Workload) -> dict[str, int]:
@@ -241,13 +280,21 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     tokens = work.micro_batch * work.length
     checkpointing = o.gradient_checkpointing is not False
     inner, hidden, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
-    ranks = rank[0] * o.lora_r if rank else 0
-    hidden += FAMILY_PEAK.get(teacher.model_type, {}).get(size, 0)
+    ranks = rank[0] * work.adapter.rank if rank else 0
+    norms = FAMILY_PEAK.get(teacher.model_type, {}).get(size, 0)
+    hidden += norms
     layer = int(tokens * (inner * teacher.intermediate + hidden * teacher.hidden + mask * work.length + ranks))
     inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
-    whole = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * o.lora_r if rank else 0)
-    kept = tokens * (teacher.hidden * size if checkpointing else whole)
-    kept = 0 if getattr(o, "activation_offloading", False) else int(kept) * teacher.num_layers
+    whole = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
+    if work.is_eager:
+        at_peak, kept_scores = _eager_peak(work, norms)
+        layer = max(layer + kept_scores * tokens, at_peak)
+        whole += kept_scores
+    kept = int(tokens * (teacher.hidden * size if checkpointing else whole))
+    kept = 0 if getattr(o, "activation_offloading", False) else kept
+    # What the layer itself keeps is in its peak; beside the scores that counts.
+    others = teacher.num_layers - (work.is_eager and not checkpointing)
+    held = kept * teacher.num_layers
     scored = tokens
     if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
         scored = work.micro_batch * o.max_completion_length
@@ -257,7 +304,23 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
         head += positions * width * TILE_BACKWARD
     if not work.use_peft:
         head += teacher.vocab * teacher.hidden * (4 + (size if size < 4 else 0))
-    return {"activations": kept, "head": head}, {"activations": kept + layer}
+    return {"activations": held, "head": head}, {"activations": kept * others + layer}
+
+
+def _eager_peak(work: Workload, norms: float) -> tuple[int, int]:
+    """Bytes that eager attention needs at the peak of its backward pass, and those of each token that it keeps for it.
+
+    Args:
+        norms: What the family adds to the hidden width's share at the peak of the whole layer.
+    """
+    teacher, size, tokens = work.teacher, work.itemsize, work.micro_batch * work.length
+    scores = teacher.num_heads * work.length  # of each token
+    capped = size if teacher.model_type in CAPPED else 0
+    _, peak, kept = EAGER_SCORES[size]
+    hidden, rank = EAGER_LORA_PEAK[size] if work.use_peft else (EAGER_PEAK[size], 0)
+    hidden = (hidden + min(norms, EAGER_FAMILY)) * teacher.hidden
+    each = (peak + capped) * scores + hidden + _masks(work, teacher) * size + rank * work.adapter.rank
+    return int(tokens * each), (kept + capped) * scores
 
 
 def _save(work: Workload) -> dict[str, int]:

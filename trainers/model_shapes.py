@@ -7,10 +7,10 @@ transformers); for any other family transformers builds the model without memory
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainers.errors import ConfigError, Fault
 from trainers.known_models import KNOWN_MODELS
@@ -30,6 +30,13 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+class AdapterShape(NamedTuple):
+    """The rank of a LoRA adapter, and the layers that have one (as the option lora_target_modules names them)."""
+
+    rank: int
+    targets: str | list[str]
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder-only model.
@@ -37,6 +44,7 @@ class ModelShape:
     Attributes:
         parameters: Each stored parameter's shape by its name; a tied head is not listed.
         layer_prefix: What the names of the layers' parameters begin with, before the layer's number.
+        adapter: Of an adapter, whose base the other sizes are of.
     """
 
     name: str
@@ -51,12 +59,13 @@ class ModelShape:
     head_dim: int
     vocab: int
     max_positions: int
+    adapter: AdapterShape | None = None
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         return sum(prod(shape) for shape in self.parameters.values())
 
-    @property
+    @cached_property
     def largest_layer(self) -> int:
         """Elements of the layer with the most, each tensor rounded up to 64 as a streamed layer's are."""
         sizes: dict[str, int] = {}

@@ -41,7 +41,7 @@ def _text(*parts: Any) -> str:
 def _heading(plan: Plan, machine: Machine) -> str:
     work = plan.work
     name = work.teacher.name or work.teacher.model_type
-    method = f"LoRA of rank {work.options.lora_r}" if work.use_peft else "all weights"
+    method = f"LoRA of rank {work.adapter.rank}" if work.use_peft else "all weights"
     lines = [f"Memory plan: {name} ({_parameters(work.teacher)}), {method}, {work.precision}"]
     if work.student is not None:
         lines[0] += f"; student {work.student.name} ({_parameters(work.student)}) {work.student_mode}"
@@ -86,11 +86,12 @@ def _below(solved: Solved, machine: Machine) -> list[str]:
     plan, options = solved.plan, solved.options
     lines = [
         f"  peak {_gib(plan.peak)} GiB ({plan.peak_phase}) of {_gib(plan.available)} GiB: "
-        + (f"{100 * plan.spare:.0f} % to spare" if plan.fits else "it does not fit")
+        + (f"{100 * plan.spare:.0f} % to spare" if plan.fits_device else "it does not fit")
     ]
     if plan.host:
         needs = ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items())
-        lines.append(f"  host memory {_gib(sum(plan.host.values()))} of {_gib(machine.host_free)} GiB free: {needs}")
+        lines.append(f"  host memory {_gib(plan.host_need)} of {_gib(machine.host_free)} GiB free: {needs}")
+        lines[-1] += "" if plan.fits_host else "; it does not fit"
     lines.append(f"  disk {_gib(sum(plan.disk.values()))} of {_gib(machine.disk_free)} GiB free")
     values = {key: getattr(options, key, None) for key in DECIDED} | {"precision": plan.work.precision}
     values["optim"] = plan.work.optimizer
@@ -119,6 +120,9 @@ def _also(solved: Solved, change: Change) -> str:
         before, after = (getattr(s.options, key, None) for s in (solved, change.solved))
         if before != after and key not in change.settings and after is not None:
             found.append(f"{key}={after:.3g}" if isinstance(after, float) else f"{key}={after}")
+    plan = change.solved.plan
+    if not plan.fits_host:
+        found.append(f"host memory of {_gib(plan.host_need)} GiB, which is not free")
     return " ".join(found)
 
 
@@ -129,7 +133,7 @@ def plan_json(solved: Solved, findings: list[Any]) -> dict[str, Any]:
         "fits": plan.fits,
         "peak_gib": round(plan.peak / GIB, 3),
         "phases": {p: {n: round(s / GIB, 4) for n, s in items.items()} for p, items in plan.phases.items()},
-        "host_gib": round(sum(plan.host.values()) / GIB, 3),
+        "host_gib": round(plan.host_need / GIB, 3),
         "disk_gib": round(sum(plan.disk.values()) / GIB, 3),
         "findings": findings,
     }

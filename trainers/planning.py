@@ -1,16 +1,17 @@
 """The plan of memory of a run as a user meets it: found from checked options, shown, and enforced."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainers.adapter_files import base_of
+from trainers.adapter_files import base_of, is_adapter, is_continued, open_adapter
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine, read_machine
-from trainers.model_shapes import ModelShape, model_shape, read_config
+from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.plan_table import knobs_text, plan_text
 from trainers.reward_specs import asked_student
-from trainers.solve import Solved, device_of, knobs, nearest_fit, refuse, solve
+from trainers.solve import Change, Solved, device_of, knobs, nearest_fit, refuse, solve
 from trainers.warmup import warmup_options
 from trainers.workload import GIB
 
@@ -49,6 +50,7 @@ def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
         teacher = _named(options.model_init, "model_init", options)
     else:
         teacher = _shape(options.model_name_or_path, "model_name_or_path", options)
+        teacher = replace(teacher, adapter=_adapter(options.model_name_or_path, options))
     if not asked_student(options):
         return teacher, None
     return teacher, _shape(options.student_model, "student_model", options)
@@ -61,6 +63,17 @@ def _shape(path: str, key: str, options: Any) -> ModelShape:
             return _named(warmup.model_init, path, options)
         return _shape(warmup.model_name_or_path, key, warmup)
     return model_shape(read_config(base_of(path, key), key), path, options.trust_remote_code)
+
+
+def _adapter(path: str, options: Any) -> AdapterShape | None:
+    """Of the adapter that a path is, or will be once its warm-up has trained it."""
+    if path.startswith("run:"):
+        warmup = warmup_options(path[4:], options)[1]
+        start = warmup.model_name_or_path
+        kept = _adapter(start, warmup) if start is not None and is_continued(warmup) else None
+        return (kept or AdapterShape(warmup.lora_r, warmup.lora_target_modules)) if warmup.use_peft else None
+    config = open_adapter("model_name_or_path", path).config if is_adapter(path) else {}
+    return AdapterShape(config["r"], config["target_modules"]) if config.get("peft_type") == "LORA" else None
 
 
 def _named(model_init: dict[str, Any], name: str, options: Any) -> ModelShape:
@@ -83,9 +96,8 @@ def planned_options(options: Any, devices: int = 1) -> Any:
     teacher, student = shapes_of(options)
     solved = solve(options, teacher, student, machine, devices)
     logger.info("%s", plan_text(solved, machine, full=solved.plan.work.device == "cuda"))
-    faults = room_faults(solved, machine)
-    if not solved.plan.fits:
-        faults = refuse(solved, nearest_fit(options, teacher, student, machine)).faults + faults
+    nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine, devices)
+    faults = memory_faults(solved, machine, nearest)
     if faults and not options.ignore_memory_plan:
         raise ConfigError(faults)
     for fault in faults:
@@ -93,17 +105,18 @@ def planned_options(options: Any, devices: int = 1) -> Any:
     return solved.options
 
 
-def room_faults(solved: Solved, machine: Machine) -> list[Fault]:
-    """What does not fit into host memory or onto the disk."""
-    faults = []
-    items = dict(solved.plan.host)
-    if solved.plan.work.student_mode == "streamed" and items.get("student", 0) > 0.8 * machine.host_free:
-        del items["student"]  # read from disk at every pass (weight_files.fits_in_memory)
-    host, disk = sum(items.values()), sum(solved.plan.disk.values())
-    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in items.items())
+def memory_faults(solved: Solved, machine: Machine, nearest: Change | None) -> list[Fault]:
+    """What does not fit onto the device, into host memory or onto the disk.
+
+    Args:
+        nearest: Settings that fit, if any were found.
+    """
+    faults = [] if solved.plan.fits_device else list(refuse(solved, nearest).faults)
+    host, disk = solved.plan.host_need, sum(solved.plan.disk.values())
+    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in solved.plan.host.items())
     if host > machine.host_free:
         cause = f"it needs {host / GIB:.1f} GiB ({needs}) and {machine.host_free / GIB:.1f} GiB are free"
-        faults.append(Fault("host memory", ..., cause, _host_remedy(solved)))
+        faults.append(Fault("host memory", ..., cause, nearest.as_remedy() if nearest else _host_remedy(solved)))
     if disk > machine.disk_free:
         cause = f"its checkpoints take up to {disk / GIB:.1f} GiB and {machine.disk_free / GIB:.1f} GiB are free"
         remedy = "output_dir=<a larger disk>, save_total_limit=1, save_only_model=true or save_strategy=no"
@@ -130,10 +143,9 @@ def run_plan(options: Any, vram_gb: float | None = None) -> bool:
     print(plan_text(solved, machine, full=True))
     print("\n" + knobs_text(solved, knobs(options, teacher, student, machine)))
     nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine)
-    # The rest of a machine whose card is elsewhere is elsewhere too.
-    faults = room_faults(solved, machine) if machine.card is None or machine.card.is_here else []
-    if not solved.plan.fits:
-        faults = refuse(solved, nearest).faults + faults
+    faults = memory_faults(solved, machine, nearest)
+    if not machine.is_here:
+        faults = [fault for fault in faults if fault.key == "memory"]
     if faults:
         print(f"\n{ConfigError(faults)}")
     return not faults

@@ -14,9 +14,9 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run
 from trainers.errors import ConfigError
 from trainers.machine import GB, Machine
-from trainers.planning import check_planned, machine_for, room_faults, shapes_of
+from trainers.planning import check_planned, machine_for, memory_faults, shapes_of
 from trainers.reward_specs import asked_student
-from trainers.solve import Solved, device_of, nearest_fit, refuse, solve
+from trainers.solve import Change, Solved, device_of, nearest_fit, solve
 from trainers.workload import GIB
 
 Level = Literal["error", "warning", "ok"]
@@ -93,9 +93,8 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
         return Preflight(findings + faults, None, None)
     findings += _memory(solved, machine, None if solved.plan.fits else nearest_fit(options, teacher, student, machine))
     # What the machine that has the card can reach is not known here.
-    elsewhere = machine.card is not None and not machine.card.is_here
     there = [_wandb(options), *_models(options)]
-    findings += [replace(f, level="warning") if elsewhere and f.level == "error" else f for f in there]
+    findings += [replace(f, level="warning") if not machine.is_here and f.level == "error" else f for f in there]
     return Preflight(findings, solved, machine)
 
 
@@ -185,25 +184,21 @@ def _card(options: Any, machine: Machine, vram_gb: float | None) -> list[Finding
     return findings
 
 
-def _memory(solved: Solved, machine: Machine, nearest: Any) -> list[Finding]:
+def _memory(solved: Solved, machine: Machine, nearest: Change | None) -> list[Finding]:
     plan = solved.plan
+    spare = f"GiB ({plan.peak_phase}), {100 * plan.spare:.0f} % to spare"
+    rest: Level = "error" if machine.is_here else "warning"
+    faults = {fault.key: fault for fault in memory_faults(solved, machine, nearest)}
     findings = []
-    if plan.fits:
-        message = f"peak {plan.peak / GIB:.1f} of {plan.available / GIB:.1f} GiB ({plan.peak_phase})"
-        findings.append(Finding("memory", "ok", f"{message}, {100 * plan.spare:.0f} % to spare"))
-    else:
-        findings += [Finding("memory", "error", f.cause, f.remedy) for f in refuse(solved, nearest).faults]
-    elsewhere = machine.card is not None and not machine.card.is_here
-    level: Level = "warning" if elsewhere else "error"
-    faults = {fault.key: fault for fault in room_faults(solved, machine)}
-    for key, needs, free in (
-        ("host memory", plan.host, machine.host_free),
-        ("disk", plan.disk, machine.disk_free),
+    for key, level, need, free, unit in (
+        ("memory", "error", plan.peak, plan.available, spare),
+        ("host memory", rest, plan.host_need, machine.host_free, "GiB free"),
+        ("disk", rest, sum(plan.disk.values()), machine.disk_free, "GiB free"),
     ):
         if key in faults:
             findings.append(Finding(key, level, faults[key].cause, faults[key].remedy))
         else:
-            findings.append(Finding(key, "ok", f"{sum(needs.values()) / GIB:.1f} of {free / GIB:.1f} GiB free"))
+            findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
     return findings
 
 

@@ -68,19 +68,23 @@ def available_memory(options: Any, machine: Machine) -> int:
 def solve(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int = 1) -> Solved:
     """Decide every `auto`, preferring what is faster, and plan the result.
 
-    Where nothing fits, the most frugal choice is returned: its plan does not fit either.
+    Where nothing fits both device and host, what fits the device and takes the least of the host is returned, or else
+    the most frugal choice: its plan does not fit either.
     """
     available = available_memory(options, machine)
     budget = int(available * (1 - SPARE))
     total = machine.card.total if machine.card is not None else available
-    last = None
+    host_free = machine.host_free if machine.is_here else None
+    last, short_of_host = None, []
     for enough in (0.25, 0.0):  # a KV cache too small for a quarter of the completions is the last resort
         for work in _candidates(options, teacher, student, machine, devices):
-            last = _with_cache(work, budget, available, total, enough)
+            last = _with_cache(work, budget, available, host_free, total, enough)
             if last.plan.peak <= budget:
-                return last
+                if last.plan.fits_host:
+                    return last
+                short_of_host.append(last)
     assert last is not None, "there is always a candidate"
-    return last
+    return min(short_of_host, key=lambda solved: round(solved.plan.host_need / GIB, 1), default=last)
 
 
 def _candidates(
@@ -103,9 +107,8 @@ def _candidates(
             update |= {"student_mode": student_mode} if student_mode else {}
             update |= {"reference_mode": reference_mode} if reference_mode else {}
         decided = options.model_copy(update=update)
-        yield Workload(
-            decided, teacher, student if asked else None, device, precision, optimizer, student_mode, reference_mode, 0
-        )
+        models = (teacher, student if asked else None)
+        yield Workload(decided, *models, device, precision, optimizer, student_mode, reference_mode, 0, devices)
 
 
 def _optimizers(options: Any, precision: str, device: str) -> list[str]:
@@ -147,11 +150,13 @@ def _tokens_per_pass(options: Any, device: str) -> list[int]:
     return list(TOKENS_PER_PASS) if device == "cuda" else [CPU_TOKENS_PER_PASS]
 
 
-def _with_cache(work: Workload, budget: int, available: int, total: int, enough: float) -> Solved:
+def _with_cache(
+    work: Workload, budget: int, available: int, host_free: int | None, total: int, enough: float
+) -> Solved:
     """Give the engine what the completions need, or what is left; as much as was asked for, where it was."""
     options = work.options
     if not work.has_engine:
-        return Solved(options, make_plan(work, available))
+        return Solved(options, make_plan(work, available, host_free))
     need = kv_needed(options, work.teacher, work.itemsize, work.device)
     least = kv_least(options, work.teacher, work.itemsize)
     solves = options.vllm_gpu_memory_utilization == "auto"
@@ -174,7 +179,7 @@ def _with_cache(work: Workload, budget: int, available: int, total: int, enough:
     if solves:
         update["kv_cache_gib"] = size / GIB
     work = replace(work, kv_cache=size, options=options.model_copy(update=update))
-    return Solved(work.options, make_plan(work, available))
+    return Solved(work.options, make_plan(work, available, host_free))
 
 
 # What takes less memory, the least painful first: option, value, and where it applies.
@@ -189,6 +194,10 @@ FRUGAL: tuple[dict[str, Any], ...] = (
     {"student_tokens_per_pass": "auto"},
     {"optim": "adamw_8bit"},
     {"optim": "cpu_offload"},
+    # These three take less of the host.
+    {"activation_offloading": False},
+    {"reference_mode": "resident"},
+    {"student_mode": "resident"},
     {"max_completion_length": 0.5},
     {"max_prompt_length": 0.5},
     {"max_length": 0.5},
@@ -198,7 +207,6 @@ FRUGAL: tuple[dict[str, Any], ...] = (
 
 OTHERS: tuple[dict[str, Any], ...] = (
     {"max_completion_length": 2.0},
-    {"student_mode": "resident"},
     {"beta": 0.0, "sync_ref_model": False},
 )
 
@@ -209,6 +217,10 @@ class Change:
 
     settings: dict[str, Any]
     solved: Solved
+
+    def as_remedy(self) -> str:
+        """To be pasted, and what it leads to."""
+        return f"{self}   (peak {self.solved.plan.peak / GIB:.1f} GiB)"
 
     def __str__(self) -> str:
         return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
@@ -259,29 +271,45 @@ def _applies(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
     return settings.get("precision") != "bf16" or device == "cuda"
 
 
-def nearest_fit(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine) -> Change | None:
-    """The first settings that fit, changing one thing after another, the least painful first; None if none do."""
-    gathered: dict[str, Any] = {}
+def nearest_fit(
+    options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int = 1
+) -> Change | None:
+    """Settings that fit device and host: one change after another, the least painful first, and then none of them that
+    the others make needless; None if nothing fits."""
+    steps: list[dict[str, Any]] = []
+
+    def with_steps(steps: list[dict[str, Any]]) -> Change:
+        settings = {k: v for step in steps for k, v in step.items()}
+        settings = {k: v for k, v in settings.items() if v != getattr(options, k)}
+        return Change(settings, solve(options.model_copy(update=settings), teacher, student, machine, devices))
+
+    best = with_steps(steps)
     for knob in (*FRUGAL, {"max_completion_length": 0.5}, {"max_completion_length": 0.5}):
-        current = options.model_copy(update=gathered)
+        current = options.model_copy(update=best.settings)
         settings = _changed(current, knob)
         if not settings or not _applies(current, settings, machine):
             continue
-        before = solve(current, teacher, student, machine).plan.peak
-        change = Change(gathered | settings, solve(current.model_copy(update=settings), teacher, student, machine))
-        if change.solved.plan.peak < before:
-            gathered |= settings
-            if change.solved.plan.fits:
-                return change
-    return None
+        change = with_steps([*steps, settings])
+        if change.solved.plan.missing < best.solved.plan.missing:
+            steps, best = [*steps, settings], change
+        if best.solved.plan.fits:
+            break
+    else:
+        return None
+    for step in reversed(steps):
+        fewer = [kept for kept in steps if kept is not step]
+        change = with_steps(fewer)
+        if change.solved.plan.fits:
+            steps, best = fewer, change
+    return best
 
 
 def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
-    """What a user reads whose run does not fit."""
+    """What a user reads whose run does not fit the device."""
     plan = solved.plan
     cause = (
         f"the {plan.peak_phase} phase needs {plan.peak / GIB:.1f} GiB and {plan.available / GIB:.1f} GiB are free "
         f"({batch_plan(solved.options).equation() if solved.options.stage == 'rl' else 'SFT'})"
     )
-    remedy = f"{nearest}   (peak {nearest.solved.plan.peak / GIB:.1f} GiB)" if nearest else "a smaller model"
+    remedy = nearest.as_remedy() if nearest else "a smaller model"
     return ConfigError(Fault("memory", ..., cause, f"{remedy}; ignore_memory_plan=true starts it all the same"))

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from trainers.errors import ConfigError, Fault
+from trainers.host_memory import STREAMED_SHARE
+from trainers.machine import host_room
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -39,7 +40,7 @@ def find_weight_files(path: str, key: str) -> list[Path]:
 
 def fits_in_memory(num_bytes: int) -> bool:
     """Whether host memory can take so many bytes and keep a fifth of what is free."""
-    return num_bytes < 0.8 * psutil.virtual_memory().available
+    return num_bytes < STREAMED_SHARE * host_room()[1]
 
 
 class _Place(NamedTuple):

@@ -1,11 +1,13 @@
 """What a plan of memory is made of: the work, and the bytes of its phases."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
+from trainers.adapter_files import is_continued
 from trainers.engine_specs import bridge_name
-from trainers.model_shapes import ModelShape
+from trainers.model_shapes import AdapterShape, ModelShape
 from trainers.optim_specs import OptimizerBytes, optimizer_bytes
 
 GIB = 2**30
@@ -24,6 +26,7 @@ class Workload:
         student_mode: resident, streamed or cpu; None where no student is asked.
         reference_mode: The same for the reference of beta; None without one.
         kv_cache: Bytes.
+        devices: Processes that train together, each on a device of its own.
     """
 
     options: Any
@@ -35,6 +38,7 @@ class Workload:
     student_mode: str | None
     reference_mode: str | None
     kv_cache: int
+    devices: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -67,16 +71,32 @@ class Workload:
         return bridge_name(self.options) if self.has_engine else None
 
     @property
+    def is_eager(self) -> bool:
+        """Whether attention writes the scores of each head down, `[texts, heads, tokens, tokens]`."""
+        return self.options.attn_implementation == "eager"
+
+    @property
     def micro_batch(self) -> int:
         return self.options.per_device_train_batch_size
 
     @property
     def accumulates(self) -> bool:
-        return self.options.train_batch_size > self.micro_batch
+        return self.options.train_batch_size > self.micro_batch * self.devices
+
+    @property
+    def continues(self) -> bool:
+        """Whether the adapter that the teacher comes with is trained on."""
+        return self.use_peft and self.teacher.adapter is not None and is_continued(self.options)
+
+    @property
+    def adapter(self) -> AdapterShape:
+        """The adapter in training, if one is."""
+        o = self.options
+        return self.teacher.adapter if self.continues else AdapterShape(o.lora_r, o.lora_target_modules)
 
     def adapter_shapes(self, rank: int | None = None) -> list[tuple[int, ...]]:
-        rank = rank or self.options.lora_r
-        linears = self.teacher.linears(self.options.lora_target_modules)
+        rank = rank or self.adapter.rank
+        linears = self.teacher.linears(self.adapter.targets)
         return [shape for out, inner in linears for shape in ((rank, inner), (out, rank))]
 
     def trained_shapes(self) -> list[tuple[int, ...]]:
@@ -86,11 +106,16 @@ class Workload:
     def trained_itemsize(self) -> int:
         return 4 if self.use_peft else self.itemsize  # adapters are fp32
 
-    @property
+    @cached_property
     def trained_bytes(self) -> int:
         return self.trained_itemsize * sum(map(prod, self.trained_shapes()))
 
     @property
+    def reference_adapter_bytes(self) -> int:
+        """Of the frozen copy of the adapter that is trained on, as beta's reference (see adapters.py)."""
+        return self.trained_bytes if self.continues and getattr(self.options, "beta", 0) else 0
+
+    @cached_property
     def optimizer_bytes(self) -> OptimizerBytes:
         return optimizer_bytes(self.optimizer, self.trained_shapes(), self.trained_itemsize)
 
@@ -100,14 +125,16 @@ class Plan:
     """Bytes per phase and item.
 
     Attributes:
-        phases: Of the device; what a phase holds adds up to its peak.
-        host: Of host memory, at its peak; on a CPU the device is the host, and this is empty.
+        phases: Of each device; what a phase holds adds up to its peak.
+        host: Of host memory, at its peak, for all processes; on a CPU the device is the host, and this is empty.
         disk: What a run leaves at most at one time.
         available: Bytes of the device that are free for it.
+        host_free: Bytes of host memory that are free for it; None where the run is to be on another machine.
     """
 
     work: Workload
     available: int
+    host_free: int | None = None
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
@@ -124,8 +151,26 @@ class Plan:
         return self.total(self.peak_phase)
 
     @property
-    def fits(self) -> bool:
+    def fits_device(self) -> bool:
         return self.peak <= self.available
+
+    @property
+    def host_need(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host_free is None or self.host_need <= self.host_free
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_device and self.fits_host
+
+    @property
+    def missing(self) -> int:
+        """Bytes that device and host are short of, together."""
+        host = 0 if self.fits_host else self.host_need - self.host_free
+        return max(0, self.peak - self.available) + host
 
     @property
     def spare(self) -> float:

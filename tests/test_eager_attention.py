@@ -1,0 +1,165 @@
+"""What eager attention takes, as planned and as torch's allocator sees it. Run: ./run_tests.sh
+tests/test_eager_attention.py"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import REPO
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.memory import allocator_peak
+from trainers import memory
+from trainers.adapters import add_adapters, base_model
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.frozen import ResidentBackbone
+from trainers.memory import make_plan
+from trainers.model_shapes import model_shape
+from trainers.models import DTYPES
+from trainers.streaming import StreamedBackbone
+from trainers.weight_files import WeightFiles
+from trainers.workload import GIB, Workload
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+TEXTS, TOKENS = 2, 384
+WIDE = {"intermediate_size": 4096, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+
+
+def config(model_type="qwen2", **sizes):
+    return {"model_type": model_type} | SIZES | sizes
+
+
+def make(given, precision, attention="eager"):
+    torch.manual_seed(0)
+    full = AutoConfig.for_model(**given, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return AutoModelForCausalLM.from_config(full, dtype=DTYPES[precision], attn_implementation=attention)
+
+
+def work(given, precision, mode="resident", tokens=TOKENS, **overrides):
+    """Prompts and completions of half the tokens each."""
+    batch = {"per_device_train_batch_size": TEXTS, "train_batch_size": 8, "num_generations": 4}
+    lengths = {"max_prompt_length": tokens // 2, "max_completion_length": tokens - tokens // 2}
+    chosen = (
+        {"attn_implementation": "eager", "gradient_checkpointing": True, "student_tokens_per_pass": 4 * tokens}
+        | batch
+        | lengths
+        | overrides
+    )
+    words = [f"{key}={str(value).lower()}" for key, value in chosen.items()]
+    options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
+    shape = model_shape(given)
+    return Workload(options, shape, shape, "cpu", precision, "adamw_torch", mode, None, 0)
+
+
+def activations(planned):
+    """Bytes in the course of the backward pass; the head, whose tiles are large beside these models, aside."""
+    return memory._activations(planned)[1]["activations"]
+
+
+def measured(step):
+    """Bytes at the peak of a step, the second of two: gradients are there."""
+    step()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return allocator_peak(profile)
+
+
+def backward_peak(given, precision, use_peft=False, checkpointing=True, attention="eager"):
+    model = make(given, precision, attention).train()
+    if use_peft:
+        model = add_adapters(model, work(given, precision, use_peft=True).options)
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids, mask = torch.randint(3, 512, (TEXTS, TOKENS)), torch.ones(TEXTS, TOKENS, dtype=torch.long)
+    mask[0, :5] = 0  # as prompts are padded
+    cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+
+    def step():
+        with cast:  # as in training
+            states = base_model(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states.float().pow(2).mean().backward()
+
+    return measured(step)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("given", "overrides"),
+    [
+        (config(), {}),
+        (config(), {"gradient_checkpointing": False}),
+        (config(), {"use_peft": True}),
+        (config(**WIDE), {}),
+        (config("qwen3"), {}),
+        (config("gemma2", attn_logit_softcapping=50.0), {}),
+        (config("gemma2", attn_logit_softcapping=50.0), {"gradient_checkpointing": False}),
+    ],
+    ids=["all weights", "without checkpointing", "adapters", "wide", "qwen3", "gemma2", "gemma2 without checkpointing"],
+)
+def test_backward_pass_takes_what_is_planned(given, overrides, precision):
+    planned = activations(work(given, precision, **overrides))
+    use_peft, checkpointing = "use_peft" in overrides, "gradient_checkpointing" not in overrides
+    assert planned == pytest.approx(backward_peak(given, precision, use_peft, checkpointing), rel=0.05)
+
+
+def test_scores_are_most_of_it_where_texts_are_long():
+    """12 bytes of each of 2 x 8 x 384 x 384 scores, at the peak of the layer's backward pass."""
+    eager, plain = (activations(work(config(), "fp32", attn_implementation=kind)) for kind in ("eager", "sdpa"))
+    scores = 12 * TEXTS * 8 * TOKENS**2
+    assert scores < eager < 1.3 * scores and plain < 0.5 * scores
+
+
+@pytest.mark.parametrize(
+    ("given", "precision"),
+    [(config(), "fp32"), (config(), "bf16"), (config(**WIDE), "fp32"), (config("gemma2"), "bf16")],
+    ids=["narrow", "narrow bf16", "wide", "gemma2 bf16"],
+)
+def test_resident_student_takes_what_is_planned(given, precision, monkeypatch):
+    monkeypatch.setattr("trainers.memory.SCORE_HEAD_TOKENS", {"cpu": 0})  # the head is another matter
+    planned = make_plan(work(given, precision), GIB).phases["score"]["scoring buffers"]
+    backbone = ResidentBackbone(make(given, precision).eval().requires_grad_(False), torch.device("cpu"))
+    ids = torch.randint(3, 512, (1, TOKENS))  # a micro-batch on a CPU: 512 // 384 texts
+
+    @torch.no_grad()
+    def step():
+        for _ in backbone.run([ids]):
+            pass
+
+    assert planned == pytest.approx(measured(step), rel=0.04)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
+def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path):
+    given = config(model_type)
+    make(given, "fp32").save_pretrained(tmp_path)
+    items = make_plan(work(given, "fp32", "streamed"), GIB).phases["score"]
+    planned = sum(items[name] for name in ("scoring buffers", "streaming buffers", "hidden states"))
+    full = AutoConfig.for_model(**given)
+    source = WeightFiles(str(tmp_path), "student_model")
+    device = torch.device("cpu")
+    backbone = StreamedBackbone(source, full, device, torch.float32, "eager", "student_model")
+    batches = [torch.randint(3, 512, (1, TOKENS)) for _ in range(4)]
+
+    def step():
+        with torch.no_grad():
+            for _ in backbone.run(batches):
+                pass
+
+    assert planned == pytest.approx(measured(step), rel=0.05)
+
+
+def test_prompts_that_transformers_reads_are_planned():
+    plan = make_plan(work(config(), "fp32", use_vllm=False), GIB)
+    assert plan.phases["generate"]["prompts' attention"] == 8 * 8 * 8 * (TOKENS // 2) ** 2  # bytes x texts x heads

@@ -1,0 +1,108 @@
+"""The plan and the memory of the host. Run: ./run_tests.sh tests/test_host_memory.py"""
+
+from dataclasses import replace
+
+import pytest
+from conftest import REPO
+
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.errors import ConfigError
+from trainers.machine import Machine, planned_card
+from trainers.plan_table import plan_text
+from trainers.planning import memory_faults, planned_options, shapes_of
+from trainers.solve import nearest_fit, solve
+from trainers.workload import GIB
+
+SEVEN = 2 * 7_615_616_512  # bytes of the teacher, and of the student, in bf16
+METHOD = ("train_batch_size", "num_generations", "max_prompt_length", "max_completion_length", "beta")
+LARGE = ("train_batch_size=512", "max_completion_length=8192", "beta=0", "sync_ref_model=false")
+
+
+def machine(gb, host):
+    """A card of `gb` GB that is here, beside `host` GiB of free host memory."""
+    return Machine(replace(planned_card(gb), is_here=True), 512 * GIB, int(host * GIB), 1000 * GIB)
+
+
+def checked(*overrides, run="teacher_rlt_mono"):
+    return load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+
+
+def planned(gb, host, *overrides):
+    options = checked(*overrides)
+    return solve(options, *shapes_of(options), machine(gb, host))
+
+
+def nearest(gb, host, *overrides):
+    options = checked(*overrides)
+    return nearest_fit(options, *shapes_of(options), machine(gb, host))
+
+
+def test_optimizer_that_the_host_cannot_hold_is_not_chosen():
+    """With room for both, the optimizer's states go to the host for the sake of a larger KV cache."""
+    roomy, narrow = planned(60, 512, *LARGE), planned(60, 64, *LARGE)
+    assert (roomy.options.optim, narrow.options.optim) == ("cpu_offload", "adamw_8bit")
+    assert roomy.plan.host_need > 64 * GIB and roomy.plan.fits and narrow.plan.fits
+    assert narrow.options.kv_cache_gib < roomy.options.kv_cache_gib
+    for key in METHOD:
+        assert getattr(narrow.options, key) == getattr(roomy.options, key) == getattr(checked(*LARGE), key)
+
+
+def test_settings_on_offer_fit_the_host_too():
+    solved = planned(40, 64)
+    assert solved.plan.fits_device and not solved.plan.fits_host and not solved.plan.fits
+    change = nearest(40, 64)
+    assert change.settings == {"use_peft": True, "sync_ref_model": False} and change.solved.plan.fits
+    (fault,) = memory_faults(solved, machine(40, 64), change)
+    needs = "it needs 117.9 GiB (process 4.0, optimizer on the host 85.5, student 14.2, reference 14.2) and 64.0 GiB"
+    assert fault.key == "host memory" and fault.cause.startswith(needs)
+    assert fault.remedy.startswith("use_peft=true sync_ref_model=false   (peak")
+    assert planned(40, 64, *str(change).split()).plan.fits  # as it is pasted
+
+
+def test_what_the_user_put_on_the_host_is_taken_off_it_where_there_is_room_on_the_card():
+    assert nearest(80, 64, "optim=cpu_offload").settings == {"optim": "adamw_8bit"}
+    assert nearest(80, 30).settings == {"reference_mode": "resident"}  # student and reference: 28.4 GiB
+    offloading = nearest(80, 24, "activation_offloading=true")
+    assert "reference_mode" in offloading.settings and offloading.solved.plan.host_need <= 24 * GIB
+
+
+def test_run_that_fits_neither_is_told_both(monkeypatch):
+    monkeypatch.setattr("trainers.planning.machine_for", lambda options: machine(22, 10))
+    with pytest.raises(ConfigError) as refused:
+        planned_options(checked())
+    message = str(refused.value)
+    assert "memory: the update phase needs" in message and "20.5 GiB are free" in message
+    assert "host memory: it needs" in message and "10.0 GiB are free" in message
+    assert nearest(22, 10) is None
+
+
+def test_settings_on_offer_hold_nothing_that_is_needless():
+    """On the way to LoRA shorter completions helped; with it they need not be shorter."""
+    assert nearest(22, 512).settings == {"use_peft": True, "sync_ref_model": False}
+
+
+def test_streamed_student_is_read_from_disk_where_the_host_has_no_room():
+    """It is kept below four fifths of what the process, of 4 GiB, leaves."""
+    most = 4 + SEVEN / GIB / 0.8
+    plans = [planned(80, most + more, "beta=0", "sync_ref_model=false").plan for more in (0.1, -0.1)]
+    assert [plan.host.get("student") for plan in plans] == [SEVEN, None]
+    assert all(plan.fits for plan in plans)
+
+
+def test_reference_that_is_written_to_is_never_left_on_disk():
+    assert planned(80, 20, "sync_ref_model=true").plan.host["reference"] == SEVEN
+    assert "reference" not in planned(80, 20, "sync_ref_model=false", "student_mode=resident").plan.host
+
+
+def test_table_tells_what_the_host_cannot_hold():
+    options = checked()
+    small = machine(40, 64)
+    assert "reference 14.19; it does not fit" in plan_text(solve(options, *shapes_of(options), small), small)
+
+
+def test_host_of_a_card_that_is_elsewhere_is_not_judged():
+    there = Machine(planned_card(40), 16 * GIB, 8 * GIB, 1000 * GIB)
+    options = checked()
+    solved = solve(options, *shapes_of(options), there)
+    assert solved.options.optim == "cpu_offload" and solved.plan.fits and solved.plan.host["student"] == SEVEN
