@@ -10,6 +10,7 @@ from trainers.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+COMPARED_LENGTH = 8  # tokens of the prompt after which log-probabilities are compared
 NUM_TOKENS = 16  # below vLLM's limit of 20 log-probs a position
 TOLERANCE = {torch.float32: 1e-3}  # nats; kernels of trainer and engine differ by about 1e-6 in fp32
 # bf16 rounds a logit of 32 by up to 1/8, in the trainer and in the engine; of larger ones the first check tells.
@@ -21,16 +22,17 @@ class SentinelError(RuntimeError):
 
 
 class Sentinel:
-    """After each update, compares log-probabilities after a fixed prompt between trainer and engine.
+    """After each update, compares log-probabilities after a fixed prompt between trainer and engine, and sees that the
+    engine's prefix cache was dropped.
 
-    The engine is asked together with the next rollout, ahead of it, which costs it next to nothing; a difference stops
-    the rollout at its first token. The prompt is longer than a block of the prefix cache: its keys and values are kept
-    there from one check to the next, unless the update drops them as it must.
+    The engine is asked together with the next rollout, ahead of it; a difference stops the rollout at its first token.
+    The compared prompt is short, since the trainer reads it by itself. A second one, longer than a block of the prefix
+    cache, is put to the engine alone: its keys and values stay there until the next update, which must drop them.
 
     Args:
         engine: The engine.
         model: The trainer's model.
-        prompt_ids: A prompt; it is repeated to the length that is needed.
+        prompt_ids: A prompt; the fixed ones are made of it.
         dtype: Type of the weights.
         tolerance: Largest difference allowed, in nats; None for the default of the type.
     """
@@ -42,8 +44,8 @@ class Sentinel:
         self.dtype, self._is_default = dtype, tolerance is None
         self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
         length = min(engine.block_size + 1, engine.max_model_len - 1)
-        repeats = length // len(prompt_ids) + 1
-        self.prompt_ids = (prompt_ids * repeats)[:length]
+        self.cached_ids = tuple((prompt_ids * (length // len(prompt_ids) + 1))[:length])
+        self.compared_ids = self.cached_ids[:COMPARED_LENGTH]
         self._tokens: list[int] = []
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class Sentinel:
         """`[vocabulary]`, fp32: the log-probabilities of the next token."""
         training = self.model.training
         self.model.eval()
-        ids = torch.tensor([self.prompt_ids], device=self.engine.device)
+        ids = torch.tensor([self.compared_ids], device=self.engine.device)
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         self.model.train(training)
         return logits.float().log_softmax(-1)
@@ -72,17 +74,20 @@ class Sentinel:
             self._tokens = ours.topk(min(NUM_TOKENS, len(ours))).indices.tolist()
         ours = ours[self._tokens].cpu()
         self.engine.ask_along(
-            tuple(self.prompt_ids),
+            self.compared_ids,
             self._tokens,
-            lambda theirs, cached: report(self._compare(ours, torch.tensor(theirs), cached, first)),
+            lambda theirs, _: report(self._compare(ours, torch.tensor(theirs), first)),
         )
+        self.engine.ask_along(self.cached_ids, self._tokens[:1], lambda _, cached: self._none_cached(cached))
 
-    def _compare(self, ours: torch.Tensor, theirs: torch.Tensor, cached: int, first: bool) -> dict[str, float]:
+    def _none_cached(self, cached: int) -> None:
         if cached:
             raise SentinelError(
                 f"vLLM found {cached} tokens of a prompt in its prefix cache right after a weight update: keys and "
                 "values of older weights would be used\n  -> enable_prefix_caching=false, and please report this"
             )
+
+    def _compare(self, ours: torch.Tensor, theirs: torch.Tensor, first: bool) -> dict[str, float]:
         difference = (ours - theirs).abs()
         worst = difference.max().item()
         if first and self.dtype != torch.float32 and self._is_default:
