@@ -277,25 +277,20 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     """What the backward pass holds at its begin (all layers, and the head's work) and in its course (all layers'
     inputs, and one layer's work)."""
     teacher, size, o = work.teacher, work.itemsize, work.options
-    tokens = work.micro_batch * work.length
-    checkpointing = o.gradient_checkpointing is not False
+    completions, prompts = _update_tokens(work)
+    at_once = max(completions, prompts)
     inner, hidden, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
     ranks = rank[0] * work.adapter.rank if rank else 0
     norms = FAMILY_PEAK.get(teacher.model_type, {}).get(size, 0)
     hidden += norms
-    layer = int(tokens * (inner * teacher.intermediate + hidden * teacher.hidden + mask * work.length + ranks))
-    inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
-    whole = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
+    layer = int(at_once * (inner * teacher.intermediate + hidden * teacher.hidden + mask * work.length + ranks))
+    held = others = _kept(work)
     if work.is_eager:
-        at_peak, kept_scores = _eager_peak(work, norms)
-        layer = max(layer + kept_scores * tokens, at_peak)
-        whole += kept_scores
-    kept = int(tokens * (teacher.hidden * size if checkpointing else whole))
-    kept = 0 if getattr(o, "activation_offloading", False) else kept
-    # What the layer itself keeps is in its peak; beside the scores that counts.
-    others = teacher.num_layers - (work.is_eager and not checkpointing)
-    held = kept * teacher.num_layers
-    scored = tokens
+        at_peak, kept_scores = _eager_peak(work, norms, at_once)
+        layer = max(layer + kept_scores * at_once, at_peak)
+        if o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak; beside the scores it counts
+            others -= held // teacher.num_layers
+    scored = completions
     if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
         scored = work.micro_batch * o.max_completion_length
     positions, width = min(scored, HEAD_TOKENS), min(HEAD_WIDTH, teacher.vocab)
@@ -304,16 +299,45 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
         head += positions * width * TILE_BACKWARD
     if not work.use_peft:
         head += teacher.vocab * teacher.hidden * (4 + (size if size < 4 else 0))
-    return {"activations": held, "head": head}, {"activations": kept * others + layer}
+    return {"activations": held, "head": head}, {"activations": others + layer}
 
 
-def _eager_peak(work: Workload, norms: float) -> tuple[int, int]:
+def _update_tokens(work: Workload) -> tuple[int, int]:
+    """Tokens of a micro-batch that the update reads to the end, and those of prompts that it reads apart, once for
+    all their completions."""
+    o, shared = work.options, work.shared_prompts
+    if shared is None:
+        return work.micro_batch * work.length, 0
+    return work.micro_batch * o.max_completion_length, shared * o.max_prompt_length
+
+
+def _kept(work: Workload) -> int:
+    """Bytes that all layers keep for the backward pass."""
+    teacher, size, o = work.teacher, work.itemsize, work.options
+    completions, prompts = _update_tokens(work)
+    if getattr(o, "activation_offloading", False):
+        return 0
+    if o.gradient_checkpointing is not False:
+        return completions * teacher.hidden * size * teacher.num_layers
+    inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
+    each = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
+    if work.is_eager:
+        each += _eager_peak(work, 0, 0)[1]
+    # Of a prompt that is read apart only keys and values matter: nothing follows its last layer's. Each completion
+    # gets them, once for each head.
+    handed_out = work.micro_batch * o.max_prompt_length * 2 * teacher.num_heads * teacher.head_dim * size
+    kept = int(completions * each) * teacher.num_layers
+    return kept + (int(prompts * each) * (teacher.num_layers - 1) + handed_out * teacher.num_layers if prompts else 0)
+
+
+def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
     """Bytes that eager attention needs at the peak of its backward pass, and those of each token that it keeps for it.
 
     Args:
         norms: What the family adds to the hidden width's share at the peak of the whole layer.
+        tokens: That a layer reads at once.
     """
-    teacher, size, tokens = work.teacher, work.itemsize, work.micro_batch * work.length
+    teacher, size = work.teacher, work.itemsize
     scores = teacher.num_heads * work.length  # of each token
     capped = size if teacher.model_type in CAPPED else 0
     _, peak, kept = EAGER_SCORES[size]

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from trainers.adapter_files import is_continued
+from trainers.batch import batch_plan
 from trainers.engine_specs import bridge_name
 from trainers.model_shapes import AdapterShape, ModelShape
 from trainers.optim_specs import OptimizerBytes, optimizer_bytes
@@ -78,6 +79,17 @@ class Workload:
     @property
     def micro_batch(self) -> int:
         return self.options.per_device_train_batch_size
+
+    @property
+    def shared_prompts(self) -> int | None:
+        """Prompts that a forward pass of the update reads once for all their completions (trainers/shared_prompts.py);
+        None where it reads whole rows."""
+        o = self.options
+        if not self.is_rl or not o.share_prompts or o.gradient_checkpointing is not False:
+            return None
+        batch = batch_plan(o).generation_batch  # which is shuffled, if it is more than a micro-batch
+        prompts = min(self.micro_batch, -(-batch // o.num_generations))
+        return prompts if prompts < self.micro_batch else None
 
     @property
     def accumulates(self) -> bool:
