@@ -2,13 +2,19 @@
 
 import pytest
 import torch
+from conftest import REPO
 from families import COMMON, FAMILIES
 from peft import LoraConfig, get_peft_model
 from small_run import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from trainers import memory
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.model_shapes import model_shape
 from trainers.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
+from trainers.workload import Workload
 
 KEEP = 10
 
@@ -118,3 +124,46 @@ def test_a_run_learns_the_same(renderer, model_dir, tmp_path):
     assert len(apart) == 3
     assert torch.allclose(torch.tensor(apart), torch.tensor(shared), atol=1e-5)
     assert tokens_shared < 0.9 * tokens_apart
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def planned(questions, group, prompt, completion, **overrides):
+    rows = questions * group
+    chosen = {"train_batch_size": rows, "per_device_train_batch_size": rows, "num_generations": group}
+    chosen |= {"max_prompt_length": prompt, "max_completion_length": completion} | overrides
+    words = [f"{key}={str(value).lower()}" for key, value in chosen.items()]
+    options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
+    shape = model_shape({"model_type": "qwen2"} | COMMON | WIDE | {"num_hidden_layers": 4})
+    return Workload(options, shape, None, "cpu", "fp32", "adamw_torch", None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("questions", "group", "prompt", "completion"), [(2, 4, 96, 96), (1, 4, 160, 48), (2, 2, 48, 96)]
+)
+def test_what_it_keeps_is_planned(questions, group, prompt, completion):
+    """Bytes that the forward pass leaves for the backward pass, as torch's allocator sees them."""
+    model = make("qwen2", **WIDE, num_hidden_layers=4)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 470, (questions, prompt), generator=generator).repeat_interleave(group, 0)
+    completions = torch.randint(3, 470, (questions * group, completion), generator=generator)
+    ids = torch.cat((prompts, completions), 1)
+    mask = torch.ones_like(ids)
+    mask[:group, 0] = 0  # as a batch of prompts of several lengths has it
+
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss = shared_prompt_outputs(model, ids, mask, completion, *distinct_prompts(ids, mask, completion)).loss
+    kept = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert loss.requires_grad
+    # What the head keeps are hidden states of the completions, once as they are and once for the gradient.
+    head = 2 * questions * group * completion * WIDE["hidden_size"] * 4
+    assert memory._kept(planned(questions, group, prompt, completion)) + head == pytest.approx(kept, rel=0.06)
+
+
+def test_the_plan_knows_when_prompts_are_shared():
+    assert planned(2, 4, 96, 96).shared_prompts == 2
+    assert planned(2, 4, 96, 96, per_device_train_batch_size=4).shared_prompts == 2  # shuffled: of both questions
+    assert planned(4, 2, 96, 96, per_device_train_batch_size=2).shared_prompts is None
+    assert planned(2, 4, 96, 96, gradient_checkpointing=True).shared_prompts is None
+    assert planned(2, 4, 96, 96, share_prompts=False).shared_prompts is None
