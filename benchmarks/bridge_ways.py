@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from data.formats import TAG_FORMATS
+from benchmarks.shapes import SHAPES
 from data.render import Renderer
-from trainers.models import make_model, make_tokenizer
 
 OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
 THEIRS = ("trl", "trl-fastest", "trl-lora")
 READY = "ready for a step"
-TAGS = TAG_FORMATS["stratos"].with_prompts("Explain.", "Solve.")
 ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
 WORD = " and"
 
@@ -48,6 +46,14 @@ def place() -> tuple[torch.device, torch.dtype]:
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.bfloat16
     return torch.device("cpu"), torch.float32
+
+
+def cpu_kv_cache(arguments: argparse.Namespace) -> int:
+    """Bytes of the KV cache that the work fills, as the plan of a run sizes it on a CPU."""
+    shape = SHAPES[arguments.model]
+    each = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * 4
+    each *= shape["hidden_size"] // shape["num_attention_heads"]
+    return arguments.questions * arguments.generations * (arguments.prompt + arguments.completion + 64) * each
 
 
 def by_parity(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -101,15 +107,6 @@ class Clock:
                 clock.steps.append({**clock.seconds, "step": total, "rest": total - sum(clock.seconds.values())})
 
         return Steps()
-
-
-def make_folder(folder: str, shape: dict[str, Any], dtype: torch.dtype) -> None:
-    """A random model and its tokenizer, as a checkpoint."""
-    tags = [t for pair in (TAGS.explanation, TAGS.thought, TAGS.solution) for t in pair]
-    tokenizer = make_tokenizer([" ".join(row.values()) for row in ROWS] * 4, tags, 400)
-    model = {"model_type": "qwen2", "max_position_embeddings": 32768, **shape}
-    make_model(model, tokenizer, 0, dtype, None).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def work(way: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +164,8 @@ def our_options(setup: Setup, bridge: str, **further: Any) -> Any:
     from trainers.options import options_class
 
     arguments = setup.arguments
+    if setup.device.type == "cpu":
+        further |= {"kv_cache_gib": cpu_kv_cache(arguments) / 2**30}
     return options_class("rl")(
         model_name_or_path=setup.folder,
         teacher_system_prompt="Explain.",
@@ -307,7 +306,6 @@ def adapt_vllm_of_trl(setup: Setup) -> None:
     """Give TRL's engine the arguments that this project's has, where they decide whether it runs here at all."""
     from trainers.bridges import keep_linear_weights_on_cpu
     from trainers.engine import prepare_environment
-    from trainers.engine_specs import CPU_KV_CACHE
 
     prepare_environment(setup.device)
     import trl.generation.vllm_generation as generation
@@ -317,6 +315,6 @@ def adapt_vllm_of_trl(setup: Setup) -> None:
         keep_linear_weights_on_cpu()
         changes |= {"enforce_eager": True, "distributed_executor_backend": "uni", "max_num_batched_tokens": 8192}
         # Of its own accord it would take a share of the machine's memory for its KV cache, and touch all of it.
-        changes |= {"kv_cache_memory_bytes": CPU_KV_CACHE, "gpu_memory_utilization": 0.01}
+        changes |= {"kv_cache_memory_bytes": cpu_kv_cache(setup.arguments), "gpu_memory_utilization": 0.01}
     engine_class = generation.LLM
     generation.LLM = lambda **kwargs: engine_class(**kwargs | changes)

@@ -14,7 +14,9 @@ Ways:
 
 Every way samples as many tokens from the same prompts (end of turn ignored), earns the same kind of reward (score ways
 aside), and updates with the same optimizer. TRL's engine gets this project's engine arguments (fp32 and eager on a CPU,
-where it would otherwise compile); on a CPU both need the live linear weights of `keep_linear_weights_on_cpu`.
+where it would otherwise compile); on a CPU both need the live linear weights of `keep_linear_weights_on_cpu`. Where
+nothing is computed again for the backward pass (a CPU), this project's ways read the prompt of a group once
+(`share_prompts`), which is part of what is compared. `sentinel` is the trainer's part; the engine's is in `generate`.
 
 Each way runs in a process of its own: one step that is not counted, then `--steps` that are. The ways take turns step
 by step, so that what else happens on the machine meets them alike; with `--one-by-one` (always on a GPU, which would
@@ -38,14 +40,16 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 
-from benchmarks.bridge_ways import OURS, READY, THEIRS, make_folder, place, work
+from benchmarks.bridge_ways import OURS, READY, THEIRS, work
 from benchmarks.shapes import SHAPES
+from benchmarks.small_data import made_model
 
 
 def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, default="1.5b" if gpu else "34m")
+    parser.add_argument("--models", type=Path, help="folder of made checkpoints, used again if they are there")
     parser.add_argument("--ways", nargs="+", choices=(*OURS, *THEIRS), default=[*OURS, *THEIRS])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--one-by-one", action="store_true", default=gpu)
@@ -68,8 +72,8 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(work(arguments.way, arguments.folder, arguments)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        make_folder(folder, SHAPES[arguments.model], place()[1])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(made_model(arguments.models or Path(temporary), arguments.model))
         runs: dict[str, dict[str, Any]] = {}
         for together in [[way] for way in arguments.ways] if arguments.one_by_one else [arguments.ways]:
             workers: dict[str, Worker] = {}

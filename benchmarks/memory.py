@@ -7,8 +7,8 @@ Each case is a process of its own that trains two steps with the real engine, st
 gradients, optimizer state and scoring buffers the bytes of the tensors themselves are compared (the buffers by torch's
 allocator), of the whole the largest resident set that the kernel saw. glibc is told to give blocks of 128 KiB and more
 back when they are freed (MALLOC_MMAP_THRESHOLD_, where it begins by itself before it moves that bound up): as it comes
-it keeps 15 to 50 % of what comes and goes, which the plan does not count. Promised: 5 % for each item, 10 % for the peak.
-The last line is JSON.
+it keeps 15 to 50 % of what comes and goes, which the plan does not count. Promised: 5 % for each item, 10 % for the
+peak. The last line is JSON.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from benchmarks.commands import run
 from benchmarks.small_data import made_model, write_rows
 from trainers.checks import load_options
 from trainers.config import compose_run
+from trainers.machine import MIB, nvidia_smi, read_card
 from trainers.planning import machine_for, plan_run
 from trainers.workload import GIB
 
@@ -70,26 +71,42 @@ def compose(config: str, overrides: list[str], folder: Path, models: Path, shape
     """The options of the preset on made-up models and data."""
     composed = compose_run(config, overrides)
     keys = ("model_name_or_path", "student_model")
-    here: dict[str, Any] = {key: made_model(composed[key], models, shape) for key in keys if composed[key]}
+    here: dict[str, Any] = {key: made_model(models, shape, composed[key]) for key in keys if composed[key]}
     write_rows(folder / "rows.jsonl", words=composed["max_prompt_length"])
     here |= {"dataset_id_or_path": folder / "rows.jsonl", "output_dir": folder / "out", "report_to": "none"}
     here |= {"overlong": "truncate_left", "save_strategy": "no", "logging_steps": 1, "num_completions_to_print": 0}
-    here |= {"stop_at_closing_tag": False, "generation_kwargs": "{ignore_eos: true, stop_token_ids: []}"}
+    # Completions of full length: for vLLM, and for transformers.
+    full = f"min_new_tokens: {composed['max_completion_length']}"
+    if composed["use_vllm"]:
+        full = "ignore_eos: true, stop_token_ids: []"
+    here |= {"stop_at_closing_tag": False, "generation_kwargs": f"{{{full}}}"}
     if not any(override.startswith("max_steps=") for override in overrides):
         here["max_steps"] = 2
     return load_options(compose_run(config, [*overrides, *(f"{key}={value}" for key, value in here.items())]))
+
+
+def used_of_card() -> int:
+    """Bytes of the card that are taken; unlike its size less what is free, without what the driver keeps for itself,
+    as CUDA counts them."""
+    if read_card() is None:
+        return 0
+    return int(nvidia_smi("--query-gpu=memory.used")[0][0]) * MIB
 
 
 def measure(order: dict[str, Any]) -> PresetRun:
     """Run in this process."""
     folder = Path(order["folder"])
     options = compose(order["config"], order["overrides"], folder, Path(order["models"]), order["shape"])
-    machine = machine_for(options)
-    before = machine.card.total - machine.card.free if machine.card is not None else 0
-    solved = plan_run(options, machine)
-    from trainers.rl import run_rl
+    before = used_of_card()
+    solved = plan_run(options, machine_for(options))
+    import trainers.rl as rl
 
-    run_rl(solved.options, folder / "out")
+    class Unsaved(rl.TeacherGRPOTrainer):
+        def save_model(self, *args: Any, **kwargs: Any) -> None:
+            """Nobody wants these weights, and writing those of 7B takes a minute."""
+
+    rl.TeacherGRPOTrainer = Unsaved
+    rl.run_rl(solved.options, folder / "out")
     rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "seconds/update" in row]
     measured = {

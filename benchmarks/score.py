@@ -30,6 +30,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.gpu.ceilings import pinned_copy
 from benchmarks.shapes import SHAPES
 from data.render import Encoded
 from trainers.frozen import MICRO_TOKENS, FrozenModel, ResidentBackbone, passes
@@ -128,7 +129,7 @@ def synchronized(score: Score, texts: list[Encoded], device: torch.device) -> tu
     return time.perf_counter() - start, result
 
 
-def copy_ceiling(source: Any, device: torch.device, size: int = 2**30) -> float:
+def copy_ceiling(source: Any, device: torch.device) -> float:
     """Bytes per second that reach the device when nothing is computed."""
     if device.type == "cpu":
         groups = [{"x": name} for name in source if "layers" in name]
@@ -141,15 +142,7 @@ def copy_ceiling(source: Any, device: torch.device, size: int = 2**30) -> float:
         moved = source.bytes_read
         source.bytes_read = 0
         return moved / (time.perf_counter() - start)
-    host = torch.empty(size, dtype=torch.uint8).pin_memory()
-    there = torch.empty(size, dtype=torch.uint8, device=device)
-    there.copy_(host)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(5):
-        there.copy_(host, non_blocking=True)
-    torch.cuda.synchronize()
-    return 5 * size / (time.perf_counter() - start)
+    return pinned_copy(device)
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ def write_model(folder: Path | str, sizes: dict[str, Any]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def made_model(name: str, models: Path, shape: str | None = None) -> Path:
-    """A checkpoint of random weights in the shape of a known model, made if it is not there.
+def made_model(models: Path, shape: str | None = None, name: str | None = None) -> Path:
+    """A checkpoint of random weights in a shape of benchmarks/shapes.py, or of a known model; made if it is not there.
 
     In a process of its own: what making it leaves on the card would be taken from the run.
     """

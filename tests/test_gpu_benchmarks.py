@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPO
 
 from benchmarks.commands import last_error, run
@@ -24,6 +25,8 @@ SMALL = {
 
 
 def rehearse(name, out):
+    if torch.cuda.is_available():
+        pytest.skip("vLLM for CUDA does not run on a CPU")
     command = [sys.executable, f"benchmarks/gpu/{name}.py", "--device", "cpu", "--out", str(out), *SMALL[name]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -39,7 +42,7 @@ def test_without_a_gpu_they_say_so_and_claim_nothing(tmp_path):
         capture_output=True,
         text=True,
         cwd=REPO,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == list(SCRIPTS)
@@ -94,6 +97,8 @@ def test_a_command_that_fails_gives_its_last_error(tmp_path):
     assert run([sys.executable, "-c", "print('{\"a\": 1}')"], log) == {"a": 1}
     failed = run([sys.executable, "-c", "print('well'); raise ValueError('too small')"], log)
     assert failed == "ValueError: too small" and "well" in log.read_text()
-    assert last_error("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n  see the documentation") == (
-        "[rank0]: torch.OutOfMemoryError: CUDA out of memory"
+    assert last_error("loading\n[rank0]: torch.OutOfMemoryError: CUDA out of memory\n  tried 2 GiB") == (
+        "[rank0]: torch.OutOfMemoryError: CUDA out of memory tried 2 GiB"
     )
+    assert run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == "killed by signal 9"
+    assert run([sys.executable, "-c", "print('well')"]) == "well"

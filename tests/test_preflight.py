@@ -135,7 +135,7 @@ def test_wandb_without_an_account_fails(monkeypatch, tmp_path):
     assert levels(preflight.preflight("teacher_rlt_tiny", ["report_to=wandb"]).findings, "wandb") == ["ok"]
 
 
-def test_card_without_nvidia_smi_is_known_by_its_driver(monkeypatch):
+def test_card_withoutnvidia_smi_is_known_by_its_driver(monkeypatch):
     """What the driver says is made up: there is none here."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(machine, "num_cuda_devices", lambda: 1)
@@ -146,7 +146,7 @@ def test_card_without_nvidia_smi_is_known_by_its_driver(monkeypatch):
     assert "warning" in levels(findings, "CUDA") and levels(findings, "memory") == ["ok"]
 
 
-def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):
+def test_whatnvidia_smi_says_is_read(monkeypatch, tmp_path):
     """A stand-in for nvidia-smi, whose answers have the form of the real one's: there is no card here."""
     answers = tmp_path / "nvidia-smi"
     answers.write_text(

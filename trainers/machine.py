@@ -159,14 +159,14 @@ def read_card() -> Card | None:
         name, size, capability = cuda_device()
         logger.warning("there is no nvidia-smi: all %.1f GiB of %s are taken to be free", size / 2**30, name)
         return Card(name, size, size, capability)
-    name, total, free, compute, driver = _nvidia_smi(
+    name, total, free, compute, driver = nvidia_smi(
         "--query-gpu=name,memory.total,memory.free,compute_cap,driver_version"
     )[0]
     if not (total.isdigit() and free.isdigit()):  # one that shares the memory of the host
         raise _unknown(f"nvidia-smi does not tell how much memory {name} has")
     holders = [
         Holder(int(pid), process.rpartition("/")[2], int(used) * MIB)
-        for pid, process, used in _nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
+        for pid, process, used in nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
         if used.isdigit()  # "[N/A]" where the driver does not tell, as in a container
     ]
     return Card(name, int(total) * MIB, int(free) * MIB, float(compute), driver, holders)
@@ -176,7 +176,12 @@ def _unknown(cause: str) -> ConfigError:
     return ConfigError(Fault("GPU", ..., cause, "put nvidia-smi right; stage=plan vram_gb=<GB> plans without it"))
 
 
-def _nvidia_smi(query: str) -> list[list[str]]:
+def nvidia_smi(query: str) -> list[list[str]]:
+    """Cells of what `nvidia-smi` answers about the card that this process computes on.
+
+    Raises:
+        ConfigError: If it fails.
+    """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # an index or a UUID
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={first}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -28,6 +28,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True},
 }
+SHARES_PROMPTS = frozenset(FAMILY_DEFAULTS)  # families that trainers/shared_prompts.py is tested with
 
 
 class AdapterShape(NamedTuple):

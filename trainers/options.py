@@ -235,8 +235,8 @@ class RLOptions(TrainOptions, RewardOptions):
     )
     share_prompts: bool = opt(
         True,
-        "in a forward pass, read the prompt that several completions continue once for all of them; same numbers, "
-        "without effect where gradient checkpointing computes layers again",
+        "in a forward pass, read the prompt that several completions continue once for all of them: the same numbers "
+        "(dropout aside); not where gradient checkpointing computes layers again, nor in untested families",
     )
     sentinel_tolerance: float | None = opt(
         None,

@@ -41,11 +41,12 @@ class Sentinel:
         self, engine: Engine, model: nn.Module, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None
     ) -> None:
         self.engine, self.model = engine, model
-        self.dtype, self._is_default = dtype, tolerance is None
+        self.dtype, self._to_calibrate = dtype, tolerance is None and dtype != torch.float32
         self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
         length = min(engine.block_size + 1, engine.max_model_len - 1)
         self.cached_ids = tuple((prompt_ids * (length // len(prompt_ids) + 1))[:length])
-        self.compared_ids = self.cached_ids[:COMPARED_LENGTH]
+        # Less than a block: it must not put the other's first one into the cache.
+        self.compared_ids = self.cached_ids[: min(COMPARED_LENGTH, max(1, engine.block_size - 1))]
         self._tokens: list[int] = []
 
     @torch.no_grad()
@@ -69,14 +70,13 @@ class Sentinel:
                 update.
         """
         ours = self._trainer_logprobs()
-        first = not self._tokens
-        if first:
+        if not self._tokens:
             self._tokens = ours.topk(min(NUM_TOKENS, len(ours))).indices.tolist()
         ours = ours[self._tokens].cpu()
         self.engine.ask_along(
             self.compared_ids,
             self._tokens,
-            lambda theirs, _: report(self._compare(ours, torch.tensor(theirs), first)),
+            lambda theirs, _: report(self._compare(ours, torch.tensor(theirs))),
         )
         self.engine.ask_along(self.cached_ids, self._tokens[:1], lambda _, cached: self._none_cached(cached))
 
@@ -87,11 +87,11 @@ class Sentinel:
                 "values of older weights would be used\n  -> enable_prefix_caching=false, and please report this"
             )
 
-    def _compare(self, ours: torch.Tensor, theirs: torch.Tensor, first: bool) -> dict[str, float]:
+    def _compare(self, ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
         difference = (ours - theirs).abs()
         worst = difference.max().item()
-        if first and self.dtype != torch.float32 and self._is_default:
-            self.tolerance = max(self.tolerance, 4 * worst)  # the weights are equal: this is rounding
+        if self._to_calibrate:  # before the first update the weights are equal: this is rounding
+            self.tolerance, self._to_calibrate = max(self.tolerance, 4 * worst), False
         if not worst <= self.tolerance:  # NaN too
             raise SentinelError(
                 f"trainer and engine disagree: the log-probability of a token differs by {worst:.3g}, allowed is "

@@ -2,8 +2,9 @@
 
 GRPO puts several completions of one prompt into a batch, and a forward pass over whole rows reads the prompt again for
 each. Here it is read once, and its keys and values serve every row that continues it; gradients of all of them flow
-back through them (as in Prefix Grouper, arXiv 2506.05433). The numbers are the same. TRL's fused head then sees the
-completions only, where it has no kernel that picks them out (on a CPU).
+back through them (as in Prefix Grouper, arXiv 2506.05433). The numbers are the same, but for dropout: what it drops of
+a prompt is then the same for all its completions. TRL's fused head sees the completions only, also where it has no
+kernel that picks them out (on a CPU).
 """
 
 from typing import Any
@@ -12,9 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)  # all that these layers of a cache hold
+from trainers.model_shapes import SHARES_PROMPTS
 
 
 def distinct_prompts(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> tuple[Tensor, Tensor] | None:
@@ -41,15 +41,13 @@ def distinct_prompts(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: 
 
 
 def can_share(model: Any) -> bool:
-    """Whether a model's layers hand on keys and values and nothing else.
+    """Whether it is seen to work: a model of `SHARES_PROMPTS`, whose layers hand on their keys and values.
 
-    Those that are computed again for the backward pass do not, nor do recurrent ones, nor a model in a wrapper that
-    expects one forward pass for each backward pass (DDP).
+    Those that are computed again for the backward pass do not; nor does a model in a wrapper (`torch.compile`).
     """
     if not isinstance(model, PreTrainedModel | PeftModel) or (model.training and model.is_gradient_checkpointing):
         return False
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return all(type(layer) in KEYS_AND_VALUES for layer in layers)
+    return model.config.model_type in SHARES_PROMPTS
 
 
 def shared_prompt_outputs(

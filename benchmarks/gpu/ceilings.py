@@ -44,7 +44,7 @@ def matrix_product(device: torch.device, width: int = 8192, least: float = 1.0) 
 
 
 def main() -> None:
-    arguments = parser(__doc__, "7b").parse_args()
+    arguments = parser(__doc__).parse_args()
     report = start("ceilings", "1. Ceilings of this card", arguments)
     device, small = torch.device(arguments.device), arguments.device == "cpu"
     small_copy = {"size": 2**24, "least": 0.1} if small else {}

@@ -105,18 +105,22 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def parser(doc: str, model: str) -> argparse.ArgumentParser:
+def parser(doc: str, model: str | None = None) -> argparse.ArgumentParser:
     """The arguments that every script takes.
 
     Args:
         model: Whose shape is measured, unless chosen.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, default=REPO / "results/gpu", help="folder of the JSON file")
-    made.add_argument("--models", type=Path, help="folder of made checkpoints, used again if they are there")
+    made.add_argument("--out", type=absolute, default=REPO / "results/gpu", help="folder of the JSON file")
+    made.add_argument("--models", type=absolute, help="folder of made checkpoints, used again if they are there")
     made.add_argument("--model", default=model, help="a shape of benchmarks/shapes.py")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     return made
+
+
+def absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()
 
 
 def leave_without(name: str, *packages: str) -> None:

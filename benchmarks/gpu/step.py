@@ -2,10 +2,11 @@
 
     python benchmarks/gpu/step.py
 
-Real runs with random weights and texts of full length; the batch is one group, which changes neither what the update
-holds nor what a pass of the student does. For the smaller preset the rest of the card is taken while it runs. Stock
-TRL trains with the same lengths, micro-batch and group, and a reward that costs nothing; its settings come nearer and
-nearer to what fits, beside this project's trainer with that reward.
+Real runs with random weights and texts of full length. A step is one group of completions, so that it takes minutes
+less; the KV cache and the micro-batch are those of the preset's own batch. For the smaller preset the rest of the card
+is taken while it runs. The first step is the one that is told, compiling and warming up included, unless `--steps`.
+Stock TRL trains with a reward that costs nothing and without a reference; its settings come nearer and nearer to what
+fits, beside this project's trainer with that reward and none either.
 """
 
 import sys
@@ -18,12 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, bridge_way, leave_without, parser, start
 
-leave_without("step", "vllm", "trl", "hydra", "torchao")
+leave_without("step", "vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
 
 import torch
 
 from benchmarks.preset_run import run_preset
+from trainers.checks import load_options
+from trainers.config import compose_run
 from trainers.machine import GB
+from trainers.memory import max_num_seqs
+from trainers.planning import machine_for, plan_run
 
 # Of bridges.py: what is trained, and how; from TRL's defaults to what should need least.
 STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -35,13 +40,14 @@ STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def main() -> None:
-    made = parser(__doc__, "7b")
+    made = parser(__doc__)
     made.add_argument("--presets", nargs="*", default=["80gb", "48gb"])
     made.add_argument("--group", type=int, default=16, help="completions of the one question of a step")
     made.add_argument("--prompt", type=int, help="tokens; default: the preset's")
     made.add_argument("--completion", type=int, help="tokens; default: the preset's")
-    made.add_argument("--stock-prompt", type=int, default=4096)
-    made.add_argument("--stock-completion", type=int, default=2048)
+    made.add_argument("--steps", type=int, default=1)
+    made.add_argument("--stock-prompt", type=int, default=1024)
+    made.add_argument("--stock-completion", type=int, default=512)
     made.add_argument("--no-stock", action="store_true")
     arguments = made.parse_args()
     report = start("step", "5. A whole RLT step", arguments)
@@ -58,8 +64,11 @@ def run_one(preset: str, report: Report, arguments: Namespace, models: Path) -> 
     own = {"device": arguments.device, "train_batch_size": arguments.group, "num_generations": arguments.group}
     own |= {"per_device_eval_batch_size": arguments.group}
     own |= {"max_prompt_length": arguments.prompt, "max_completion_length": arguments.completion}
+    own |= {"max_steps": arguments.steps}
     overrides = [f"{key}={value}" for key, value in own.items() if value is not None]
     taken = take_all_but(int(preset.removesuffix("gb"))) if arguments.device == "cuda" else None
+    if arguments.device == "cuda":
+        overrides += engine_of(preset)
     log = arguments.out / f"step-{preset}.log"
     run = run_preset(f"teacher_rlt_mono_{preset}", overrides, models, arguments.model, log)
     del taken
@@ -78,6 +87,13 @@ def run_one(preset: str, report: Report, arguments: Namespace, models: Path) -> 
     report.note(f"{preset}: {run.tokens:.0f} tokens a step; {chosen}")
 
 
+def engine_of(preset: str) -> list[str]:
+    """The engine's settings that the plan finds for the preset's own batch on this card."""
+    options = load_options(compose_run(f"teacher_rlt_mono_{preset}"))
+    solved = plan_run(options, machine_for(options)).options
+    return [f"kv_cache_gib={solved.kv_cache_gib}", f"max_num_seqs={max_num_seqs(options)}"]
+
+
 def take_all_but(gb: int) -> torch.Tensor | None:
     """Hold what the card has free beyond so many GB."""
     more = torch.cuda.mem_get_info()[0] - gb * GB
@@ -87,10 +103,11 @@ def take_all_but(gb: int) -> torch.Tensor | None:
 def run_stock(way: str, settings: dict[str, Any], report: Report, arguments: Namespace) -> None:
     """A way of bridges.py."""
     log = arguments.out / f"step-{way}{''.join(f'-{value}' for value in settings.values())}.log"
-    sizes = {"model": arguments.model, "prompt": arguments.stock_prompt, "completion": arguments.stock_completion}
-    sizes |= {"questions": 1, "generations": arguments.group, "micro_batch": 2, "steps": 1, "full_prompts": True}
+    sizes = {"model": arguments.model or "7b", "prompt": arguments.stock_prompt, "generations": arguments.group}
+    sizes |= {"completion": arguments.stock_completion, "questions": 1, "micro_batch": 2, "utilization": 0.3}
     told = " ".join(name if value is True else value for name, value in settings.items())
-    report.row(way=way, settings=told, **bridge_way(way, log, utilization=0.3, **sizes, **settings))
+    given = {"steps": 1, "full_prompts": True} | ({"models": arguments.models} if arguments.models else {})
+    report.row(way=way, settings=told, **sizes, **bridge_way(way, log, **sizes, **given, **settings))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, leave_without, parser, start
 
-leave_without("student", "trl", "accelerate")
+leave_without("student", "trl", "accelerate", "transformers", "jinja2")
 
 import torch
 from accelerate import cpu_offload
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = made.parse_args()
     report = start("student", "2. The student", arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        measure(report, arguments, str(made_model("", arguments.models or Path(temporary), arguments.model)))
+        measure(report, arguments, str(made_model(arguments.models or Path(temporary), arguments.model)))
     report.close()
 
 

@@ -7,6 +7,7 @@ second are those of prompts and completions; the share of the card is 6 operatio
 parameter, against the matrix product of ceilings.py, attention and what checkpointing computes again left out.
 """
 
+import importlib.util
 import sys
 import tempfile
 from argparse import Namespace
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, leave_without, parser, start
 
-leave_without("update", "trl", "hydra", "torchao")
+leave_without("update", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
 
 import torch
 
@@ -79,11 +80,14 @@ def measure(report: Report, arguments: Namespace, folder: Path) -> None:
     if recorded.error is not None:
         report.note(f"the rollouts could not be recorded: {recorded.error}")
         sys.exit(1)
-    config = read_config(str(made_model("", models, arguments.model)), "model_name_or_path")
+    config = read_config(str(made_model(models, arguments.model)), "model_name_or_path")
     parameters = model_shape(config, arguments.model, False).num_parameters
     ways = [(name, True) for name in arguments.optimizers] + [(arguments.optimizers[0], False)]
     for optimizer, checkpointing in ways:
         cells = {"optimizer": optimizer, "checkpointing": checkpointing}
+        if optimizer == "flash_adamw" and importlib.util.find_spec("flashoptim") is None:
+            report.row(**cells, error="flashoptim missing here")
+            continue
         overrides = [
             *settings,
             f"replay_rollouts={kept}",
