@@ -77,7 +77,7 @@ def compose(config: str, overrides: list[str], folder: Path, models: Path, shape
     here |= {"overlong": "truncate_left", "save_strategy": "no", "logging_steps": 1, "num_completions_to_print": 0}
     # Completions of full length: for vLLM, and for transformers.
     full = f"min_new_tokens: {composed['max_completion_length']}"
-    if composed["use_vllm"]:
+    if composed.get("use_vllm", True):
         full = "ignore_eos: true, stop_token_ids: []"
     here |= {"stop_at_closing_tag": False, "generation_kwargs": f"{{{full}}}"}
     if not any(override.startswith("max_steps=") for override in overrides):
