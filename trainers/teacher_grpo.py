@@ -94,6 +94,7 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
         self.options, self.renderer, self.timer = options, renderer, timer
         self.probes, self._evaluated = probes, []
         self.engine, self.sentinel, self.ahead = engine, sentinel, ahead
+        self.share_prompts = options.share_prompts
         self.record, self.replay = (
             RolloutFiles(Path(folder).expanduser()) if folder else None
             for folder in (options.record_rollouts, options.replay_rollouts)
@@ -235,7 +236,7 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities, entropies and auxiliary loss of one forward pass."""
         prompts = None
-        if self.options.share_prompts and not compute_aux_loss and can_share(model):
+        if self.share_prompts and not compute_aux_loss and can_share(model):
             prompts = distinct_prompts(input_ids, attention_mask, logits_to_keep)
         if prompts is None:
             return super()._get_per_token_logps_and_entropies(
