@@ -41,7 +41,7 @@ class Sentinel:
         self, engine: Engine, model: nn.Module, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None
     ) -> None:
         self.engine, self.model = engine, model
-        self.dtype, self._to_calibrate = dtype, tolerance is None and dtype != torch.float32
+        self._to_calibrate = tolerance is None and dtype != torch.float32
         self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
         length = min(engine.block_size + 1, engine.max_model_len - 1)
         self.cached_ids = tuple((prompt_ids * (length // len(prompt_ids) + 1))[:length])
