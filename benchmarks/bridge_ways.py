@@ -304,7 +304,6 @@ def stock_config(way: str, setup: Setup) -> Any:
 
 def adapt_vllm_of_trl(setup: Setup) -> None:
     """Give TRL's engine the arguments that this project's has, where they decide whether it runs here at all."""
-    from trainers.bridges import keep_linear_weights_on_cpu
     from trainers.engine import prepare_environment
 
     prepare_environment(setup.device)
@@ -312,7 +311,9 @@ def adapt_vllm_of_trl(setup: Setup) -> None:
 
     changes: dict[str, Any] = {"dtype": str(setup.dtype).removeprefix("torch.")}
     if setup.device.type == "cpu":
-        keep_linear_weights_on_cpu()
+        from trainers.cpu_kernels import adapt_vllm
+
+        adapt_vllm()
         changes |= {"enforce_eager": True, "distributed_executor_backend": "uni", "max_num_batched_tokens": 8192}
         # Of its own accord it would take a share of the machine's memory for its KV cache, and touch all of it.
         changes |= {"kv_cache_memory_bytes": cpu_kv_cache(setup.arguments), "gpu_memory_utilization": 0.01}

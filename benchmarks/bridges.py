@@ -14,7 +14,7 @@ Ways:
 
 Every way samples as many tokens from the same prompts (end of turn ignored), earns the same kind of reward (score ways
 aside), and updates with the same optimizer. TRL's engine gets this project's engine arguments (fp32 and eager on a CPU,
-where it would otherwise compile); on a CPU both need the live linear weights of `keep_linear_weights_on_cpu`. Where
+where it would otherwise compile); on a CPU both need the live linear weights of trainers/cpu_kernels.py. Where
 nothing is computed again for the backward pass (a CPU), this project's ways read the prompt of a group once
 (`share_prompts`), which is part of what is compared. `sentinel` is the trainer's part; the engine's is in `generate`.
 

@@ -221,17 +221,3 @@ def register_loader(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None
 
     _LOAD_FORMAT_TO_MODEL_LOADER.pop(LOAD_FORMAT, None)  # an earlier engine's in this process
     register_model_loader(LOAD_FORMAT)(TrainerLoader)
-
-
-def keep_linear_weights_on_cpu() -> None:
-    """Make vLLM's CPU build compute with the live weight of each linear layer.
-
-    As shipped it repacks the weights for oneDNN at load and empties the originals, so nothing could ever update them.
-    This replaces that dispatch; call it before the engine is built. On CUDA nothing of the kind happens in bf16.
-    """
-    from vllm.model_executor.layers import utils
-
-    def dispatch(layer: nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = nn.functional.linear
-
-    utils.dispatch_cpu_unquantized_gemm = dispatch

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.bridges import RestartBridge, keep_linear_weights_on_cpu, make_bridge, register_loader
+from trainers.bridges import RestartBridge, make_bridge, register_loader
 from trainers.engine_specs import CPU_KV_CACHE, MAX_BATCHED_TOKENS, bridge_name
 from trainers.rollouts import Ended, Rollout
 from trainers.shared_weights import held_bytes
@@ -73,7 +73,9 @@ class Engine:
     ) -> None:
         prepare_environment(device)
         if device.type == "cpu":
-            keep_linear_weights_on_cpu()
+            from trainers.cpu_kernels import adapt_vllm
+
+            adapt_vllm()
         self.seed, self.end_ids, self.device, self.output_dir = options.seed, list(end_ids), device, output_dir
         self.bridge = make_bridge(bridge_name(options), model)
         self._stop: dict[str, Any] = {"stop_token_ids": self.end_ids, "detokenize": False}
