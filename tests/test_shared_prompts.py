@@ -102,6 +102,32 @@ def test_what_cannot_be_shared_is_not():
     assert not can_share(model)
 
 
+LONG = {"factor": 4.0, "original_max_position_embeddings": 28, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic"}),
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}),
+    ],
+)
+def test_positions_that_depend_on_the_length_are_not_shared(family, rope):
+    """A prompt of 24 tokens is read with other frequencies than rows of 34 are."""
+    lengths = {"max_position_embeddings": 28, "original_max_position_embeddings": 28}
+    model = make(family, rope_parameters=rope | LONG, **lengths)
+    ids, mask = batch()
+    apart, shared = outcome(model, ids, mask, False), outcome(model, ids, mask, True)
+    assert (apart[0] - shared[0]).abs().max() > 1e-4
+    assert not can_share(model)
+    saved = model.config.to_dict()
+    old = {k: v for k, v in saved.items() if k != "rope_parameters"} | {"rope_scaling": {"type": rope["rope_type"]}}
+    for config in (saved, old):
+        assert not model_shape(config | {"model_type": family}).can_share_prompts
+    plain = {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": None}}
+    assert model_shape(saved | plain).can_share_prompts
+
+
 def test_a_run_learns_the_same(renderer, model_dir, tmp_path):
     """Three steps on the engine; the completions of later ones depend on the updates before."""
 

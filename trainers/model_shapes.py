@@ -28,7 +28,19 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True},
 }
-SHARES_PROMPTS = frozenset(FAMILY_DEFAULTS)  # families that trainers/shared_prompts.py is tested with
+
+
+def can_share_prompts(config: dict[str, Any]) -> bool:
+    """Whether a prompt can be read apart from the completions that continue it (trainers/shared_prompts.py).
+
+    It is tested with the families above; and rotary embeddings that depend on how much is read at once (of the kinds
+    `longrope` and `dynamic`, for long contexts) would not be the same.
+    """
+    if config.get("model_type") not in FAMILY_DEFAULTS:
+        return False
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # gemma3 has one for each kind of layer
+    return not any(str(kind.get("rope_type", kind.get("type"))) in ("longrope", "su", "dynamic") for kind in kinds)
 
 
 class AdapterShape(NamedTuple):
@@ -46,6 +58,7 @@ class ModelShape:
         parameters: Each stored parameter's shape by its name; a tied head is not listed.
         layer_prefix: What the names of the layers' parameters begin with, before the layer's number.
         adapter: Of an adapter, whose base the other sizes are of.
+        can_share_prompts: See the function of that name.
     """
 
     name: str
@@ -61,6 +74,7 @@ class ModelShape:
     vocab: int
     max_positions: int
     adapter: AdapterShape | None = None
+    can_share_prompts: bool = False
 
     @cached_property
     def num_parameters(self) -> int:
@@ -161,7 +175,7 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
         parameters["lm_head.weight"] = (vocab, hidden)
     positions = given.get("max_position_embeddings", 2**17)
     sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions)
-    return ModelShape(name, family, parameters, prefix, *sizes)
+    return ModelShape(name, family, parameters, prefix, *sizes, can_share_prompts=can_share_prompts(config))
 
 
 def _layer_shapes(

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainers.model_shapes import SHARES_PROMPTS
+from trainers.model_shapes import can_share_prompts
 
 
 def distinct_prompts(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> tuple[Tensor, Tensor] | None:
@@ -41,13 +41,13 @@ def distinct_prompts(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: 
 
 
 def can_share(model: Any) -> bool:
-    """Whether it is seen to work: a model of `SHARES_PROMPTS`, whose layers hand on their keys and values.
+    """Whether it is seen to work: a model of `can_share_prompts`, whose layers hand on their keys and values.
 
     Those that are computed again for the backward pass do not; nor does a model in a wrapper (`torch.compile`).
     """
     if not isinstance(model, PreTrainedModel | PeftModel) or (model.training and model.is_gradient_checkpointing):
         return False
-    return model.config.model_type in SHARES_PROMPTS
+    return can_share_prompts(model.config.to_dict())
 
 
 def shared_prompt_outputs(

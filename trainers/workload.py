@@ -8,7 +8,7 @@ from typing import Any
 from trainers.adapter_files import is_continued
 from trainers.batch import batch_plan
 from trainers.engine_specs import bridge_name
-from trainers.model_shapes import SHARES_PROMPTS, AdapterShape, ModelShape
+from trainers.model_shapes import AdapterShape, ModelShape
 from trainers.optim_specs import OptimizerBytes, optimizer_bytes
 
 GIB = 2**30
@@ -87,7 +87,7 @@ class Workload:
         o = self.options
         if not self.is_rl or not o.share_prompts or o.gradient_checkpointing is not False:
             return None
-        if self.teacher.model_type not in SHARES_PROMPTS or getattr(o, "torch_compile", False):
+        if not self.teacher.can_share_prompts or getattr(o, "torch_compile", False):
             return None
         batch = batch_plan(o).generation_batch  # which is shuffled, if it is more than a micro-batch
         prompts = min(self.micro_batch, -(-batch // o.num_generations))
