@@ -95,7 +95,12 @@ def break_the_view(trainer):
 
 @pytest.mark.parametrize("options", [{}, {"weight_bridge": "copy"}, {"use_peft": True}])
 def test_engine_with_other_weights_stops_the_run(start, options):
+    steps = []
+
     def action(trainer):
+        engine = trainer.engine.llm.llm_engine
+        step = engine.step
+        engine.step = lambda: steps.append(None) or step()
         if options:  # the bridge forgets to bring the update
             trainer.engine.bridge.sync = lambda: None
         else:
@@ -105,7 +110,11 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     with pytest.raises(SentinelError, match="trainer and engine disagree"):
         trainer.train()
     assert trainer.state.global_step == 2
-    assert trainer.engine.llm.llm_engine.has_unfinished_requests()  # at the first token of the rollout
+    assert len(steps) == 1  # at the first token of the rollout
+    # Of which nothing is left: the engine can go on.
+    assert not trainer.engine.llm.llm_engine.has_unfinished_requests()
+    found = trainer.engine.next_logprobs([(5, 6, 7)], [[8]], 1.0)
+    assert len(found) == 1 and found[0][0][0] < 0
 
 
 def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path):

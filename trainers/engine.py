@@ -273,16 +273,19 @@ class Engine:
         ids = self.llm.enqueue(prompts, params, lora_request=self.bridge.lora_request, use_tqdm=False)
         place = {request_id.partition("-")[0]: index for index, request_id in enumerate(ids)}
         engine = self.llm.llm_engine
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if not output.finished:
-                    continue
-                at = place[output.request_id] - len(along)
-                if at < 0:
-                    _, tokens, on_answer = along[at]
-                    on_answer(*next_token_answer(output, tokens))
-                else:
-                    yield at, output
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if not output.finished:
+                        continue
+                    at = place[output.request_id] - len(along)
+                    if at < 0:
+                        _, tokens, on_answer = along[at]
+                        on_answer(*next_token_answer(output, tokens))
+                    else:
+                        yield at, output
+        finally:
+            engine.abort_request(ids, internal=True)  # those that an error has left
 
 
 def engine_arguments(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -22,6 +22,14 @@ LAYER_PEAK = {4: (24, 41, 5.5), 2: (14.5, 28, 3.3)}
 LAYER_KEPT = {4: (16, 44), 2: (8, 26)}
 # What other families add to the hidden width's share at the peak: further norms, and casts around them.
 FAMILY_PEAK = {"qwen3": {4: 12, 2: 9}, "phi3": {4: 4, 2: 2}, "gemma2": {4: 24, 2: 30}, "gemma3_text": {4: 36, 2: 42}}
+# And at what is kept; with adapters the norms are frozen.
+FAMILY_KEPT = {"qwen3": {4: 16, 2: 12}, "phi3": {4: 12, 2: 6}, "gemma2": {4: 16, 2: 20}, "gemma3_text": {4: 32, 2: 36}}
+FAMILY_LORA_KEPT = {
+    "qwen3": {4: 8, 2: 8},
+    "phi3": {4: 12, 2: -3},
+    "gemma2": {4: 8, 2: 8},
+    "gemma3_text": {4: 16, 2: 16},
+}
 # With adapters, whose inputs are cast to fp32 and back; the last is for each rank.
 LORA_PEAK = {4: (24, 32.5, 5.5, 24), 2: (14.1, 38.5, 3.3, 28.5)}
 LORA_KEPT = {4: (16, 37, 21), 2: (8, 30.5, 18)}
@@ -288,8 +296,8 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     if work.is_eager:
         at_peak, kept_scores = _eager_peak(work, norms, at_once)
         layer = max(layer + kept_scores * at_once, at_peak)
-        if o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak; beside the scores it counts
-            others -= held // teacher.num_layers
+    if o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
+        others -= held // teacher.num_layers
     scored = completions
     if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
         scored = work.micro_batch * o.max_completion_length
@@ -320,6 +328,8 @@ def _kept(work: Workload) -> int:
     if o.gradient_checkpointing is not False:
         return completions * teacher.hidden * size * teacher.num_layers
     inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
+    family = FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT
+    hidden += family.get(teacher.model_type, {}).get(size, 0)
     each = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
     if work.is_eager:
         each += _eager_peak(work, 0, 0)[1]

@@ -1,5 +1,4 @@
-"""What eager attention takes, as planned and as torch's allocator sees it. Run: ./run_tests.sh
-tests/test_eager_attention.py"""
+"""What activations take, as planned and as torch's allocator sees it. Run: ./run_tests.sh tests/test_activations.py"""
 
 from contextlib import nullcontext
 
@@ -15,7 +14,7 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.frozen import ResidentBackbone
 from trainers.memory import make_plan
-from trainers.model_shapes import model_shape
+from trainers.model_shapes import FAMILY_DEFAULTS, model_shape
 from trainers.models import DTYPES
 from trainers.streaming import StreamedBackbone
 from trainers.weight_files import WeightFiles
@@ -92,6 +91,21 @@ def backward_peak(given, precision, use_peft=False, checkpointing=True, attentio
         states.float().pow(2).mean().backward()
 
     return measured(step)
+
+
+DEEP = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
+DEEP |= {"num_key_value_heads": 4, "head_dim": 64}
+
+
+@pytest.mark.parametrize("use_peft", [False, True], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILY_DEFAULTS)
+def test_what_all_layers_keep_is_planned_for_each_family(family, precision, use_peft):
+    given = config(family, **DEEP)
+    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": False, "share_prompts": False}
+    planned = activations(work(given, precision, use_peft=use_peft, **chosen))
+    measured_peak = backward_peak(given, precision, use_peft, checkpointing=False, attention="sdpa")
+    assert planned == pytest.approx(measured_peak, rel=0.05)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
