@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments
 from trainers.errors import ConfigError
-from trainers.hardware import num_cuda_devices
 from trainers.planning import planned_options, run_plan
 
 
@@ -80,10 +79,12 @@ def main(config: DictConfig) -> None:
 
 
 def use_one_gpu() -> None:
-    """A single process sees the first GPU only: with several, transformers would spread one model over all."""
-    if "WORLD_SIZE" not in os.environ and num_cuda_devices() > 1:
+    """A single process sees the first GPU only: with several, transformers would spread one model over all.
+
+    The driver reads this once, when it is first asked anything: nothing may have asked it yet.
+    """
+    if "WORLD_SIZE" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        num_cuda_devices.cache_clear()
 
 
 def check(arguments: list[str]) -> None:

@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.way:
-        print(json.dumps(work(arguments.way, arguments.folder, arguments)))
+        print(json.dumps(work(arguments.way, arguments.folder, arguments)), flush=True)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(made_model(arguments.models or Path(temporary), arguments.model))
@@ -129,7 +129,9 @@ def report(runs: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
         result[way] = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in phases}
         result[way]["tokens_per_second"] = tokens / result[way]["generate"]
         result[way]["weight_mib"] = run["weight_bytes"] / 2**20
-        for name in ("free_before_release", "free_after_release", "torch_peak"):
+        if run["peak_bytes"] is not None:
+            result[way]["peak_gib"] = run["peak_bytes"] / 2**30
+        for name in ("free_before_release", "free_after_release"):
             if name in run:
                 result[way][f"{name}_gib"] = run[name] / 2**30
     columns = {"kv cache ms": 1e3, "sync ms": 1e3, "sentinel ms": 1e3, "generate s": 1, "score s": 1, "rest s": 1}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,31 @@ def run(command: list[str], log: Path | None = None) -> dict[str, Any] | str:
     """The last line of JSON that a command prints, or its last error if it failed.
 
     Args:
-        log: Where to keep all that it says.
+        log: Where to keep all that it says, as it says it.
     """
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
-    if log is not None:
-        log.write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done.returncode < 0:
-        return f"killed by signal {-done.returncode}"
-    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode == 0 and found:
-        return json.loads(found[-1])
-    return last_error(done.stdout + done.stderr) or f"exit status {done.returncode}, and no result"
+    with log.open("w+", encoding="utf-8") if log else tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
+        with subprocess.Popen(command, cwd=REPO, env=environment, **pipes) as process:
+            found = None
+            for line in process.stdout:
+                said.write(line)
+                said.flush()
+                found = _result(line) or found
+        status = process.returncode
+        # One that dies of a signal as it ends (vLLM's allocator may abort there) has told its result.
+        if status <= 0 and found is not None:
+            return found
+        said.seek(0)
+        error = f"killed by signal {-status}" if status < 0 else last_error(said.read())
+    return error or f"exit status {status}, and no result"
+
+
+def _result(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line) if line.startswith("{") else None
+    except json.JSONDecodeError:  # a dict that is logged, say
+        return None
 
 
 def last_error(said: str) -> str:

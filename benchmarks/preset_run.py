@@ -126,4 +126,4 @@ def measure(order: dict[str, Any]) -> PresetRun:
 
 
 if __name__ == "__main__":
-    print(json.dumps(vars(measure(json.loads(sys.argv[1])))))
+    print(json.dumps(vars(measure(json.loads(sys.argv[1])))), flush=True)

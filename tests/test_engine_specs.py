@@ -123,3 +123,14 @@ def test_checking_imports_neither_torch_nor_vllm():
     code += "load_options(compose_run('teacher_rlt_tiny', ['device=cpu', 'vllm_kwargs={block_size: 32}']))\n"
     code += "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+
+
+def test_on_a_gpu_torch_keeps_its_threads():
+    """vLLM's worker of a GPU leaves torch one of them, and an optimizer on the host would take as many times longer."""
+    code = "import os, torch; from trainers.engine import prepare_environment\n"
+    code += "from vllm.utils.torch_utils import set_torch_threads_for_runtime as worker\n"
+    code += "os.environ.pop('OMP_NUM_THREADS', None); torch.set_num_threads(2); worker()\n"
+    code += "assert torch.get_num_threads() == 1\n"
+    code += "torch.set_num_threads(2); prepare_environment(torch.device('cuda')); worker()\n"
+    code += "assert torch.get_num_threads() == 2"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)

@@ -4,6 +4,9 @@ import json
 import runpy
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,10 +69,10 @@ def test_ceilings(tmp_path):
 
 
 def test_student(tmp_path):
-    (row,) = rehearse("student", tmp_path)["rows"]
+    row, slow = rehearse("student", tmp_path)["rows"]
     assert row["completions"] == 8
     assert 0.9 < row["weights_moved"] <= 1  # once in a pass; the tied head is not moved twice
-    assert min(row["streamed_s"], row["resident_s"], row["one_by_one_s"]) > 0
+    assert min(row["streamed_s"], row["resident_s"], slow["one_by_one_s"]) > 0
 
 
 def test_engine(tmp_path):
@@ -102,3 +105,20 @@ def test_a_command_that_fails_gives_its_last_error(tmp_path):
     )
     assert run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == "killed by signal 9"
     assert run([sys.executable, "-c", "print('well')"]) == "well"
+    assert run([sys.executable, "-c", "print('{1: 2}')"]) == "{1: 2}"
+    aborted = "import os; print('{\"a\": 1}', flush=True); os.abort()"
+    assert run([sys.executable, "-c", aborted]) == {"a": 1}  # it had told its result
+
+
+def test_what_a_command_says_is_kept_while_it_runs(tmp_path):
+    log = tmp_path / "log"
+    go = str(tmp_path / "go")
+    wait = f"import time, pathlib; print('begun')\nwhile not pathlib.Path({go!r}).exists(): time.sleep(0.01)"
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run, [sys.executable, "-c", wait], log)
+        deadline = time.monotonic() + 60
+        while "begun" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not running.done()
+        Path(go).touch()
+        assert running.result() == "begun"

@@ -106,3 +106,20 @@ def test_host_of_a_card_that_is_elsewhere_is_not_judged():
     options = checked()
     solved = solve(options, *shapes_of(options), there)
     assert solved.options.optim == "cpu_offload" and solved.plan.fits and solved.plan.host["student"] == SEVEN
+
+
+def test_teacher_is_read_beside_student_and_reference_where_no_engine_takes_it():
+    """Both are loaded before the trainer moves the teacher to the device."""
+    streamed = ("student_mode=streamed", "reference_mode=streamed", "optim=adamw_8bit")
+    with_engine, without = planned(80, 512, *streamed), planned(80, 512, *streamed, "use_vllm=false")
+    assert "reading the teacher" not in with_engine.plan.host
+    assert without.plan.host["reading the teacher"] == pytest.approx(SEVEN, rel=1e-6)
+    offloaded = planned(80, 512, *streamed[:2], "optim=cpu_offload", "use_vllm=false")
+    assert "reading the teacher" not in offloaded.plan.host  # gone before the optimizer, which is larger, comes
+
+
+def test_offloaded_activations_are_pinned_in_powers_of_two():
+    """3072 tokens of a hidden width of 3584 in bf16 are 21 MiB, for which 32 MiB are pinned; there are 28 layers."""
+    lengths = ("max_prompt_length=1024", "max_completion_length=2048", "per_device_train_batch_size=1")
+    solved = planned(80, 512, *lengths, "activation_offloading=true")
+    assert solved.plan.host["activations"] == 28 * 32 * 2**20

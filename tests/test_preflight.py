@@ -146,6 +146,28 @@ def test_card_withoutnvidia_smi_is_known_by_its_driver(monkeypatch):
     assert "warning" in levels(findings, "CUDA") and levels(findings, "memory") == ["ok"]
 
 
+@pytest.mark.parametrize(
+    ("there", "level", "named"),
+    [
+        (["gcc", "g++"], "ok", "C, C++"),
+        (["clang", "clang++"], "ok", "C, C++"),
+        (["gcc"], "warning", "missing here: a C++ compiler;"),
+        (["g++"], "error", "missing here: a C compiler;"),
+    ],
+)
+def test_what_kernels_are_compiled_with_is_looked_for(there, level, named, monkeypatch, tmp_path):
+    for name in there:
+        (tmp_path / name).touch(0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda kind: str(tmp_path))
+    found = preflight._compiler()
+    assert found.level == level and named in found.message
+    (tmp_path / "Python.h").unlink()
+    assert preflight._compiler().level == "error" and "Python.h" in preflight._compiler().message
+
+
 def test_whatnvidia_smi_says_is_read(monkeypatch, tmp_path):
     """A stand-in for nvidia-smi, whose answers have the form of the real one's: there is no card here."""
     answers = tmp_path / "nvidia-smi"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -239,6 +240,18 @@ def test_streamed_on_a_gpu_equals_the_plain_forward(in_memory, tmp_path):
         scores = FrozenModel(backbone, 0.7, 500).score(texts, parts)
         for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(model, texts, 0.7), parts, strict=True):
             assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_head_on_tensor_cores_is_exact(tmp_path, monkeypatch):
+    """With states and weights in bf16, TF32 gives what fp32 gives."""
+    model = save("qwen2", tmp_path, dtype=torch.bfloat16).to("cuda")
+    texts, parts = make_texts(64)
+    student = FrozenModel(ResidentBackbone(model, torch.device("cuda")), 0.7, 10_000)
+    fast = student.score(texts, parts)
+    monkeypatch.setattr("trainers.frozen._exact_on_tensor_cores", lambda states: nullcontext())
+    for (a, _), (b, _) in zip(fast, student.score(texts, parts), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(

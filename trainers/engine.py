@@ -34,9 +34,11 @@ def prepare_environment(device: torch.device) -> None:
         "VLLM_CONFIGURE_LOGGING": "0",  # its messages go where ours go
         "VLLM_NO_USAGE_STATS": "1",
     }
+    # Otherwise vLLM takes all threads but one from torch, whose optimizer or student may compute on the CPU here.
     if device.type == "cpu":
-        # Otherwise vLLM binds torch to one core, and training in the same process slows down.
-        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    else:
+        defaults["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
@@ -88,7 +90,7 @@ class Engine:
             self._stop["skip_special_tokens"] = False  # the tag may be made of them
         self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
         self._arguments |= {"tokenizer": tokenizer_path or model_path} | options.vllm_kwargs
-        self.can_release = device.type == "cuda" and not self.bridge.rebuilds
+        self.can_release = device.type == "cuda" and not self.bridge.rebuilds and _vllm_can_release()
         if self.can_release:
             self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
         self._released = False
@@ -330,6 +332,20 @@ def next_token_answer(output: Any, tokens: list[int]) -> tuple[list[float], int]
     """What vLLM answered to that, and how many tokens of the prompt were in its prefix cache."""
     first = output.outputs[0].logprobs[0]
     return [first[token].logprob for token in tokens], output.num_cached_tokens
+
+
+def _vllm_can_release() -> bool:
+    """Whether this vLLM can give the KV cache back by itself, as the plan of memory counts on."""
+    import vllm
+
+    if found := hasattr(vllm.LLM, "release_kv_cache_memory"):
+        return found
+    logger.warning(
+        "vLLM %s cannot release its KV cache (0.31 and later can): it stays on the GPU while the student scores and "
+        "the teacher learns, beside what the plan of memory counts there",
+        vllm.__version__,
+    )
+    return found
 
 
 @contextmanager

@@ -32,14 +32,20 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
                 left = None if left is None else left - held
     if on_gpu:
         reading = work.teacher.num_parameters * size
-        later = sum(host.get(name, 0) for name in ("student", "reference", "optimizer on the host"))
-        host["reading the teacher"] = max(0, reading - later)  # gone before these come
+        # The engine takes the teacher before these come; without one the trainer does, when only the optimizer is left.
+        coming = ("student", "reference", "optimizer on the host")[0 if work.has_engine else 2 :]
+        host["reading the teacher"] = max(0, reading - sum(host.get(name, 0) for name in coming))
         if getattr(work.options, "activation_offloading", False):
-            tokens = work.micro_batch * work.length
-            host["activations"] = tokens * work.teacher.hidden * size * work.teacher.num_layers
+            layer = work.micro_batch * work.length * work.teacher.hidden * size
+            host["activations"] = _pinned(layer) * work.teacher.num_layers
     elif work.bridge in ("shared", "lora"):
         host["reading the teacher"] = work.teacher.num_parameters * size  # beside the engine's, until it is shared
     return {name: bytes_ * work.devices for name, bytes_ in host.items() if bytes_ >= 2**20}
+
+
+def _pinned(size: int) -> int:
+    """What torch's allocator of pinned memory takes for a tensor: the next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def disk_space(work: Workload) -> dict[str, int]:

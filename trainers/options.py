@@ -241,7 +241,8 @@ class RLOptions(TrainOptions, RewardOptions):
     sentinel_tolerance: float | None = opt(
         None,
         "after each update, log-probs of a fixed prompt may differ between trainer and engine by so much, else the run "
-        "stops; default: 0.001 in fp32; in bf16 0.3, or four times what it is before the first update if that is more",
+        "stops; default: 0.001 in fp32, 0.3 in bf16; in bf16 and on a GPU four times what it is before the first "
+        "update, if that is more",
         gt=0,
     )
     overlap_scoring: bool = opt(

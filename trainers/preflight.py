@@ -4,7 +4,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -178,10 +180,24 @@ def _card(options: Any, machine: Machine, vram_gb: float | None) -> list[Finding
     if lock_file().name == "requirements-cpu.txt":
         message = "the packages that are installed are the CPU build"
         findings.append(Finding("CUDA", "error", message, "rm -r .venv, then ./launch_mono.sh"))
+    findings.append(_compiler())
     if card.holders:
         held = "; ".join(map(str, card.holders))
         findings.append(Finding("GPU", "warning", f"others hold memory: {held}", "end them if they are yours"))
     return findings
+
+
+def _compiler() -> Finding:
+    """What Triton, and so vLLM and torch.compile, builds the callers of its kernels with."""
+    missing = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
+    missing += [] if shutil.which("g++") or shutil.which("clang++") else ["a C++ compiler"]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    missing += [] if header.is_file() else [str(header)]
+    if missing:
+        message = f"missing here: {', '.join(missing)}; kernels are compiled when a run starts"
+        level: Level = "warning" if missing == ["a C++ compiler"] else "error"
+        return Finding("compiler", level, message, "apt install build-essential python3-dev, or as your system has it")
+    return Finding("compiler", "ok", "C, C++ and Python.h")
 
 
 def _memory(solved: Solved, machine: Machine, nearest: Change | None) -> list[Finding]:

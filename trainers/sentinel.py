@@ -12,8 +12,9 @@ logger = logging.getLogger(__name__)
 
 COMPARED_LENGTH = 8  # tokens of the prompt after which log-probabilities are compared
 NUM_TOKENS = 16  # below vLLM's limit of 20 log-probs a position
-TOLERANCE = {torch.float32: 1e-3}  # nats; kernels of trainer and engine differ by about 1e-6 in fp32
-# bf16 rounds a logit of 32 by up to 1/8, in the trainer and in the engine; of larger ones the first check tells.
+TOLERANCE = {torch.float32: 1e-3}  # nats; kernels of trainer and engine differ by about 1e-6 in fp32 on a CPU
+# bf16 rounds a logit of 32 by up to 1/8, in the trainer and in the engine; of larger ones the first check tells. So it
+# does of fp32 on a GPU, where vLLM's attention may multiply as TF32.
 HALF_TOLERANCE = 0.3
 
 
@@ -41,7 +42,7 @@ class Sentinel:
         self, engine: Engine, model: nn.Module, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None
     ) -> None:
         self.engine, self.model = engine, model
-        self._to_calibrate = tolerance is None and dtype != torch.float32
+        self._to_calibrate = tolerance is None and (dtype != torch.float32 or engine.device.type == "cuda")
         self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
         length = min(engine.block_size + 1, engine.max_model_len - 1)
         self.cached_ids = tuple((prompt_ids * (length // len(prompt_ids) + 1))[:length])

@@ -56,6 +56,13 @@ def sampled(engine: Engine, model: Any, prompts: list[list[int]], step: int, tok
     return rollout, apart.mean().item(), apart.max().item()
 
 
+def now(device: torch.device) -> float:
+    """Seconds, all that was asked of the device being done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def check_bridge(bridge: str, setup: Setup, cycles: int, updates: int) -> dict[str, Any]:
     """Parity before and after updates, then the cycles of the KV cache."""
     options = our_options(setup, bridge, enforce_eager=False)
@@ -79,16 +86,14 @@ def check_bridge(bridge: str, setup: Setup, cycles: int, updates: int) -> dict[s
             (-row.mean() / len(prompts)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        start = time.perf_counter()
+        start = now(setup.device)
         engine.sync_weights()
-        if setup.device.type == "cuda":
-            torch.cuda.synchronize()
-        syncs.append(time.perf_counter() - start)
+        syncs.append(now(setup.device) - start)
         # From here on the captured graphs are replayed on weights that have changed under them.
         _, cells["mean_after"], cells["max_after"] = sampled(engine, model, prompts, step + 1, tokens)
     with torch.no_grad():
-        now = torch.cat(trainer_logprobs(model, prompts, rollout.completion_ids)).cpu()
-    cells |= {"updates_moved": (now - before).abs().mean().item(), "sync_ms": 1e3 * min(syncs)}
+        moved = torch.cat(trainer_logprobs(model, prompts, rollout.completion_ids)).cpu() - before
+    cells |= {"updates_moved": moved.abs().mean().item(), "sync_ms": 1e3 * min(syncs)}
     del optimizer
     return cells | cycle_cache(engine, prompts, setup, cycles)
 
@@ -121,7 +126,7 @@ def one_bridge(arguments: Namespace) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as out:
         setup = Setup(arguments.folder, out, arguments, device, dtype)
-        print(json.dumps(check_bridge(arguments.bridge, setup, arguments.cycles, arguments.updates)))
+        print(json.dumps(check_bridge(arguments.bridge, setup, arguments.cycles, arguments.updates)), flush=True)
 
 
 def main() -> None:

@@ -95,13 +95,16 @@ def bridge_way(way: str, log: Path, **sizes: Any) -> dict[str, Any]:
     row = found["ways"][way]
     cells = {"step_s": row["step"], "sync_ms": 1e3 * row["sync"], "sentinel_ms": 1e3 * row["sentinel"]}
     cells |= {"generate_s": row["generate"], "tokens_per_s": row["tokens_per_second"], "update_s": row["rest"]}
-    return cells | {"weights_gib": row["weight_mib"] / 1024, "torch_peak_gib": row.get("torch_peak_gib")}
+    return cells | {"weights_gib": row["weight_mib"] / 1024, "peak_gib": row.get("peak_gib")}
 
 
 def commit() -> str | None:
-    """The commit of this tree, marked where files differ from it; None outside of a repository."""
+    """The commit of this tree, marked where files differ from it; None outside of a repository, or without git."""
     command = ["git", "-C", str(REPO), "describe", "--always", "--dirty", "--abbrev=7"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return None
     return done.stdout.strip() or None
 
 

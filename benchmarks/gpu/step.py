@@ -4,7 +4,7 @@
 
 Real runs with random weights and texts of full length. A step is one group of completions, so that it takes minutes
 less; the KV cache and the micro-batch are those of the preset's own batch. For the smaller preset the rest of the card
-is taken while it runs. The first step is the one that is told, compiling and warming up included, unless `--steps`.
+is taken while it runs. The second step is the one that is told: an optimizer has its states from the first on only.
 Stock TRL trains with a reward that costs nothing and without a reference; its settings come nearer and nearer to what
 fits, beside this project's trainer with that reward and none either.
 """
@@ -42,10 +42,10 @@ STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--presets", nargs="*", default=["80gb", "48gb"])
-    made.add_argument("--group", type=int, default=16, help="completions of the one question of a step")
+    made.add_argument("--group", type=int, default=8, help="completions of the one question of a step")
     made.add_argument("--prompt", type=int, help="tokens; default: the preset's")
     made.add_argument("--completion", type=int, help="tokens; default: the preset's")
-    made.add_argument("--steps", type=int, default=1)
+    made.add_argument("--steps", type=int, default=2)
     made.add_argument("--stock-prompt", type=int, default=1024)
     made.add_argument("--stock-completion", type=int, default=512)
     made.add_argument("--no-stock", action="store_true")

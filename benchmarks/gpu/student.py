@@ -82,38 +82,38 @@ def measure(report: Report, arguments: object, folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, **load, device_map={"": device}).eval()
     size = sum(parameter.nbytes for parameter in model.parameters())
     resident = ResidentBackbone(model.requires_grad_(False), device)
-    beside = {
-        tokens: timed(frozen(resident, 2 * tokens), batch, device, arguments.repeats) for tokens, batch in texts.items()
-    }
-    del model, resident
-    gc.collect()
-
-    offloaded = AutoModelForCausalLM.from_pretrained(folder, **load).eval()
-    few = texts[arguments.passes[-1]][: arguments.slow_completions]
-    score = one_by_one(cpu_offload(offloaded, device), device)
-    slow, slow_peak = timed(score, few, device, 1)
     ceiling = pinned_copy(device) if device.type == "cuda" else pinned_copy(device, 2**24, 0.1)
     for tokens, batch in texts.items():
         seconds, moved, peak = found[tokens]
-        stays, stays_peak = beside[tokens]
+        stays, stays_peak = timed(frozen(resident, 2 * tokens), batch, device, arguments.repeats)
         report.row(
             tokens=tokens,
             completions=len(batch),
             streamed_s=seconds,
             resident_s=stays,
             times_resident=seconds / stays,
-            one_by_one_s=slow / len(few) * len(batch),
-            times_as_fast=slow / len(few) * len(batch) / seconds,
             weights_moved=moved / size,
             gb_per_s=moved / seconds / 1e9,
             share_of_ceiling=moved / seconds / ceiling,
             streamed_peak_gib=peak / 2**30,
             resident_peak_gib=stays_peak / 2**30,
         )
-    report.note(
-        f"weights {size / 2**30:.2f} GiB; bare pinned copy {ceiling / 1e9:.1f} GB/s; one completion per forward: "
-        f"{slow / len(few):.3g} s each, {len(few)} measured, peak {slow_peak / 2**30:.2f} GiB"
-    )
+    report.note(f"weights {size / 2**30:.2f} GiB; bare pinned copy {ceiling / 1e9:.1f} GB/s")
+    del model, resident
+    gc.collect()
+
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, **load).eval()
+    few = texts[arguments.passes[-1]][: arguments.slow_completions]
+    score = one_by_one(cpu_offload(offloaded, device), device)
+    synchronized(score, few[:1], device)
+    memory = Memory(device)
+    memory.start()
+    slow = synchronized(score, few, device)[0] / len(few)
+    slow_peak = memory.peak()[0] / 2**30
+    for tokens, batch in texts.items():
+        times = {"one_by_one_s": slow * len(batch), "times_as_fast": slow * len(batch) / found[tokens][0]}
+        report.row(against_tokens=tokens, **times, one_by_one_peak_gib=slow_peak)
+    report.note(f"one completion per forward: {slow:.3g} s each, {len(few)} measured")
 
 
 if __name__ == "__main__":

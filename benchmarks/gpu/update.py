@@ -48,6 +48,7 @@ def work(arguments: Namespace) -> list[str]:
         "padding_in_kl": False,
         "lr_scheduler_type": "constant",
         "learning_rate": 1e-6,
+        "share_prompts": False,  # or tokens would be counted that are not read
         "vllm_importance_sampling_correction": False,  # the recorded log-probabilities are a small model's
     }
     return [REWARD, *(f"{key}={value}" for key, value in own.items())]
@@ -82,7 +83,8 @@ def measure(report: Report, arguments: Namespace, folder: Path) -> None:
         sys.exit(1)
     config = read_config(str(made_model(models, arguments.model)), "model_name_or_path")
     parameters = model_shape(config, arguments.model, False).num_parameters
-    ways = [(name, True) for name in arguments.optimizers] + [(arguments.optimizers[0], False)]
+    first, *others = arguments.optimizers
+    ways = [(first, True), (first, False), *((name, True) for name in others)]
     for optimizer, checkpointing in ways:
         cells = {"optimizer": optimizer, "checkpointing": checkpointing}
         if optimizer == "flash_adamw" and importlib.util.find_spec("flashoptim") is None:
