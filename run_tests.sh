@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
 # Run the CPU test suite. Sets up .venv on first use.
 #   ./run_tests.sh [pytest arguments]     -m slow: the tests that take minutes each, left out otherwise
+#                                         -n 0: one after the other, as --pdb wants it
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/scripts/setup.sh"
 cd "$here"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest -m "not gpu and not slow" "$@"
+# The files of tests side by side, each on its share of the cores: two processes that both want all slow each other down
+# many times. A process may hold 3 GiB.
+room='import os, psutil; print(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // (3 << 30))'
+read -r cores fitting <<<"$("$PYTHON" -c "$room")"
+workers=$((cores < fitting ? cores : fitting))
+workers=$((workers > 8 ? 8 : workers < 1 ? 1 : workers))
+export OMP_NUM_THREADS=$((cores / workers))
+exec "$PYTHON" -m pytest -n "$workers" --dist loadfile -m "not gpu and not slow" "$@"

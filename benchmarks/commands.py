@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def _result(line: str) -> dict[str, Any] | None:
 
 
 def last_error(said: str) -> str:
-    """What is said from the last line on that names an error, else the last line; shortened."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    """The last line that names an error, and the indented ones that go on with it, else the last line; shortened."""
+    lines = [line for line in said.splitlines() if line.strip()]
     named = [i for i, line in enumerate(lines) if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
-    return " ".join(lines[named[-1] :] if named else lines[-1:])[:400]
+    if named:
+        first, *rest = lines[named[-1] :]
+        lines = [first, *takewhile(lambda line: line[0].isspace(), rest)]
+    return " ".join(line.strip() for line in (lines if named else lines[-1:]))[:400]

@@ -74,7 +74,8 @@ def fresh_differences(model, prompts, sampled) -> dict[str, float]:
         make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
         fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         by_transformers = largest_difference(fresh, prompts, sampled)
-        llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, logprobs_mode="processed_logprobs")
+        settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "kv_cache_memory_bytes": 2**26}
+        llm = LLM(folder, gpu_memory_utilization=0.01, logprobs_mode="processed_logprobs", **settings)
         pairs = list(zip(prompts, sampled.completion_ids, strict=True))
         texts = [{"prompt_token_ids": prompt + ids[:-1]} for prompt, ids in pairs]
         params = [SamplingParams(max_tokens=1, logprob_token_ids=[ids[-1]], detokenize=False) for _, ids in pairs]

@@ -167,7 +167,9 @@ def test_checkpoint_is_a_normal_one_for_fresh_transformers_and_fresh_vllm(render
     fresh = AutoModelForCausalLM.from_pretrained(saved)
     assert "model.layers.0.self_attn.q_proj.weight" in fresh.state_dict()
     assert largest_difference(ours.logprobs, trainer_logprobs(fresh, prompts, ours.completion_ids)) < 1e-5
-    llm = LLM(str(saved), dtype="float32", enforce_eager=True, max_model_len=160, logprobs_mode="processed_logprobs")
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 160}
+    settings |= {"kv_cache_memory_bytes": 2**26, "gpu_memory_utilization": 0.01}
+    llm = LLM(str(saved), logprobs_mode="processed_logprobs", **settings)
     texts = [
         {"prompt_token_ids": prompt + ids[:-1]}
         for prompt, ids in zip(prompts[::4], ours.completion_ids[::4], strict=True)
