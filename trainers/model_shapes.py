@@ -90,7 +90,7 @@ class ModelShape:
                 sizes[number] = sizes.get(number, 0) + -(-prod(shape) // 64) * 64
         return max(sizes.values())
 
-    @property
+    @cached_property
     def linear_shapes(self) -> list[Shape]:
         """`(out, in)` of each linear layer that `lora_target_modules=all-linear` adapts."""
         return [s for n, s in self.parameters.items() if n.startswith(self.layer_prefix) and len(s) == 2]

@@ -1,6 +1,6 @@
 """Which optimizer a run uses, what it cannot do, and the memory it takes; imports neither torch nor transformers."""
 
-from collections.abc import Iterable
+from functools import cache
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -84,7 +84,8 @@ class OptimizerBytes(NamedTuple):
     transient: int
 
 
-def optimizer_bytes(name: str, shapes: Iterable[tuple[int, ...]], itemsize: int) -> OptimizerBytes:
+@cache
+def optimizer_bytes(name: str, shapes: tuple[tuple[int, ...], ...], itemsize: int) -> OptimizerBytes:
     """The memory an optimizer takes once it has stepped.
 
     Args:
@@ -92,7 +93,6 @@ def optimizer_bytes(name: str, shapes: Iterable[tuple[int, ...]], itemsize: int)
         shapes: Of every trained parameter.
         itemsize: Bytes of one of its elements.
     """
-    shapes = list(shapes)
     sizes = [prod(shape) for shape in shapes]
     largest, weights = max(sizes, default=0), sum(sizes)
     steps = 4 * len(sizes)  # a count each, fp32

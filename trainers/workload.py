@@ -131,7 +131,7 @@ class Workload:
 
     @cached_property
     def optimizer_bytes(self) -> OptimizerBytes:
-        return optimizer_bytes(self.optimizer, self.trained_shapes(), self.trained_itemsize)
+        return optimizer_bytes(self.optimizer, tuple(self.trained_shapes()), self.trained_itemsize)
 
 
 @dataclass
