@@ -154,6 +154,24 @@ def test_resident_student_takes_what_is_planned(given, precision, monkeypatch):
     assert planned == pytest.approx(measured(step), rel=0.04)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])
+def test_resident_student_with_a_wide_mlp(family, precision, monkeypatch):
+    monkeypatch.setattr("trainers.memory.SCORE_HEAD_TOKENS", {"cpu": 0})
+    given, chosen = config(family, **WIDE), {"attn_implementation": "sdpa"}
+    planned = make_plan(work(given, precision, **chosen), GIB).phases["score"]["scoring buffers"]
+    student = make(given, precision, "sdpa").eval().requires_grad_(False)
+    backbone = ResidentBackbone(student, torch.device("cpu"))
+    ids = torch.randint(3, 512, (1, TOKENS))
+
+    @torch.no_grad()
+    def step():
+        for _ in backbone.run([ids]):
+            pass
+
+    assert planned == pytest.approx(measured(step), rel=0.04)
+
+
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
 def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path):
     given = config(model_type)
@@ -174,6 +192,22 @@ def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path):
     assert planned == pytest.approx(measured(step), rel=0.05)
 
 
-def test_prompts_that_transformers_reads_are_planned():
-    plan = make_plan(work(config(), "fp32", use_vllm=False), GIB)
-    assert plan.phases["generate"]["prompts' attention"] == 8 * 8 * 8 * (TOKENS // 2) ** 2  # bytes x texts x heads
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("given", "completion"), [(config(**WIDE), 32), (config(**DEEP), 32), (config(**DEEP), 160)], ids=str
+)
+def test_what_transformers_generates_with_is_planned(given, completion, attention):
+    """At the prompts of 192 tokens, or at the end of the completions."""
+    lengths = {"max_prompt_length": TOKENS // 2, "max_completion_length": completion}
+    planned = make_plan(work(given, "fp32", attn_implementation=attention, use_vllm=False, **lengths), GIB)
+    items = planned.phases["generate"]
+    model = make(given, "fp32", attention).eval()
+    ids = torch.randint(3, 512, (8, TOKENS // 2))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    @torch.no_grad()
+    def step():
+        model.generate(ids, attention_mask=mask, max_new_tokens=completion, min_new_tokens=completion, do_sample=True)
+
+    assert items["KV cache"] + items.get("prompts' activations", 0) == pytest.approx(measured(step), rel=0.05)

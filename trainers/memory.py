@@ -178,13 +178,7 @@ def _engine(work: Workload) -> dict[str, int]:
     if not work.has_engine:
         if not work.is_rl or o.replay_rollouts is not None:
             return {}
-        # transformers writes a whole rollout at once
-        texts = batch_plan(o).generation_batch
-        scores = EAGER_SCORES[work.itemsize][0] * teacher.num_heads * o.max_prompt_length**2 if work.is_eager else 0
-        return {
-            "KV cache": texts * work.length * teacher.kv_bytes(work.itemsize),
-            "prompts' attention": texts * scores,
-        }
+        return _transformers_generation(work)
     tokens = o.vllm_kwargs.get("max_num_batched_tokens", MAX_BATCHED_TOKENS)
     if work.device == "cpu":  # whole prompts, and no dummy run with as many tokens as there may be
         questions = -(-batch_plan(o).generation_batch // o.num_generations)
@@ -192,6 +186,17 @@ def _engine(work: Workload) -> dict[str, int]:
     layer = tokens * (3 * teacher.intermediate + 4 * teacher.hidden) * work.itemsize
     sampling = 4 * max_num_seqs(o) * teacher.vocab * 4
     return {"KV cache": work.kv_cache, "engine's activations": max(layer, sampling)}
+
+
+def _transformers_generation(work: Workload) -> dict[str, int]:
+    """What transformers holds while it writes a whole rollout at once: most at the prompts, or at the end."""
+    teacher, prompt = work.teacher, work.options.max_prompt_length
+    texts = batch_plan(work.options).generation_batch
+    kv = texts * teacher.kv_bytes(work.itemsize)  # of one token of each
+    cache = kv * work.length
+    cache += cache // (2 * teacher.num_layers)  # a layer's keys are copied where they grow
+    reading = kv * prompt + _reading_layer(work, teacher, texts, 3.4 * teacher.hidden, prompt)
+    return {"KV cache": cache, "prompts' activations": max(0, reading - cache)}
 
 
 def _graphs(work: Workload) -> dict[str, int]:
@@ -245,17 +250,23 @@ def _masks(work: Workload, shape: ModelShape) -> int:
     return kinds * work.length if work.is_eager else 0
 
 
-def _reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float = 0) -> int:
+def _reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float = 0, length: int | None = None) -> int:
     """What a layer needs to read a micro-batch of so many texts.
 
     Args:
         beside: Elements of each token that are held meanwhile.
+        length: Tokens of a text; None for as many as prompt and completion may have.
     """
-    size, tokens = work.itemsize, texts * work.length
-    feedforward = tokens * (3 * shape.intermediate + 2.3 * shape.hidden + beside) * size
+    length = length or work.length
+    size, tokens = work.itemsize, texts * length
+    widest = 2 if shape.model_type == "phi3" else 1  # its gate and what it gates come as one
+    widths = 2 + widest
+    if work.device == "cpu" and size == 2:  # a product of bf16 has as much beside it there
+        widths += widest
+    feedforward = tokens * (widths * shape.intermediate + 2.3 * shape.hidden + beside) * size
     if not work.is_eager:
         return int(feedforward)
-    scores = tokens * shape.num_heads * work.length
+    scores = tokens * shape.num_heads * length
     attention = scores * EAGER_SCORES[size][0] + tokens * (3.4 * shape.hidden + beside) * size
     return int(max(feedforward + scores * size, attention))  # a layer drops its scores when it is done
 
