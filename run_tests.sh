@@ -8,11 +8,15 @@ source "$here/scripts/setup.sh"
 cd "$here"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-# The files of tests side by side, each on its share of the cores: two processes that both want all slow each other down
-# many times. A process may hold 3 GiB.
-room='import os, psutil; print(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // (3 << 30))'
-read -r cores fitting <<<"$("$PYTHON" -c "$room")"
-workers=$((cores < fitting ? cores : fitting))
-workers=$((workers > 8 ? 8 : workers < 1 ? 1 : workers))
-export OMP_NUM_THREADS=$((cores / workers))
-exec "$PYTHON" -m pytest -n "$workers" --dist loadfile -m "not gpu and not slow" "$@"
+# Files of tests side by side, each on its share of the cores: two processes that both want all slow each other down many
+# times. One may hold 3 GiB. A GPU's tests run alone.
+if [[ " $* " != *" -n"* && " $* " != *gpu* ]]; then
+  room='import os; from trainers.machine import host_room
+print(len(os.sched_getaffinity(0)), host_room()[1] // (3 << 30))'
+  read -r cores fitting <<<"$("$PYTHON" -c "$room")"
+  workers=$((cores < fitting ? cores : fitting))
+  workers=$((workers > 8 ? 8 : workers < 1 ? 1 : workers))
+  export OMP_NUM_THREADS=$((cores / workers))
+  set -- -n "$workers" --dist loadfile "$@"
+fi
+exec "$PYTHON" -m pytest -m "not gpu and not slow" "$@"

@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,21 @@ def run(command: list[str], log: Path | None = None) -> dict[str, Any] | str:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
         with subprocess.Popen(command, cwd=REPO, env=environment, **pipes) as process:
-            found = None
+            found, told = None, []
             for line in process.stdout:
                 said.write(line)
                 said.flush()
+                told.append(line)
                 found = _result(line) or found
         status = process.returncode
-        # One that dies of a signal as it ends (vLLM's allocator may abort there) has told its result.
-        if status <= 0 and found is not None:
+        # One that aborts as it ends (vLLM's allocator may) has told its result.
+        if status in (0, -signal.SIGABRT) and found is not None:
             return found
+        if status < 0:
+            return f"killed by signal {-status}"
         said.seek(0)
-        error = f"killed by signal {-status}" if status < 0 else last_error(said.read())
-    return error or f"exit status {status}, and no result"
+        errors = [line for line in said if line not in told]
+    return last_error("".join(errors)) or last_error("".join(told)) or f"exit status {status}, and no result"
 
 
 def _result(line: str) -> dict[str, Any] | None:
@@ -45,10 +48,7 @@ def _result(line: str) -> dict[str, Any] | None:
 
 
 def last_error(said: str) -> str:
-    """The last line that names an error, and the indented ones that go on with it, else the last line; shortened."""
-    lines = [line for line in said.splitlines() if line.strip()]
+    """What is said from the last line on that names an error, else the last line; shortened."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     named = [i for i, line in enumerate(lines) if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
-    if named:
-        first, *rest = lines[named[-1] :]
-        lines = [first, *takewhile(lambda line: line[0].isspace(), rest)]
-    return " ".join(line.strip() for line in (lines if named else lines[-1:]))[:400]
+    return " ".join(lines[named[-1] :] if named else lines[-1:])[:400]

@@ -22,7 +22,13 @@ def kinds() -> SimpleNamespace:
     return SimpleNamespace(ours=OneAdapter, shipped=PunicaWrapperCPU)
 
 
-def added(kind: type[Any], tokens: list[int], adapters: int = 1, is_prefill: bool = False) -> Tensor:
+def added(
+    kind: type[Any],
+    tokens: list[int],
+    adapters: int = 1,
+    is_prefill: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """What is added for a batch with these tokens' adapters, 0 for none."""
     from vllm.lora.layers import LoRAMapping
 
@@ -34,7 +40,7 @@ def added(kind: type[Any], tokens: list[int], adapters: int = 1, is_prefill: boo
     a = tuple(torch.randn(adapters, 1, 3, 8, generator=generator) for _ in SLICES)
     b = tuple(torch.randn(adapters, 1, size, 3, generator=generator) for size in SLICES)
     y = torch.ones(len(tokens), WIDTH)
-    wrapper.add_lora_linear(y, x, a, b, 0.5, SLICES)
+    wrapper.add_lora_linear(y, x, tuple(t.to(dtype) for t in a), tuple(t.to(dtype) for t in b), 0.5, SLICES)
     return y - 1
 
 
@@ -47,6 +53,12 @@ def test_the_product_of_an_adapter_is_vllms_own(
     assert shipped[:, : sum(SLICES)].abs().min() > 0
     torch.testing.assert_close(ours, shipped, atol=1e-5, rtol=1e-5)
     assert not ours[:, sum(SLICES) :].any()
+
+
+def test_adapters_of_another_type_are_cast(kinds: SimpleNamespace) -> None:
+    """As with `vllm_kwargs={lora_dtype: bfloat16}` on weights in fp32."""
+    ours, shipped = (added(kind, [7] * 3, dtype=torch.bfloat16) for kind in (kinds.ours, kinds.shipped))
+    assert shipped.any() and torch.equal(ours, shipped)
 
 
 def test_tokens_without_an_adapter_get_nothing(kinds: SimpleNamespace) -> None:

@@ -108,6 +108,8 @@ def test_a_command_that_fails_gives_its_last_error(tmp_path):
     assert run([sys.executable, "-c", "print('{1: 2}')"]) == "{1: 2}"
     aborted = "import os; print('{\"a\": 1}', flush=True); os.abort()"
     assert run([sys.executable, "-c", aborted]) == {"a": 1}  # it had told its result
+    killed = "import os; print('{\"step\": 1}', flush=True); os.kill(os.getpid(), 9)"
+    assert run([sys.executable, "-c", killed]) == "killed by signal 9"
 
 
 def test_what_a_command_says_is_kept_while_it_runs(tmp_path):
@@ -119,6 +121,6 @@ def test_what_a_command_says_is_kept_while_it_runs(tmp_path):
         deadline = time.monotonic() + 60
         while "begun" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not running.done()
+        assert "begun" in log.read_text() and not running.done()
         Path(go).touch()
         assert running.result() == "begun"

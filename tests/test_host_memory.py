@@ -108,12 +108,14 @@ def test_host_of_a_card_that_is_elsewhere_is_not_judged():
     assert solved.options.optim == "cpu_offload" and solved.plan.fits and solved.plan.host["student"] == SEVEN
 
 
-def test_teacher_is_read_beside_student_and_reference_where_no_engine_takes_it():
+def test_teacher_is_read_beside_student_and_reference_where_no_engine_shares_it():
     """Both are loaded before the trainer moves the teacher to the device."""
     streamed = ("student_mode=streamed", "reference_mode=streamed", "optim=adamw_8bit")
     with_engine, without = planned(80, 512, *streamed), planned(80, 512, *streamed, "use_vllm=false")
     assert "reading the teacher" not in with_engine.plan.host
     assert without.plan.host["reading the teacher"] == pytest.approx(SEVEN, rel=1e-6)
+    copied = planned(80, 512, *streamed, "weight_bridge=copy")
+    assert copied.plan.host["reading the teacher"] == pytest.approx(SEVEN, rel=1e-6)
     offloaded = planned(80, 512, *streamed[:2], "optim=cpu_offload", "use_vllm=false")
     assert "reading the teacher" not in offloaded.plan.host  # gone before the optimizer, which is larger, comes
 

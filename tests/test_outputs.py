@@ -2,10 +2,13 @@
 
 import json
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import REPO
 
 from trainers import outputs
 from trainers.errors import ConfigError
@@ -92,3 +95,12 @@ def test_libraries_are_quiet_and_we_are_not():
     assert not quiet.filter(record("vllm.config", logging.WARNING))
     assert quiet.filter(record("vllm.config", logging.ERROR))
     assert outputs._Quiet(everything=True).filter(record("vllm.config", logging.DEBUG))
+
+
+def test_the_link_at_the_root_leads_to_the_log_of_the_last_run(tmp_path):
+    code = "import sys; from pathlib import Path; from trainers.outputs import start_logging\n"
+    code += "root = Path(sys.argv[1])\n"
+    code += "for name in ('first', 'last'): (root / name).mkdir(); start_logging(root / name, False, root=root)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=REPO)
+    link = tmp_path / "logs/training.log"
+    assert link.is_symlink() and link.resolve() == (tmp_path / "last/training.log").resolve()

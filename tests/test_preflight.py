@@ -160,7 +160,8 @@ def test_what_kernels_are_compiled_with_is_looked_for(there, level, named, monke
         (tmp_path / name).touch(0o755)
     (tmp_path / "Python.h").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(preflight.sysconfig, "get_path", lambda kind: str(tmp_path))
     found = preflight._compiler()
     assert found.level == level and named in found.message

@@ -42,7 +42,7 @@ class OneAdapter(PunicaWrapperCPU):
             lora_b_stacked: For each slice B of every adapter, (adapters, 1, outputs of the slice, rank).
             output_slices: Outputs of each slice, in y's order.
         """
-        if len(self.adapters) != 1 or len(lora_a_stacked[0]) != 1:
+        if len(self.adapters) != 1 or len(lora_a_stacked[0]) != 1 or lora_a_stacked[0].dtype != x.dtype:
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **named)
         elif 0 not in self.adapters:
             x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])

@@ -109,7 +109,11 @@ def _exact_on_tensor_cores(states: Tensor) -> Iterator[None]:
     if states.device.type != "cuda" or states.dtype.itemsize != 2:
         yield
         return
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set in torch's new way, as by `tf32=true`: then these are TF32 anyway
+        yield
+        return
     torch.set_float32_matmul_precision("high")
     try:
         yield

@@ -32,8 +32,10 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
                 left = None if left is None else left - held
     if on_gpu:
         reading = work.teacher.num_parameters * size
-        # The engine takes the teacher before these come; without one the trainer does, when only the optimizer is left.
-        coming = ("student", "reference", "optimizer on the host")[0 if work.has_engine else 2 :]
+        # An engine that shares it takes the teacher before these come; else the trainer does, and only the optimizer
+        # comes after that.
+        is_taken = work.has_engine and work.bridge in ("shared", "lora")
+        coming = ("student", "reference", "optimizer on the host")[0 if is_taken else 2 :]
         host["reading the teacher"] = max(0, reading - sum(host.get(name, 0) for name in coming))
         if getattr(work.options, "activation_offloading", False):
             layer = work.micro_batch * work.length * work.teacher.hidden * size

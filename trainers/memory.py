@@ -307,8 +307,8 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     if work.is_eager:
         at_peak, kept_scores = _eager_peak(work, norms, at_once)
         layer = max(layer + kept_scores * at_once, at_peak)
-    if o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
-        others -= held // teacher.num_layers
+    if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
+        others -= int(at_once * _kept_by_token(work))
     scored = completions
     if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
         scored = work.micro_batch * o.max_completion_length
@@ -330,6 +330,16 @@ def _update_tokens(work: Workload) -> tuple[int, int]:
     return work.micro_batch * o.max_completion_length, shared * o.max_prompt_length
 
 
+def _kept_by_token(work: Workload) -> float:
+    """Bytes that a layer keeps of a token for the backward pass, where nothing is computed again."""
+    teacher, size = work.teacher, work.itemsize
+    inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
+    family = FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT
+    hidden += family.get(teacher.model_type, {}).get(size, 0)
+    each = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
+    return each + (_eager_peak(work, 0, 0)[1] if work.is_eager else 0)
+
+
 def _kept(work: Workload) -> int:
     """Bytes that all layers keep for the backward pass."""
     teacher, size, o = work.teacher, work.itemsize, work.options
@@ -338,12 +348,7 @@ def _kept(work: Workload) -> int:
         return 0
     if o.gradient_checkpointing is not False:
         return completions * teacher.hidden * size * teacher.num_layers
-    inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
-    family = FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT
-    hidden += family.get(teacher.model_type, {}).get(size, 0)
-    each = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
-    if work.is_eager:
-        each += _eager_peak(work, 0, 0)[1]
+    each = _kept_by_token(work)
     # Of a prompt that is read apart only keys and values matter: nothing follows its last layer's. Each completion
     # gets them, once for each head.
     handed_out = work.micro_batch * o.max_prompt_length * 2 * teacher.num_heads * teacher.head_dim * size

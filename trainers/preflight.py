@@ -191,7 +191,7 @@ def _card(options: Any, machine: Machine, vram_gb: float | None) -> list[Finding
 def _compiler() -> Finding:
     """What Triton, and so vLLM and torch.compile, builds the callers of its kernels with."""
     missing = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
-    missing += [] if shutil.which("g++") or shutil.which("clang++") else ["a C++ compiler"]
+    missing += [] if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") else ["a C++ compiler"]
     header = Path(sysconfig.get_path("include")) / "Python.h"
     missing += [] if header.is_file() else [str(header)]
     if missing:
