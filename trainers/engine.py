@@ -338,13 +338,13 @@ def _vllm_can_release() -> bool:
     """Whether this vLLM can give the KV cache back by itself, as the plan of memory counts on."""
     import vllm
 
-    if found := hasattr(vllm.LLM, "release_kv_cache_memory"):
-        return found
-    logger.warning(
-        "vLLM %s cannot release its KV cache (0.31 and later can): it stays on the GPU while the student scores and "
-        "the teacher learns, beside what the plan of memory counts there",
-        vllm.__version__,
-    )
+    found = hasattr(vllm.LLM, "release_kv_cache_memory")
+    if not found:
+        logger.warning(
+            "vLLM %s cannot release its KV cache (0.31 and later can): it stays on the GPU while the student scores "
+            "and the teacher learns, beside what the plan of memory counts there",
+            vllm.__version__,
+        )
     return found
 
 
