@@ -308,7 +308,7 @@ def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
         at_peak, kept_scores = _eager_peak(work, norms, at_once)
         layer = max(layer + kept_scores * at_once, at_peak)
     if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
-        others -= int(at_once * _kept_by_token(work))
+        others = max(0, others - int(at_once * _kept_by_token(work)))
     scored = completions
     if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
         scored = work.micro_batch * o.max_completion_length
