@@ -104,3 +104,21 @@ def test_locks_agree_on_what_both_name():
     gpu, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
     for name in ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "hydra-core", "omegaconf", "wandb"):
         assert gpu[name] == cpu[name], name
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"), [(None, "0"), ("3,1", "3"), ("GPU-5f,GPU-6a", "GPU-5f"), ("", ""), ("-1", "-1")]
+)
+def test_a_single_process_sees_one_gpu(given, seen, monkeypatch):
+    import train
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    train.use_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    train.use_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"

@@ -103,8 +103,8 @@ class _Head:
 def _exact_on_tensor_cores(states: Tensor) -> Iterator[None]:
     """Let the head's fp32 products of 16-bit states and weights run as TF32.
 
-    Its 10 bits of mantissa hold a bf16's 7 and an fp16's 10: the products are the same, and so is what they are summed
-    in. Without it a GPU computes them apart from its tensor cores, several times slower.
+    Its 10 bits of mantissa hold a bf16's 7 and an fp16's 10, so no factor is rounded; sums are fp32 either way. Without
+    it a GPU computes such products apart from its tensor cores.
     """
     if states.device.type != "cuda" or states.dtype.itemsize != 2:
         yield
