@@ -113,6 +113,30 @@ def test_same_seed_samples_the_same_tokens_and_another_seed_does_not(engine_and_
     assert other.completion_ids != first.completion_ids
 
 
+def test_cached_blocks_are_those_that_vllm_uses_again(engine_and_model):
+    engine, _, _ = engine_and_model
+    prompt = tuple(range(5, 5 + 70))  # two blocks of 32 and a rest
+    engine.sync_weights()
+    assert engine.cached_blocks() == 0
+    used_again = []
+    step = engine.llm.llm_engine.step
+
+    def watch():
+        outputs = step()
+        used_again.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
+
+    engine.llm.llm_engine.step = watch
+    for _ in range(2):
+        engine.next_logprobs([prompt], [[1]], 1.0)
+        assert engine.cached_blocks() == 2
+    engine.sync_weights()
+    assert engine.cached_blocks() == 0
+    engine.next_logprobs([prompt], [[1]], 1.0)
+    engine.llm.llm_engine.step = step
+    assert used_again == [0, 64, 0]
+
+
 def test_completions_of_one_prompt_differ(engine_and_model, prompts):
     engine, _, _ = engine_and_model
     completions = engine.generate(prompts[:4], SAMPLING, step=0).completion_ids

@@ -114,7 +114,7 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     # Of which nothing is left: the engine can go on.
     assert not trainer.engine.llm.llm_engine.has_unfinished_requests()
     found = trainer.engine.next_logprobs([(5, 6, 7)], [[8]], 1.0)
-    assert len(found) == 1 and found[0][0][0] < 0
+    assert len(found) == 1 and found[0][0] < 0
 
 
 def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path):

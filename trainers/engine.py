@@ -24,7 +24,7 @@ from trainers.shared_weights import held_bytes
 logger = logging.getLogger(__name__)
 
 OnGroup = Callable[[list[int], list[list[int]], list[list[float]]], None]
-OnAnswer = Callable[[list[float], int], None]
+OnAnswer = Callable[[list[float]], None]
 
 
 def prepare_environment(device: torch.device) -> None:
@@ -129,9 +129,9 @@ class Engine:
         return self.bridge.engine_model
 
     @property
-    def block_size(self) -> int:
-        """Tokens in one block of the prefix cache."""
-        return self.llm.llm_engine.vllm_config.cache_config.block_size
+    def _core(self) -> Any:
+        """vLLM's scheduler and executor, in this process."""
+        return self.llm.llm_engine.engine_core.engine_core
 
     @property
     def max_model_len(self) -> int:
@@ -154,6 +154,10 @@ class Engine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
 
+    def cached_blocks(self) -> int:
+        """Blocks of keys and values that vLLM would use again for a prompt that begins as an earlier one."""
+        return len(self._core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+
     def release_cache(self) -> None:
         """Give the memory of the KV cache back to the device, until the next request.
 
@@ -161,7 +165,7 @@ class Engine:
         """
         if self._released:
             return
-        core = self.llm.llm_engine.engine_core.engine_core
+        core = self._core
         while core.scheduler.has_requests() or core.batch_queue:  # finished ones are only forgotten by a further step
             self.llm.llm_engine.step()
         self.llm.sleep(level=0)
@@ -237,18 +241,17 @@ class Engine:
         asked = [(ids, at) for ids in distinct for at in range(len(ids) - count, len(ids))]
         found: dict[tuple[int, ...], list[float]] = {ids: [] for ids in distinct}
         answers = self.next_logprobs([ids[:at] for ids, at in asked], [[ids[at]] for ids, at in asked], temperature)
-        for (ids, _), (values, _) in zip(asked, answers, strict=True):
+        for (ids, _), values in zip(asked, answers, strict=True):
             found[ids] += values
         return [found[tuple(ids)] for ids in prompt_ids]
 
     def next_logprobs(
         self, prompt_ids: list[tuple[int, ...]], tokens: list[list[int]], temperature: float
-    ) -> list[tuple[list[float], int]]:
-        """For each prompt the log-probabilities of some tokens as the next one, and how many of the prompt's tokens
-        were found in the prefix cache."""
+    ) -> list[list[float]]:
+        """For each prompt the log-probabilities of some tokens as the next one."""
         pairs = zip(prompt_ids, tokens, strict=True)
         requests = [(ids, next_token_params(wanted, temperature)) for ids, wanted in pairs]
-        answers: list[tuple[list[float], int]] = [([], 0)] * len(requests)
+        answers: list[list[float]] = [[]] * len(requests)
         for index, output in self._run(requests):
             answers[index] = next_token_answer(output, tokens[index])
         return answers
@@ -258,8 +261,8 @@ class Engine:
         `sync_weights` takes the question back.
 
         Args:
-            on_answer: Called with the log-probabilities and the number of tokens found in the prefix cache, while the
-                other requests are still in work; what it raises stops them.
+            on_answer: Called with the log-probabilities while the other requests are still in work; what it raises
+                stops them.
         """
         self._along.append(((prompt_ids, next_token_params(tokens, 1.0)), tokens, on_answer))
 
@@ -283,7 +286,7 @@ class Engine:
                     at = place[output.request_id] - len(along)
                     if at < 0:
                         _, tokens, on_answer = along[at]
-                        on_answer(*next_token_answer(output, tokens))
+                        on_answer(next_token_answer(output, tokens))
                     else:
                         yield at, output
         finally:
@@ -328,10 +331,10 @@ def next_token_params(tokens: list[int], temperature: float) -> Any:
     return SamplingParams(temperature=temperature, max_tokens=1, seed=0, logprob_token_ids=tokens, detokenize=False)
 
 
-def next_token_answer(output: Any, tokens: list[int]) -> tuple[list[float], int]:
-    """What vLLM answered to that, and how many tokens of the prompt were in its prefix cache."""
+def next_token_answer(output: Any, tokens: list[int]) -> list[float]:
+    """What vLLM answered to that."""
     first = output.outputs[0].logprobs[0]
-    return [first[token].logprob for token in tokens], output.num_cached_tokens
+    return [first[token].logprob for token in tokens]
 
 
 def _vllm_can_release() -> bool:

@@ -10,7 +10,7 @@ from trainers.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-COMPARED_LENGTH = 8  # tokens of the prompt after which log-probabilities are compared
+PROMPT_LENGTH = 4  # tokens after which log-probabilities are compared
 NUM_TOKENS = 16  # below vLLM's limit of 20 log-probs a position
 TOLERANCE = {torch.float32: 1e-3}  # nats; kernels of trainer and engine differ by about 1e-6 in fp32 on a CPU
 # bf16 rounds a logit of 32 by up to 1/8, in the trainer and in the engine; of larger ones the first check tells. So it
@@ -27,13 +27,12 @@ class Sentinel:
     engine's prefix cache was dropped.
 
     The engine is asked together with the next rollout, ahead of it; a difference stops the rollout at its first token.
-    The compared prompt is short, since the trainer reads it by itself. A second one, longer than a block of the prefix
-    cache, is put to the engine alone: its keys and values stay there until the next update, which must drop them.
+    The prompt is short, since the trainer reads it by itself.
 
     Args:
         engine: The engine.
         model: The trainer's model.
-        prompt_ids: A prompt; the fixed ones are made of it.
+        prompt_ids: A prompt; the fixed one is its beginning.
         dtype: Type of the weights.
         tolerance: Largest difference allowed, in nats; None for the default of the type.
     """
@@ -44,10 +43,7 @@ class Sentinel:
         self.engine, self.model = engine, model
         self._to_calibrate = tolerance is None and (dtype != torch.float32 or engine.device.type == "cuda")
         self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
-        length = min(engine.block_size + 1, engine.max_model_len - 1)
-        self.cached_ids = tuple((prompt_ids * (length // len(prompt_ids) + 1))[:length])
-        # Less than a block: it must not put the other's first one into the cache.
-        self.compared_ids = self.cached_ids[: min(COMPARED_LENGTH, max(1, engine.block_size - 1))]
+        self.prompt_ids = tuple(prompt_ids[: min(PROMPT_LENGTH, engine.max_model_len - 1)])
         self._tokens: list[int] = []
 
     @torch.no_grad()
@@ -55,7 +51,7 @@ class Sentinel:
         """`[vocabulary]`, fp32: the log-probabilities of the next token."""
         training = self.model.training
         self.model.eval()
-        ids = torch.tensor([self.compared_ids], device=self.engine.device)
+        ids = torch.tensor([self.prompt_ids], device=self.engine.device)
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         self.model.train(training)
         return logits.float().log_softmax(-1)
@@ -67,26 +63,21 @@ class Sentinel:
             report: Called with `sentinel/mismatch_mean` and `sentinel/mismatch_max`, in nats.
 
         Raises:
-            SentinelError: In that rollout, if the difference is beyond the tolerance, or the prefix cache outlived the
-                update.
+            SentinelError: If the prefix cache outlived the update; in that rollout, if the difference is beyond the
+                tolerance.
         """
+        if cached := self.engine.cached_blocks():
+            raise SentinelError(
+                f"vLLM's prefix cache holds {cached} blocks right after a weight update: keys and values of older "
+                "weights would be used\n  -> enable_prefix_caching=false, and please report this"
+            )
         ours = self._trainer_logprobs()
         if not self._tokens:
             self._tokens = ours.topk(min(NUM_TOKENS, len(ours))).indices.tolist()
         ours = ours[self._tokens].cpu()
         self.engine.ask_along(
-            self.compared_ids,
-            self._tokens,
-            lambda theirs, _: report(self._compare(ours, torch.tensor(theirs))),
+            self.prompt_ids, self._tokens, lambda theirs: report(self._compare(ours, torch.tensor(theirs)))
         )
-        self.engine.ask_along(self.cached_ids, self._tokens[:1], lambda _, cached: self._none_cached(cached))
-
-    def _none_cached(self, cached: int) -> None:
-        if cached:
-            raise SentinelError(
-                f"vLLM found {cached} tokens of a prompt in its prefix cache right after a weight update: keys and "
-                "values of older weights would be used\n  -> enable_prefix_caching=false, and please report this"
-            )
 
     def _compare(self, ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
         difference = (ours - theirs).abs()
