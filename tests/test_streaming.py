@@ -69,11 +69,12 @@ def plain(model, texts, temperature):
 def test_streamed_scores_equal_the_plain_forward(family, tokens_per_pass, tmp_path):
     model = save(family, tmp_path)
     texts, parts = make_texts()
-    scores = FrozenModel(stream(tmp_path), 0.7, tokens_per_pass).score(texts, parts)
+    first, rest = [spans[:1] for spans in parts], [spans[1:] for spans in parts]
+    scores = FrozenModel(stream(tmp_path), 0.7, tokens_per_pass).score(texts, first, rest)
     for (logprobs, _), expected, spans in zip(scores, plain(model, texts, 0.7), parts, strict=True):
         for start, end in spans:
             assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
-    resident = FrozenModel(ResidentBackbone(model, CPU), 0.7, tokens_per_pass).score(texts, parts)
+    resident = FrozenModel(ResidentBackbone(model, CPU), 0.7, tokens_per_pass).score(texts, first, rest)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(scores, resident, strict=True)), "greedy choices differ"
 
 

@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 # Padded tokens that go through a layer together: enough to keep a GPU's matrix units busy; on a CPU, memory is dearer.
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
-HEAD_TOKENS = {"cuda": 4096, "cpu": 64}  # positions projected onto the vocabulary together
+HEAD_TOKENS = {"cuda": 4096, "cpu": 128}  # positions projected onto the vocabulary together
 
 
 class Backbone(Protocol):
@@ -67,13 +67,17 @@ class ResidentBackbone:
 
 
 class _Head:
-    """What TRL's fused head needs of a model: a config, a head, and a backbone that hands on what it is given."""
+    """What TRL's fused head needs of a model: a config, a head, and a backbone that hands on what it is given.
 
-    def __init__(self, backbone: Backbone, temperature: float) -> None:
-        self.config, self._backbone = backbone.config, backbone
+    Args:
+        is_top1: Whether it is also told if greedy decoding would have written a label.
+    """
+
+    def __init__(self, backbone: Backbone, temperature: float, is_top1: bool) -> None:
+        self.config, self._backbone, self.is_top1 = backbone.config, backbone, is_top1
         # TRL knows each family's scale and soft cap of the logits, and computes the log-probabilities of tiles of
-        # logits in fp32. `is_top1` tells whether greedy decoding would have written the label.
-        outputs = ("log_probs", "is_top1")
+        # logits in fp32.
+        outputs = ("log_probs", "is_top1") if is_top1 else ("log_probs",)
         add_fused_lm_head(self, temperature=temperature, cast_lm_head_to_fp32=True, outputs=outputs)
 
     def forward(self) -> None:
@@ -85,8 +89,8 @@ class _Head:
     def get_output_embeddings(self) -> nn.Module:
         return self._backbone.lm_head
 
-    def log_probs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `[positions, hidden]` states and `[positions]` labels; fp32 and bool on the CPU."""
+    def log_probs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of `[positions, hidden]` states and `[positions]` labels; fp32 and, if asked for, bool, on the CPU."""
         logprobs, is_top1 = [], []
         step = HEAD_TOKENS[hidden.device.type]
         with _exact_on_tensor_cores(hidden):
@@ -95,8 +99,9 @@ class _Head:
                     states[None], shift_labels=targets[None], fused_lm_head=True, output_router_logits=False
                 )
                 logprobs.append(out.log_probs[0].float().cpu())
-                is_top1.append(out.is_top1[0].bool().cpu())
-        return torch.cat(logprobs), torch.cat(is_top1)
+                if self.is_top1:
+                    is_top1.append(out.is_top1[0].bool().cpu())
+        return torch.cat(logprobs), torch.cat(is_top1) if is_top1 else None
 
 
 @contextmanager
@@ -133,48 +138,58 @@ class FrozenModel:
 
     def __init__(self, backbone: Backbone, temperature: float, tokens_per_pass: int) -> None:
         self.backbone, self.tokens_per_pass = backbone, tokens_per_pass
-        self._head = _Head(backbone, temperature)
+        self._head, self._greedy_head = (_Head(backbone, temperature, is_top1) for is_top1 in (False, True))
 
     @torch.no_grad()
-    def score(self, texts: list[Encoded], parts: list[list[Span]]) -> list[tuple[Tensor, Tensor]]:
+    def score(
+        self, texts: list[Encoded], parts: list[list[Span]], greedy_parts: list[list[Span]] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Score a batch of texts in as few passes as fit.
 
         Args:
             texts: Token ids.
             parts: For each text, the spans `[start, end)` to score; a span cannot start at the first token.
+            greedy_parts: For each text, more of them, of whose tokens is told too whether each is the likeliest.
 
         Returns:
             For each text the log-probability of each token and whether it is the likeliest, `[tokens]` each, fp32 and
             bool on the CPU; 0 and False outside the spans.
         """
+        asked = [(self._head, parts)] + ([(self._greedy_head, greedy_parts)] if greedy_parts is not None else [])
         scores = [(torch.zeros(len(t.ids)), torch.zeros(len(t.ids), dtype=torch.bool)) for t in texts]
         micro = MICRO_TOKENS[self.backbone.device.type]
         for batches in passes([len(text.ids) for text in texts], self.tokens_per_pass, micro):
             hidden_states = self.backbone.run([_padded([texts[i].ids for i in batch]) for batch in batches])
             for batch, hidden in zip(batches, hidden_states, strict=True):
-                self._score_batch(hidden, batch, texts, parts, scores)
+                for head, spans in asked:
+                    _score_batch(head, hidden, batch, texts, spans, scores)
         return scores
 
-    def _score_batch(
-        self,
-        hidden: Tensor,
-        batch: list[int],
-        texts: list[Encoded],
-        parts: list[list[Span]],
-        scores: list[tuple[Tensor, Tensor]],
-    ) -> None:
-        wanted = [_positions(parts[i]) for i in batch]
-        rows = torch.tensor([row for row, positions in enumerate(wanted) for _ in positions], dtype=torch.long)
-        positions = torch.tensor([p for positions in wanted for p in positions], dtype=torch.long)
-        if not len(rows):
-            return
-        labels = torch.tensor([texts[i].ids[p] for i, ps in zip(batch, wanted, strict=True) for p in ps])
-        # The state at position t - 1 tells of token t.
-        states = hidden[rows.to(hidden.device), (positions - 1).to(hidden.device)]
-        logprobs, is_top1 = self._head.log_probs(states, labels.to(hidden.device))
-        counts = [len(positions) for positions in wanted]
-        for i, ps, lp, top in zip(batch, wanted, logprobs.split(counts), is_top1.split(counts), strict=True):
-            scores[i][0][ps], scores[i][1][ps] = lp, top
+
+def _score_batch(
+    head: _Head,
+    hidden: Tensor,
+    batch: list[int],
+    texts: list[Encoded],
+    parts: list[list[Span]],
+    scores: list[tuple[Tensor, Tensor]],
+) -> None:
+    """Write into `scores` what the head tells of the spans of one micro-batch."""
+    wanted = [_positions(parts[i]) for i in batch]
+    rows = torch.tensor([row for row, positions in enumerate(wanted) for _ in positions], dtype=torch.long)
+    positions = torch.tensor([p for positions in wanted for p in positions], dtype=torch.long)
+    if not len(rows):
+        return
+    labels = torch.tensor([texts[i].ids[p] for i, ps in zip(batch, wanted, strict=True) for p in ps])
+    # The state at position t - 1 tells of token t.
+    states = hidden[rows.to(hidden.device), (positions - 1).to(hidden.device)]
+    logprobs, is_top1 = head.log_probs(states, labels.to(hidden.device))
+    counts = [len(positions) for positions in wanted]
+    for i, ps, lp in zip(batch, wanted, logprobs.split(counts), strict=True):
+        scores[i][0][ps] = lp
+    if is_top1 is not None:
+        for i, ps, top in zip(batch, wanted, is_top1.split(counts), strict=True):
+            scores[i][1][ps] = top
 
 
 def _positions(spans: list[Span]) -> list[int]:

@@ -47,7 +47,7 @@ TILE_FORWARD, TILE_BACKWARD = 13.5, 28
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
-SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 64}
+SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 128}
 
 # Of a GPU: CUDA context and libraries (vLLM reports 0.33 GiB outside of torch, vllm#14452, and cuBLAS keeps
 # workspaces), and each captured graph (26 MiB of a large model, vllm#22897). Not measured here.

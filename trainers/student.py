@@ -49,22 +49,17 @@ class Student:
 
     def score(self, texts: list[Encoded]) -> list[StudentScore]:
         """Score texts with the parts of `data.formats.student_parts`."""
-        scores = []
-        spans = [self._scored_spans(text) for text in texts]
-        for (explanation, solution, closing), (logprobs, is_top1) in zip(
-            spans, self.frozen.score(texts, spans), strict=True
-        ):
-            scores.append(
-                StudentScore(
-                    explanation_logprobs=logprobs[slice(*explanation)],
-                    solution_logprobs=logprobs[slice(*solution)],
-                    solves=bool(is_top1[solution[0] : closing[1]].all()),
-                )
+        explanations = [explained_span(text) for text in texts]
+        solutions = [text.spans["solution"] for text in texts]
+        # With the first token after the solution: without it, 12 would pass where 127 is written.
+        ends = [text.spans["end"][0] for text in texts]
+        closed = [[span, (end, end + 1)] for span, end in zip(solutions, ends, strict=True)]
+        scores = self.frozen.score(texts, [[span] for span in explanations], closed)
+        return [
+            StudentScore(
+                explanation_logprobs=logprobs[slice(*explanation)],
+                solution_logprobs=logprobs[slice(*solution)],
+                solves=bool(is_top1[solution[0] : closing[1]].all()),
             )
-        return scores
-
-    @staticmethod
-    def _scored_spans(text: Encoded) -> list[tuple[int, int]]:
-        """Explanation, solution, and the first token after it: without that, 12 would pass where 127 is written."""
-        closing = text.spans["end"][0]
-        return [explained_span(text), text.spans["solution"], (closing, closing + 1)]
+            for (logprobs, is_top1), explanation, (solution, closing) in zip(scores, explanations, closed, strict=True)
+        ]
