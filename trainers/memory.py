@@ -42,8 +42,9 @@ EAGER_LORA_PEAK = {4: (25, 12), 2: (20.6, 9)}
 EAGER_FAMILY = 12
 CAPPED = ("gemma2",)  # its scores go through tanh, and the result is kept too
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # a tile of TRL's fused head, in positions and vocabulary entries
-# Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass, of the backward.
-TILE_FORWARD, TILE_BACKWARD = 13.5, 28
+# Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass (12 of an
+# explanation; 13.5 of a solution, which may fill a tile or not), of the backward.
+TILE_FORWARD, TILE_BACKWARD = 12.6, 28
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
