@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from data.offsets import token_ends
+from data.offsets import encode_with_ends, token_ends
 from data.render import Renderer
 
 
@@ -32,8 +32,7 @@ class Explanation:
 
 def written_explanation(renderer: Renderer, text: str, closed: bool) -> Explanation:
     """An explanation from anywhere, in the tokens that the renderer's model would read."""
-    ids = renderer.encode_text(text)
-    return Explanation(text, ids, token_ends(renderer.tokenizer, ids)[1], closed)
+    return Explanation(text, *encode_with_ends(renderer.tokenizer, text), closed)
 
 
 def read_explanation(

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
@@ -13,7 +14,7 @@ from trainers.errors import ConfigError, Fault
 
 logger = logging.getLogger(__name__)
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def read_rows(path: str, split: str, max_samples: int | None, key: str) -> Dataset:
@@ -62,6 +63,8 @@ def _read(path: str, split: str, key: str) -> Dataset:
     try:
         if suffix in READERS and file.exists():
             return load_dataset(READERS[suffix], data_files=str(file), split="train")
+        if suffix == ".csv" and file.exists():  # all of it text: 007 and NA are solutions too
+            return Dataset.from_pandas(pd.read_csv(file, dtype=str, keep_default_na=False), preserve_index=False)
         found = load_dataset(str(file) if file.exists() else path)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -85,19 +88,11 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
         needed = " and ".join(f"{name} (as {columns[name]!r})" for name in missing)
         cause = f"its columns are {', '.join(present)}; it needs {needed}"
         raise ConfigError(Fault(key, path, cause, " ".join(f"{name}_column=<your column>" for name in missing)))
-    kept = {column: name for name, column in columns.items() if column in present}
-    rows = rows.select_columns(list(kept))
-    for column, name in kept.items():
-        if column != name:
-            rows = rows.rename_column(column, name)
-    return _with_texts(rows, key, path)
-
-
-def _with_texts(rows: Dataset, key: str, path: str) -> Dataset:
-    """Make every value text (a solution may be a number) and refuse rows that cannot be scored."""
+    kept = {name: column for name, column in columns.items() if column in present}
     rows = rows.map(
-        lambda row: {name: "" if row[name] is None else str(row[name]) for name in row},
-        features=Features({name: Value("string") for name in rows.column_names}),
+        lambda row: {name: _text(row[column]) for name, column in kept.items()},
+        features=Features({name: Value("string") for name in kept}),
+        remove_columns=rows.column_names,
         desc="Reading rows",
     )
     for name in ("question", "solution"):
@@ -106,6 +101,13 @@ def _with_texts(rows: Dataset, key: str, path: str) -> Dataset:
             cause = f"{len(empty)} rows have no {name}, the first is row {empty[0]}"
             raise ConfigError(Fault(key, path, cause, f"remove the rows without a {name}"))
     return rows
+
+
+def _text(value: Any) -> str:
+    """A value as text: a solution may be a number, and JSON's 5 beside a 0.1 is read as 5.0."""
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> Dataset:

@@ -4,7 +4,7 @@ Both tokenisations cut the text at some common places. Between two common places
 with whole tokens, and its log-probability is the sum over its tokens on either side.
 """
 
-from bisect import bisect_left
+from bisect import bisect_right
 
 from torch import Tensor
 
@@ -25,17 +25,16 @@ def piece_sums(
     """
     if teacher_ends == student_ends:
         return teacher_logprobs, student_logprobs
-    common = sorted(set(teacher_ends) & set(student_ends))
+    common = sorted(set(teacher_ends) & set(student_ends) - {0})
     return _sums(teacher_logprobs, teacher_ends, common), _sums(student_logprobs, student_ends, common)
 
 
 def _sums(logprobs: Tensor, ends: list[int], common: list[int]) -> Tensor:
-    """Tokens that end at or before a common place, and after the one before, belong to its piece."""
-    if not common:
-        return logprobs.new_zeros(0)
+    """Tokens belong to the piece that they begin in: one that holds the first bytes of a character to that one's."""
     sums = logprobs.new_zeros(len(common))
-    for logprob, end in zip(logprobs, ends, strict=True):
-        piece = bisect_left(common, end)
-        if piece < len(common):
-            sums[piece] += logprob
+    if not common:
+        return sums
+    for logprob, start, end in zip(logprobs, [0, *ends[:-1]], ends, strict=True):
+        if end <= common[-1]:
+            sums[min(bisect_right(common, start), len(common) - 1)] += logprob
     return sums

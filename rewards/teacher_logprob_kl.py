@@ -85,6 +85,8 @@ class TeacherLogprobKL:
 
 
 def _weighted(values: Tensor, coefficients: object, reductions: object) -> float:
+    if as_list(coefficients) == [0]:
+        return 0.0
     pairs = zip(as_list(coefficients), as_list(reductions), strict=True)
     return sum(coefficient * _reduce(values, reduction) for coefficient, reduction in pairs)
 

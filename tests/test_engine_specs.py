@@ -64,6 +64,14 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
         (["load_in_4bit=true"], "load_in_4bit", "unknown under this name", "bitsandbytes"),
         (["use_peft=true", "lora_target_modules=[q_proj,lm_head]"], "lora_target_modules", "the head", "all-linear"),
         (["generation_kwargs={n: 2}"], "generation_kwargs", "for each request", "leave it out"),
+        (["generation_kwargs={stop_token_ids: [5]}"], "generation_kwargs", "for each request", "leave it out"),
+        (["generation_kwargs={min_p: 0.1}"], "generation_kwargs", "an option for it", "min_p"),
+        (["generation_kwargs={max_new_tokens: 5}"], "generation_kwargs", "an option", "max_completion_length"),
+        (["generation_kwargs={min_token: 5}"], "generation_kwargs", "no such sampling parameter", "min_tokens"),
+        (["top_p=0.9"], "top_p", "the reward's KL", "kl_penalty_reward_coeff=0"),
+        (["top_k=20"], "top_k", "the reward's KL", "use_vllm=false"),
+        (["generation_kwargs={presence_penalty: 0.5}"], "generation_kwargs", "the reward's KL", "use_vllm=false"),
+        (["vllm_kwargs={prefill_context_parallel_size: 2}"], "vllm_kwargs", "its one GPU", "leave"),
         (["vllm_kwargs={distributed_executor_backend: mp}"], "vllm_kwargs", "sets it itself", "leave it out"),
         (["lora_r=0"], "lora_r", "greater than or equal to 1", "--help"),
     ],
@@ -73,6 +81,20 @@ def test_fault_has_cause_and_remedy(words, key, cause, remedy):
         options(*words)
     message = str(error.value)
     assert f"{key}=" in message and cause in message and remedy in message, message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["top_p=0.9", "kl_penalty_reward_coeff=0"],
+        ["top_p=0.9", "use_vllm=false"],
+        ["top_k=20", "reward_funcs=[student_answer]"],
+        ["generation_kwargs={min_tokens: 2, presence_penalty: 0}"],
+        ["vllm_kwargs={quantization: null}"],
+    ],
+)
+def test_sampling_that_spoils_nothing_is_taken(words):
+    options(*words)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,24 @@ def test_a_jump_at_the_start_and_noise_do_not_warn(watch, caplog):
     assert not caplog.records
 
 
+def test_a_single_peak_between_two_logs_does_not_warn(watch, caplog):
+    for step in range(60):
+        watch.now = (12 if step == 20 else 10) * GIB
+        watch.note("step")
+        watch.step()  # nothing is logged, so nothing is taken
+    assert not caplog.records
+
+
+def test_an_evaluation_between_two_steps_is_no_part_of_them(watch):
+    watch.note("step")
+    with watch.interrupted():
+        watch.now = 90 * GIB
+        watch.note("generate")
+        assert watch.take()["memory/generate"] == 90.0
+    watch.step()
+    assert watch._peaks == [11 * GIB] and watch.take() == {"memory/step": 10.0, "memory/step_peak": 11.0}
+
+
 def test_too_little_freed_warns_once(watch, caplog):
     before = watch.used()
     watch.now = 9.5 * GIB

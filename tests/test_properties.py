@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.explanation import read_explanation
-from data.offsets import token_ends
+from data.offsets import encode_with_ends, token_ends
 from rewards.alignment import piece_sums
 
 FIXTURE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -28,6 +28,7 @@ def test_token_ends_cover_the_text_in_order(tokenizer, text):
     assert decoded == text
     assert ends == sorted(ends)
     assert (ends[-1] if ends else 0) == len(text)
+    assert encode_with_ends(tokenizer, text) == (encode(tokenizer, text), ends)
 
 
 @FIXTURE

@@ -34,10 +34,10 @@ def rescore(folder, out, *overrides):
 
 
 def test_what_is_kept_comes_back_exactly_over_several_batches(tmp_path):
-    keeper = ScoreKeeper(tmp_path)
+    keeper = ScoreKeeper(tmp_path, by_batch=False)
     keeper.keep(ROWS[:2])
     keeper.keep([])
-    ScoreKeeper(tmp_path).keep(ROWS[2:])  # a later keeper goes on counting
+    ScoreKeeper(tmp_path, by_batch=False).keep(ROWS[2:])  # a later keeper goes on counting
     back = load_kept(tmp_path)
     assert [(r.question, r.explanation, r.reward, r.scored.closed) for r in back] == [
         (r.question, r.explanation, r.reward, r.scored.closed) for r in ROWS
@@ -48,9 +48,10 @@ def test_what_is_kept_comes_back_exactly_over_several_batches(tmp_path):
 
 
 def test_same_formula_gives_the_same_rewards_and_no_change(tmp_path):
-    ScoreKeeper(tmp_path / "scores").keep(ROWS)
+    ScoreKeeper(tmp_path / "scores", by_batch=False).keep(ROWS)
     lines, changes = rescore(tmp_path / "scores", tmp_path / "out")
     assert [line["reward"] for line in lines] == [r.reward for r in ROWS]
+    assert [(line["question"], line["explanation"]) for line in lines] == [(r.question, r.explanation) for r in ROWS]
     assert changes == {"groups": 1, "pairs": 1, "pairs_reversed": 0, "best_changed": 0}
 
 
@@ -58,7 +59,7 @@ def test_another_formula_turns_the_ranking_as_worked_out_by_hand(tmp_path):
     # q1 first: r_SS -2.03, KL 4.56, so -6.59; second: -2.02 and -1 for the missing tag, so -3.02: the second is best.
     # Without the KL and the penalty: -2.03 against -2.02, still the second.
     # With the maximum over the solution: -1 against -2: the first is best.
-    ScoreKeeper(tmp_path / "scores").keep(ROWS)
+    ScoreKeeper(tmp_path / "scores", by_batch=False).keep(ROWS)
     off = ["kl_penalty_reward_coeff=[0,0]", "not_matched_penalty=0"]
     lines, changes = rescore(tmp_path / "scores", tmp_path / "a", *off)
     assert [line["reward"] for line in lines[:2]] == pytest.approx([-2.03, -2.02])
@@ -68,6 +69,19 @@ def test_another_formula_turns_the_ranking_as_worked_out_by_hand(tmp_path):
     )
     assert [line["reward"] for line in lines[:2]] == pytest.approx([-1.0, -2.0])
     assert changes == {"groups": 1, "pairs": 1, "pairs_reversed": 1, "best_changed": 1}
+
+
+def test_what_another_policy_wrote_is_ranked_apart(tmp_path):
+    keeper = ScoreKeeper(tmp_path / "scores", by_batch=True)
+    for _ in range(2):
+        keeper.keep(ROWS)
+    _, changes = rescore(tmp_path / "scores", tmp_path / "out")
+    assert (changes["groups"], changes["pairs"]) == (2, 2)
+
+
+def test_a_tie_after_all_is_no_other_best():
+    assert ranking_changes([[(1, 0), (2, 0)]])["best_changed"] == 0
+    assert ranking_changes([[(1, 0), (2, -1)]])["best_changed"] == 1
 
 
 def test_ranking_changes_by_hand():

@@ -33,7 +33,7 @@ def options(*overrides):
         (["reward_funcs=[format,format]"], "reward_funcs", "format comes 2 times", "once"),
         (["reward_funcs=[{_target_: math.sin},{_target_: cmath.sin}]"], "reward_funcs", "sin comes 2 times", "once"),
         (["reward_funcs=[format,length]", "reward_weights=[1]"], "reward_weights", "1 weights for 2", "[1.0, 1.0]"),
-        (["reward_weights=[1e999]"], "reward_weights", "not finite", "[1.0]"),
+        (["reward_weights=[1e999]"], "reward_weights", "a finite number", "--help"),
         (["reward_funcs=[length]", "length_soft_cache=64"], "length_soft_cache", "length 64", "length_soft_cache=12"),
         (["reward_funcs=[format]", "keep_scores=true"], "keep_scores", "no scores", "keep_scores=false"),
         (["reward_funcs=[student_answer]", "student_model=null"], "student_model", "needs a student", "student_model="),

@@ -131,6 +131,23 @@ def test_pieces_of_two_tokenisations():
     assert student.tolist() == [-0.75, -8.0]
 
 
+def test_the_bytes_of_a_character_belong_to_its_piece():
+    # "a☕": the teacher has a token for each of the three bytes of ☕, the student one for all.
+    teacher, student = piece_sums(
+        torch.tensor([-1.0, -2.0, -3.0, -0.5]), [1, 1, 1, 2], torch.tensor([-1.0, -5.5]), [1, 2]
+    )
+    assert teacher.tolist() == student.tolist() == [-1.0, -5.5]
+    # "☕" alone: nothing is common before it.
+    teacher, student = piece_sums(torch.tensor([-2.0, -3.0, -0.5]), [0, 0, 1], torch.tensor([-4.0, -1.5]), [0, 1])
+    assert teacher.tolist() == student.tolist() == [-5.5]
+
+
+def test_one_zero_for_all_reductions():
+    scored = ScoredExplanation(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.tensor([-3.0]), True)
+    reward, parts = TeacherLogprobKL(kl_penalty_reward_coeff=0)(scored)
+    assert reward == parts["solution_log_prob_reward"] and parts["kl_reward"] == 0
+
+
 def test_what_ends_after_the_last_common_place_is_left_out():
     teacher, student = piece_sums(torch.tensor([-1.0, -2.0]), [2, 5], torch.tensor([-3.0, -4.0]), [2, 4])
     assert (teacher.tolist(), student.tolist()) == ([-1.0], [-3.0])

@@ -26,21 +26,23 @@ def test_what_is_read_is_what_was_written_in_the_same_order(tmp_path):
     files.write(second, 0.7, "train")
     files.write(second, 0.7, "eval")
     again = RolloutFiles(files.folder)
-    assert again.read(ROLLOUT.prompt_ids, 1, 0.7, "train") == ROLLOUT
-    assert again.read([[9]] * 2, 0, 0.7, "eval") == second
-    assert again.read([[9]] * 2, 0, 0.7, "train") == second
+    assert again.read(ROLLOUT.prompt_ids, 1, 0.7, 3, "train") == ROLLOUT
+    assert again.read([[9]] * 2, 0, 0.7, 3, "eval") == second
+    assert again.read([[9]] * 2, 0, 0.7, 3, "train") == second
     with pytest.raises(ConfigError, match=r"2 train rollouts were recorded[\s\S]*train-00002"):
-        again.read([[9]] * 2, 0, 0.7, "train")
+        again.read([[9]] * 2, 0, 0.7, 3, "train")
 
 
 def test_recording_of_other_prompts_or_without_the_padding_is_refused(tmp_path):
     RolloutFiles(tmp_path).write(ROLLOUT, 0.7, "train")
     with pytest.raises(ConfigError, match="sampled from other prompts"):
-        RolloutFiles(tmp_path).read([[1, 2], [4]], 1, 0.7, "train")
+        RolloutFiles(tmp_path).read([[1, 2], [4]], 1, 0.7, 3, "train")
     with pytest.raises(ConfigError, match=r"temperature=0\.7"):
-        RolloutFiles(tmp_path).read(ROLLOUT.prompt_ids, 1, 1.0, "train")
+        RolloutFiles(tmp_path).read(ROLLOUT.prompt_ids, 1, 1.0, 3, "train")
     with pytest.raises(ConfigError, match="padding_in_kl=true"):
-        RolloutFiles(tmp_path).read(ROLLOUT.prompt_ids, 0, 0.7, "train")
+        RolloutFiles(tmp_path).read(ROLLOUT.prompt_ids, 0, 0.7, 3, "train")
+    with pytest.raises(ConfigError, match="a completion of 3 tokens, and this run's are up to 2"):
+        RolloutFiles(tmp_path).read(ROLLOUT.prompt_ids, 1, 0.7, 2, "train")
 
 
 def test_groups_scored_ahead_come_back_in_the_order_of_the_batch():

@@ -10,7 +10,7 @@ from conftest import ROWS
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
-from trainers.score import run_score
+from trainers.score import load_score_rows, run_score
 
 
 def options(model_dir, file, **values):
@@ -37,6 +37,23 @@ def plain_logprobs(model, encoded, first, last, temperature):
         logprobs = (model(torch.tensor([encoded.ids])).logits[0] / temperature).log_softmax(-1)
     start, end = encoded.spans[first][0], encoded.spans[last][1]
     return torch.stack([logprobs[t - 1, encoded.ids[t]] for t in range(start, end)])
+
+
+def test_what_data_may_say_of_the_closing_tag(model_dir, tmp_path):
+    row = {**ROWS[0], "explanation": "2+3=5"}
+    given = [True, False, 0, 1, "false", "True", None]
+    for value, closed in zip(given, [True, False, False, True, False, True, True], strict=True):
+        path = write(tmp_path / "rows.jsonl", [{**row, "closed": value}])
+        assert load_score_rows(options(model_dir, path))["closed"] == [closed]
+    path = write(tmp_path / "rows.jsonl", [{**row, "closed": "perhaps"}])
+    with pytest.raises(ConfigError, match="row 0 has 'perhaps'"):
+        load_score_rows(options(model_dir, path))
+
+
+def test_one_column_may_be_two_things(model_dir, tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS[:1])
+    rows = load_score_rows(options(model_dir, path, explanation_column="solution"))
+    assert rows[0]["explanation"] == rows[0]["solution"] == ROWS[0]["solution"]
 
 
 def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path):

@@ -88,12 +88,25 @@ def test_parameter_that_was_moved_away_stops_the_run(start):
 
 
 def break_the_view(trainer):
-    """The engine gets a tensor of its own for one layer, without the trainer's pointers telling."""
+    """The engine gets a tensor of its own for one layer, equal as yet."""
     layer = trainer.engine.engine_model.model.layers[1].mlp.gate_up_proj
-    layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.1, requires_grad=False)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_bridge": "copy"}, {"use_peft": True}])
+def test_engine_that_computes_with_a_copy_of_its_own_stops_the_run(start):
+    trainer = start(break_the_view)
+    with pytest.raises(RuntimeError, match=r"the engine's model\.layers\.1\.mlp\.gate_up_proj\.weight was moved away"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def compute_otherwise(trainer):
+    """As if the engine had packed a layer's weights away: the tensor is where it was, and nothing reads it."""
+    layer = trainer.engine.engine_model.model.layers[1].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: (output[0] * 1.3, *output[1:]))
+
+
+@pytest.mark.parametrize("options", [{"weight_bridge": "shared"}, {"weight_bridge": "copy"}, {"use_peft": True}])
 def test_engine_with_other_weights_stops_the_run(start, options):
     steps = []
 
@@ -101,12 +114,12 @@ def test_engine_with_other_weights_stops_the_run(start, options):
         engine = trainer.engine.llm.llm_engine
         step = engine.step
         engine.step = lambda: steps.append(None) or step()
-        if options:  # the bridge forgets to bring the update
+        if options == {"weight_bridge": "shared"}:
+            compute_otherwise(trainer)
+        else:  # the bridge forgets to bring the update
             trainer.engine.bridge.sync = lambda: None
-        else:
-            break_the_view(trainer)
 
-    trainer = start(action, sentinel_tolerance=1e-4, **options)
+    trainer = start(action, learning_rate=1e-2, **options)  # at the tolerance of a run
     with pytest.raises(SentinelError, match="trainer and engine disagree"):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -115,6 +128,17 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     assert not trainer.engine.llm.llm_engine.has_unfinished_requests()
     found = trainer.engine.next_logprobs([(5, 6, 7)], [[8]], 1.0)
     assert len(found) == 1 and found[0][0] < 0
+
+
+def test_a_tolerance_is_measured_no_further_than_rounding_goes(start):
+    sentinel = start().sentinel
+    for tolerance, first, then in [(0.3, 0.01, 0.3), (0.3, 0.2, 0.8), (0.3, 0.9, 1.0)]:
+        sentinel.tolerance, sentinel._to_calibrate = tolerance, True
+        sentinel._compare(torch.zeros(3), torch.tensor([0.0, first, -first]))
+        assert sentinel.tolerance == pytest.approx(then)
+    sentinel.tolerance, sentinel._to_calibrate = 0.3, True
+    with pytest.raises(SentinelError, match="differs by 1.5, allowed is 1 "):
+        sentinel._compare(torch.zeros(1), torch.tensor([1.5]))
 
 
 def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path):

@@ -109,6 +109,16 @@ def test_without_the_padding_the_kl_covers_what_was_sampled(model_dir, renderer)
     assert metrics["reasoning_kl_sum"] == pytest.approx(kl.sum().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_poison_that_clipping_or_a_median_would_hide_stops_too(model_dir, renderer, poison):
+    student = make_student(model_dir, renderer)
+    hiding = {"clip_kl": 2.0, "reduction_kl_fn": "median", "kl_penalty_reward_coeff": 1.0}
+    reward = make_reward(student, renderer, padding_in_kl=False, **hiding)
+    ids = renderer.encode_text("2+3")
+    with pytest.raises(FloatingPointError, match=r"teacher's log-prob of the explanation"):
+        call(reward, [ids], [[-1.0] * (len(ids) - 1) + [poison]])
+
+
 def test_poisoned_score_stops_with_the_sample_named(model_dir, renderer):
     reward = make_reward(make_student(model_dir, renderer), renderer)
     with pytest.raises(FloatingPointError, match=r"What is 2\+3[\s\S]*precision"):

@@ -1,14 +1,18 @@
 """Texts, tokens and spans. Run: ./run_tests.sh tests/test_texts.py"""
 
 import json
+import unicodedata
+from copy import copy
 
 import pytest
 from conftest import ROWS
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from data.explanation import read_explanation
+from data.explanation import read_explanation, written_explanation
 from data.formats import TAG_FORMATS
 from data.load import load_rows
-from data.offsets import token_ends
+from data.offsets import encode_with_ends, token_ends
 from data.render import Renderer
 from trainers.errors import ConfigError
 from trainers.models import choose_pad_token, make_tokenizer
@@ -159,6 +163,53 @@ def test_token_ends_follow_the_text_character_by_character(tokenizer, text):
         prefix = tokenizer.decode(ids[:count])
         if not prefix.endswith("\ufffd"):
             assert prefix == text[:end]
+
+
+def composing():
+    """Of Qwen's kind: the text is brought into its composed form first."""
+    made = make_tokenizer(["café ☕ 12"] * 9, [], 400)
+    made.backend_tokenizer.normalizer = normalizers.NFC()
+    return made
+
+
+def with_bytes():
+    """Of Llama 2's kind: words begin with a sign for the space, what is not in the vocabulary is bytes."""
+    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁a", "▁b", "▁c", "2", "3", "a", "b", "c"]
+    made = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [("▁", x) for x in "abc"], byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [composing, with_bytes])
+@pytest.mark.parametrize("text", ["a 😀 b c", "2 × 3", "cafe\u0301 b", "☕", "a"])
+def test_ends_of_written_and_of_read_tokens_agree_whatever_the_tokenizer_does(make, text):
+    tokenizer = make()
+    ids, ends = encode_with_ends(tokenizer, text)
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(ends) and ends == sorted(ends) and ends[-1] == len(text)
+    composed = unicodedata.normalize("NFC", text)
+    read, read_ends = token_ends(tokenizer, ids)
+    assert read == (composed if make is composing else text)
+    if text == composed:
+        assert ends == read_ends
+
+
+def test_a_written_explanation_is_read_as_it_stands(renderer):
+    """No sign of it comes twice, though the tokenizer joins an accent with its letter."""
+    reader = copy(renderer)
+    reader.tokenizer = composing()
+    explanation = written_explanation(reader, "cafe\u0301 ok", closed=True)
+    assert (explanation.text, explanation.tail) == ("cafe\u0301 ok", "")
+
+
+def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"question": "q", "solution": x} for x in (5, 0.1)])
+    assert load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")["solution"] == ["5", "0.1"]
+    (tmp_path / "d.csv").write_text("question,solution\nq,007\nq,NA\n")
+    rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows["solution"] == ["007", "NA"]
 
 
 def test_explanation_ends_at_the_first_closing_tag(tokenizer, tags):

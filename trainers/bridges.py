@@ -75,20 +75,25 @@ class SharedBridge(CopyBridge):
     def attach(self, runner: Any) -> None:
         super().attach(runner)
         share_weights(self.model, self.engine_model)
-        self._shared = {name: p.data_ptr() for name, p in base_parameters(self.model).items()}
+        self._shared = self._places()
+
+    def _places(self) -> dict[str, int]:
+        """Where each parameter of the trainer lies in memory, and each weight of the engine."""
+        ours = {name: p.data_ptr() for name, p in base_parameters(self.model).items()}
+        return ours | {f"the engine's {name}": p.data_ptr() for name, p in self.engine_model.named_parameters()}
 
     def sync(self) -> None:
-        """See that no update has moved a parameter away.
+        """See that nothing has parted the trainer's parameters from the engine's weights.
 
         Raises:
-            RuntimeError: If one was, with its name.
+            RuntimeError: If something has, with the name of what was moved.
         """
-        for name, parameter in base_parameters(self.model).items():
-            if parameter.data_ptr() != self._shared[name]:
+        for name, place in self._places().items():
+            if place != self._shared.get(name):
                 raise RuntimeError(
-                    f"{name} was moved away from the engine's weights, so the engine no longer sees its updates. "
-                    "Whatever replaced the parameter's data (an optimizer, a callback, model.to) must write in place "
-                    "(copy_, add_); weight_bridge=copy works without that"
+                    f"{name} was moved away from the memory that trainer and engine share, so the engine sees no more "
+                    "updates of it. Whatever replaced its data (an optimizer, a callback, model.to) must write in "
+                    "place (copy_, add_); weight_bridge=copy works without that"
                 )
 
 

@@ -303,6 +303,8 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     "record_rollouts",
     "replay_rollouts",
     "generation_kwargs",
+    "reward_funcs",
+    "kl_penalty_reward_coeff",
     stages=("rl",),
 )
 def _check_generation(options: Any, num_devices: int, repo: Path) -> list[Fault]:
@@ -340,7 +342,7 @@ def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         coeff, reduction = getattr(options, coeff_key), getattr(options, reduction_key)
         num_coeff = len(coeff) if isinstance(coeff, list) else 1
         num_reduction = len(reduction) if isinstance(reduction, list) else 1
-        if num_coeff != num_reduction:
+        if num_coeff != num_reduction and coeff not in (0, [0]):
             cause = f"{num_coeff} coefficients for {num_reduction} reductions ({reduction_key}={reduction})"
             faults.append(Fault(coeff_key, coeff, cause, f"give one {coeff_key} for each {reduction_key}"))
     return faults
@@ -357,6 +359,16 @@ def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
                 Fault(key, value, cause, f"give the template itself, or the path of a file: {key}=template.jinja")
             )
     return faults
+
+
+@check("keep_scores", "output_dir", stages=("rl", "score"))
+def _check_kept_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    if not options.keep_scores or options.output_dir is None:
+        return []
+    folder = Path(options.output_dir).expanduser() / "scores"
+    if not list(folder.glob("*.safetensors")):
+        return []
+    return [Fault("keep_scores", True, f"{folder} holds scores of an earlier run", "name another output_dir")]
 
 
 @check("student_mode", "student_quantization", stages=("rl", "score"))

@@ -36,10 +36,17 @@ SET_HERE = {
     "worker_cls": None,
     "cpu_offload_gb": None,
 }
-SAMPLING_SET_HERE = ("n", "seed", "logprobs", "detokenize", "temperature", "top_p", "top_k", "max_tokens")
+SAMPLING_OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+SAMPLING_OPTIONS |= {"max_tokens": "max_completion_length", "max_new_tokens": "max_completion_length"}
+SAMPLING_SET_HERE = ("n", "seed", "logprobs", "prompt_logprobs", "logprob_token_ids", "flat_logprobs", "detokenize")
+SAMPLING_SET_HERE += ("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "output_kind")
+# What changes the distribution that is sampled from, and what leaves it as it is.
+RESHAPING = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+RESHAPING_KWARGS = ("presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words")
 MAX_BATCHED_TOKENS = 8192  # that vLLM computes at once: what the plan of memory counts on
 CPU_KV_CACHE = 2**30  # bytes
-PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
+PARALLEL += ("prefill_context_parallel_size", "decode_context_parallel_size")
 
 
 def bridge_name(options: Any) -> str:
@@ -69,16 +76,50 @@ def engine_faults(options: Any) -> list[Fault]:
         for key, empty in (("weight_bridge", None), ("vllm_kwargs", {}), ("max_num_seqs", None)):
             if getattr(options, key) != empty:
                 faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
-    for name in set(options.generation_kwargs or {}) & set(SAMPLING_SET_HERE):
-        cause = "this project sets it itself for each request"
-        remedy = f"use the option {name}" if name in ("temperature", "top_p", "top_k") else "leave it out"
-        faults.append(Fault("generation_kwargs", f"{name}={options.generation_kwargs[name]}", cause, remedy))
+    faults += _sampling_faults(options)
     if options.use_peft and options.sync_ref_model:
         cause = "with use_peft the reference is the model without its adapters (or with those it started from), fixed"
         faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false"))
     if options.use_peft and options.reference_mode != "auto":
         cause = "with use_peft the reference is the teacher itself, its adapters aside: no second model is loaded"
         faults.append(Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto"))
+    return faults
+
+
+@cache
+def sampling_arguments() -> frozenset[str]:
+    """The arguments of vllm.SamplingParams, read from its source."""
+    body = class_body("vllm", "sampling_params.py", "SamplingParams")
+    names = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def _sampling_faults(options: Any) -> list[Fault]:
+    faults = []
+    given = options.generation_kwargs or {}
+    for name, value in given.items():
+        if name in SAMPLING_OPTIONS:
+            cause, remedy = "there is an option for it", f"use the option {SAMPLING_OPTIONS[name]}"
+        elif name in SAMPLING_SET_HERE:
+            cause, remedy = "this project sets it itself for each request", "leave it out"
+        elif options.use_vllm and name not in sampling_arguments():
+            near = difflib.get_close_matches(name, sampling_arguments(), n=2)
+            cause = "vLLM has no such sampling parameter"
+            remedy = f"did you mean {' or '.join(near)}?" if near else "see the arguments of vllm.SamplingParams"
+        else:
+            continue
+        faults.append(Fault("generation_kwargs", f"{name}={value}", cause, remedy))
+    coefficients = options.kl_penalty_reward_coeff
+    has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
+    if options.use_vllm and has_kl and "teacher_logprob_kl" in options.reward_funcs:
+        cause = (
+            "vLLM tells log-probabilities of what it makes of the distribution, and the reward's KL needs the teacher's"
+        )
+        remedy = "leave it out, or use_vllm=false, or kl_penalty_reward_coeff=0"
+        reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
+        faults += [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
+        named = [name for name in RESHAPING_KWARGS if given.get(name)]
+        faults += [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
     return faults
 
 
@@ -129,7 +170,7 @@ def _kwargs_faults(options: Any) -> list[Fault]:
         elif name in SET_HERE:
             remedy = f"use the option {SET_HERE[name]}" if SET_HERE[name] else "leave it out"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", "this project sets it itself", remedy))
-        elif name == "quantization" and bridge_name(options) != "restart":
+        elif name == "quantization" and value is not None and bridge_name(options) != "restart":
             cause = "vLLM packs quantized weights its own way, so the trainer's cannot be put in their place"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "weight_bridge=restart, or no quantization"))
         elif name not in vllm_arguments():

@@ -1,9 +1,12 @@
 """Generation with transformers, where there is to be no vLLM."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from trl.trainer.utils import pad
 
 from data.explanation import read_explanation
@@ -28,16 +31,25 @@ def generate_with_transformers(trainer: Any, prompt_ids: list[list[int]], step: 
     tag_ids = renderer.encode_text(tag)
     if stop and len(tag_ids) == 1:
         trainer.generation_config.eos_token_id = [*renderer.end_ids, *tag_ids]
-    with torch.random.fork_rng():
-        torch.manual_seed(request_seed(trainer.options.seed, step, tuple(chain(*prompt_ids))))
-        sampled, _ = trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
-    completions, ended = [], []
-    for ids in sampled:
-        ids, end = _cut(renderer, ids, tag if stop else None, end_ids)
-        completions.append(ids)
-        ended.append(end)
-    rows = _logprobs(trainer, prompt_ids, completions, given)
+    with _without_dropout(trainer.model):
+        with torch.random.fork_rng():
+            torch.manual_seed(request_seed(trainer.options.seed, step, tuple(chain(*prompt_ids))))
+            sampled, _ = trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
+        cut = [_cut(renderer, ids, tag if stop else None, end_ids) for ids in sampled]
+        completions, ended = [ids for ids, _ in cut], [end for _, end in cut]
+        rows = _logprobs(trainer, prompt_ids, completions, given)
     return Rollout(prompt_ids, completions, [row[given:] for row in rows], [row[:given] for row in rows], ended)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """As an engine samples, which knows no dropout: TRL would sample from one random policy and score by another."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _cut(renderer: Any, ids: list[int], tag: str | None, end_ids: set[int]) -> tuple[list[int], Ended]:

@@ -13,7 +13,14 @@ from trainers.adapter_files import base_of, tokenizer_of
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
-from trainers.models import choose_pad_token, generation_end_ids, load_config, load_model, load_tokenizer
+from trainers.models import (
+    choose_pad_token,
+    generation_end_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_positions,
+)
 from trainers.quantized import Sample, quantization_config, read_samples, report_change, reward_changes
 from trainers.reward_specs import model_keys
 from trainers.scoring import ExplanationScorer
@@ -152,17 +159,19 @@ def make_scorer(
         samples: Texts on which the change by a quantization is measured.
     """
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
-    keeper = ScoreKeeper(output_dir / "scores") if options.keep_scores else None
+    # What RL scores at another time another policy has written; what stage=score is given is ranked as a whole.
+    keeper = ScoreKeeper(output_dir / "scores", by_batch=options.stage == "rl") if options.keep_scores else None
 
     def load(quantization: str | None, mode: str | None = None) -> Student:
         temperature = options.student_temperature
         arguments = (options, student_path, "student_model", device, dtype, temperature)
         frozen = load_frozen(*arguments, quantization=quantization, mode=mode)
-        return Student(frozen, student, frozen.backbone.config.get_text_config().max_position_embeddings)
+        return Student(frozen, student, max_positions(frozen.backbone.config))
 
     if kind := options.student_quantization:
-        # Streamed, since a student is quantized where the full one is too large.
-        before = read_samples(load(None, mode="streamed"), samples)
+        # Unless a mode is asked for, streamed: a student is quantized where the full one is too large.
+        mode = None if options.student_mode in ("resident", "cpu") else "streamed"
+        before = read_samples(load(None, mode=mode), samples)
         clear_device_cache(garbage_collection=True)
         judge = load(kind)
         report_change(kind, reward_changes(before, read_samples(judge, samples), formula))

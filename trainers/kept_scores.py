@@ -16,24 +16,33 @@ TENSORS = ("solution_logprobs", "teacher_logprobs", "student_logprobs")
 
 @dataclass(frozen=True)
 class KeptRow:
-    """One scored explanation: its texts and reward, and what the reward is computed from."""
+    """One scored explanation: its texts and reward, and what the reward is computed from.
+
+    Attributes:
+        batch: What was scored with others of one policy; 0 where that is everything.
+    """
 
     question: str
     solution: str
     explanation: str
     reward: float
     scored: ScoredExplanation
+    batch: int = 0
 
 
 class ScoreKeeper:
     """Writes each batch as `batch_00001.safetensors` and `.parquet` into a folder.
 
     The tensors of all rows are laid end to end, `[tokens of the batch]`, as fp32; the parquet file has a row per
-    explanation, with the texts, the reward, `closed`, and where the row's spans end in each tensor.
+    explanation, with the texts, the reward, `closed`, `batch`, and where the row's spans end in each tensor.
+
+    Args:
+        folder: Where to.
+        by_batch: Whether each batch is ranked by itself, or all that is kept as a whole.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._count = folder, len(list(folder.glob("*.safetensors")))
+    def __init__(self, folder: Path, by_batch: bool) -> None:
+        self.folder, self.by_batch, self._count = folder, by_batch, len(list(folder.glob("*.safetensors")))
         folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, rows: list[KeptRow]) -> None:
@@ -43,7 +52,7 @@ class ScoreKeeper:
         self._count += 1
         table: list[dict[str, Any]] = [
             {"question": r.question, "solution": r.solution, "explanation": r.explanation, "reward": r.reward}
-            | {"closed": r.scored.closed}
+            | {"closed": r.scored.closed, "batch": self._count if self.by_batch else 0}
             for r in rows
         ]
         tensors = {}
@@ -69,5 +78,6 @@ def load_kept(folder: Path) -> list[KeptRow]:
                 spans[name] = tensors[name][begin[name] : line[f"{name}_end"]]
                 begin[name] = line[f"{name}_end"]
             scored = ScoredExplanation(**spans, closed=line["closed"])
-            rows.append(KeptRow(line["question"], line["solution"], line["explanation"], line["reward"], scored))
+            texts = line["question"], line["solution"], line["explanation"]
+            rows.append(KeptRow(*texts, line["reward"], scored, line["batch"]))
     return rows

@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -32,6 +34,7 @@ class MemoryWatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.phases: dict[str, int] = {}
+        self._step_peak = 0
         self._peaks: list[int] = []
         self._warned: set[str] = set()
 
@@ -55,7 +58,9 @@ class MemoryWatch:
 
     def note(self, phase: str) -> None:
         """A phase has ended."""
-        self.phases[f"{phase}_peak"] = max(self.peak(), self.phases.get(f"{phase}_peak", 0))
+        peak = self.peak()
+        self._step_peak = max(peak, self._step_peak)
+        self.phases[f"{phase}_peak"] = max(peak, self.phases.get(f"{phase}_peak", 0))
         self.phases[phase] = self.used()
 
     def freed(self, what: str, before: int, expected: int) -> None:
@@ -67,13 +72,24 @@ class MemoryWatch:
 
     def step(self) -> None:
         """An optimizer step has ended: see whether its peak is part of a rise."""
-        if not self.phases:
+        if not self._step_peak:
             return
-        self._peaks.append(max(self.phases.values()))
+        self._peaks.append(self._step_peak)
+        self._step_peak = 0
         seen = self._peaks[WARM_UP:]
         if len(seen) >= 2 * WINDOW and min(seen[-WINDOW:]) > CREEP * max(seen[:WINDOW]):
             first, last = max(seen[:WINDOW]) / 2**30, min(seen[-WINDOW:]) / 2**30
             self._warn("creep", "memory creeps up: %.2f GiB at most in the first steps, %.2f at least now", first, last)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """What is noted meanwhile (an evaluation) is no part of the step and the interval around it."""
+        phases, peak = self.phases, self._step_peak
+        self.phases = {}
+        try:
+            yield
+        finally:
+            self.phases, self._step_peak = phases, peak
 
     def take(self) -> dict[str, float]:
         """`memory/<phase>`, in GiB, of the phases since the last call."""

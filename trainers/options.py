@@ -26,7 +26,7 @@ def opt(default: Any, doc: str, **limits: Any) -> Any:
 class BaseOptions(BaseModel):
     """Options of every stage."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     stage: Literal["sft", "rl", "score", "rescore", "merge"] = opt(
         "rl",

@@ -21,13 +21,14 @@ def run_rescore(options: Any, output_dir: Path) -> Path:
     """
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in TeacherLogprobKL.__dataclass_fields__})
     rows = load_kept(Path(options.scores).expanduser())
-    groups: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    groups: dict[tuple[int, str, str], list[tuple[float, float]]] = defaultdict(list)
     path = output_dir / "rescored.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             reward, parts = formula(row.scored)
-            groups[row.question, row.solution].append((row.reward, reward))
-            file.write(json.dumps({"reward": reward, "reward_before": row.reward, **parts}) + "\n")
+            groups[row.batch, row.question, row.solution].append((row.reward, reward))
+            texts = {"question": row.question, "explanation": row.explanation}
+            file.write(json.dumps({"reward": reward, "reward_before": row.reward, **parts, **texts}) + "\n")
     changes = ranking_changes(list(groups.values()))
     (output_dir / "rescore.json").write_text(json.dumps(changes, indent=2) + "\n", encoding="utf-8")
     logger.info(
@@ -52,14 +53,12 @@ def ranking_changes(groups: list[list[tuple[float, float]]]) -> dict[str, int]:
 
     Returns:
         `groups` and `pairs` compared, `pairs_reversed` (strictly one way before and strictly the other way after) and
-        `best_changed` (the best by the new reward was not among the best by the old).
+        `best_changed` (none of the best by the new reward was among the best by the old).
     """
     ordered = [group for group in groups if len(group) > 1]
     pairs = [pair for group in ordered for pair in combinations(group, 2)]
     reversed_ = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
-    best_changed = sum(
-        max(group, key=lambda member: member[1])[0] < max(member[0] for member in group) for group in ordered
-    )
+    best_changed = sum((max(old for old, _ in g), max(new for _, new in g)) not in g for g in ordered)
     return {
         "groups": len(ordered),
         "pairs": len(pairs),

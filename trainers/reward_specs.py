@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.util
-import math
 from collections import Counter
 from importlib.machinery import PathFinder
 from typing import Any
@@ -91,8 +90,6 @@ def _weight_faults(weights: list[float] | None, count: int) -> list[Fault]:
         plural = "" if count == 1 else "s"
         cause = f"{len(weights)} weights for {count} reward function{plural}"
         return [Fault("reward_weights", weights, cause, remedy)]
-    if not all(math.isfinite(weight) for weight in weights):
-        return [Fault("reward_weights", weights, "a weight is not finite", remedy)]
     return []
 
 

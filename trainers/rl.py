@@ -17,7 +17,7 @@ from trainers.frozen import FrozenModel
 from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer, tokens_per_pass
 from trainers.memory_watch import MemoryWatch
 from trainers.merge import whole_model
-from trainers.models import load_config, resolve_place
+from trainers.models import load_config, max_positions, resolve_place
 from trainers.optim_specs import optimizer_faults
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -164,7 +164,7 @@ def check_positions(options: Any, path: str) -> None:
     Raises:
         ConfigError: With the longest completion that fits.
     """
-    limit = load_config(path, "model_name_or_path", options.trust_remote_code).get_text_config().max_position_embeddings
+    limit = max_positions(load_config(path, "model_name_or_path", options.trust_remote_code))
     if options.max_prompt_length + options.max_completion_length > limit:
         cause = f"with max_prompt_length {options.max_prompt_length} it exceeds the teacher's {limit} positions"
         remedy = f"max_completion_length={limit - options.max_prompt_length}"

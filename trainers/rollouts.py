@@ -54,13 +54,14 @@ class RolloutFiles:
         pd.DataFrame(asdict(rollout) | {"temperature": temperature}).to_parquet(partial)
         partial.replace(path)
 
-    def read(self, prompt_ids: list[list[int]], given: int, temperature: float, mode: str) -> Rollout:
+    def read(self, prompt_ids: list[list[int]], given: int, temperature: float, longest: int, mode: str) -> Rollout:
         """Return the rollout of the next call.
 
         Args:
             prompt_ids: What this run would sample from.
             given: How many tokens at the end of each prompt this run needs the log-probabilities of.
             temperature: At which this run would sample.
+            longest: Most tokens of a completion in this run.
 
         Raises:
             ConfigError: If there is none left, or it was sampled in another way.
@@ -81,6 +82,9 @@ class RolloutFiles:
             recorded = table["temperature"][0]
             cause = f"it was sampled at temperature {recorded}, this run's is {temperature}"
             raise ConfigError(Fault(key, value, cause, f"temperature={recorded}"))
+        if (length := max(map(len, rollout.completion_ids))) > longest:
+            cause = f"{path.name} holds a completion of {length} tokens, and this run's are up to {longest}"
+            raise ConfigError(Fault(key, value, cause, "the recording run's max_completion_length"))
         if len(rollout.given_logprobs[0]) != given:
             cause = f"the padding's log-probabilities are {'missing from' if given else 'part of'} the recording"
             raise ConfigError(Fault(key, value, cause, f"padding_in_kl={'false' if given else 'true'}"))

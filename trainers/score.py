@@ -20,6 +20,8 @@ from trainers.warmup import resolve_model
 logger = logging.getLogger(__name__)
 
 BATCH = 256  # rows whose scores are written together
+# What data may say of the closing tag, as text; nothing: it is there.
+CLOSED = dict.fromkeys(("true", "1", "1.0", "none", ""), True) | dict.fromkeys(("false", "0", "0.0"), False)
 
 
 def run_score(options: Any, output_dir: Path) -> Path:
@@ -63,7 +65,7 @@ def load_score_rows(options: Any) -> Dataset:
     """Rows with question, solution, explanation and closed (true where the data does not say).
 
     Raises:
-        ConfigError: If a column is missing.
+        ConfigError: If a column is missing, or does not say whether the tag is there.
     """
     path, key = options.dataset_id_or_path, "dataset_id_or_path"
     raw = read_rows(path, options.dataset_split, options.max_samples, key)
@@ -79,7 +81,12 @@ def load_score_rows(options: Any) -> Dataset:
     }
     rows = select_texts(raw, columns, key, path)
     has_closed = options.closed_column in raw.column_names
-    closed = [value is not False for value in raw[options.closed_column]] if has_closed else [True] * len(raw)
+    given = raw[options.closed_column] if has_closed else [None] * len(raw)
+    closed = [CLOSED.get(str(value).strip().lower()) for value in given]
+    if None in closed:
+        at = closed.index(None)
+        cause = f"row {at} has {given[at]!r} in the column {options.closed_column!r}"
+        raise ConfigError(Fault(key, path, cause, "true, or false where the closing tag is missing"))
     return rows.add_column("closed", closed)
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.explanation import Explanation
-from data.offsets import token_ends
+from data.offsets import encode_with_ends
 from data.render import Encoded, Renderer
 from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 from trainers.frozen import FrozenModel
 from trainers.kept_scores import KeptRow, ScoreKeeper
+from trainers.models import max_positions
 from trainers.student import Student, StudentScore, explained_span
 from trainers.texts import show_sample
 
@@ -74,7 +75,7 @@ class ExplanationScorer:
             For each explanation its score, or why it cannot be scored.
 
         Raises:
-            FloatingPointError: If a reward is not finite; the sample is named.
+            FloatingPointError: If a log-probability or a reward is not finite; the sample is named.
         """
         if not self._shown:
             self._shown = True
@@ -90,8 +91,8 @@ class ExplanationScorer:
         for i, score in zip(kept, self.student.score([texts[i] for i in kept]), strict=True):
             compared = self._compared(explanations[i], teacher_logprobs[i], score)
             reward, parts = self.reward(compared)
-            if not math.isfinite(reward):
-                _stop(i, reward, parts, questions[i], explanations[i])
+            if bad := _not_finite(score, teacher_logprobs[i], parts | {"reward": reward}):
+                _stop(bad, questions[i], explanations[i])
             logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
             results[i] = Scored(reward, parts, score.solves)
             kept_rows.append(KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared))
@@ -113,7 +114,7 @@ class ExplanationScorer:
         reader = self.student.renderer
         student = score.explanation_logprobs[0 if self.padding_in_kl else len(reader.padding_ids) :]
         if not self.same_tokenizer:
-            _, reader_ends = token_ends(reader.tokenizer, reader.encode_text(explanation.text))
+            _, reader_ends = encode_with_ends(reader.tokenizer, explanation.text)
             ends = explanation.ends
             if self.padding_in_kl:
                 ends, reader_ends = self.teacher.padded(ends), reader.padded(reader_ends)
@@ -136,7 +137,7 @@ def teacher_logprobs(
     Returns:
         For each explanation `[tokens]`, with `padding_in_kl` the padding's first, or why the teacher cannot read it.
     """
-    limit = model.backbone.config.get_text_config().max_position_embeddings
+    limit = max_positions(model.backbone.config)
     texts = [
         renderer.encode(renderer.teacher(question, solution, e.text), {"explanation": e.ids})
         for question, solution, e in zip(questions, solutions, explanations, strict=True)
@@ -150,10 +151,20 @@ def teacher_logprobs(
     return results
 
 
-def _stop(i: int, reward: float, parts: dict[str, float], question: str, explanation: Explanation) -> None:
-    bad = {name: value for name, value in parts.items() if not math.isfinite(value)}
+def _not_finite(score: StudentScore, teacher: Tensor, numbers: dict[str, float]) -> dict[str, float]:
+    """What is not finite of one sample; clipping or a median may hide it from the reward itself."""
+    read = {
+        "student's log-prob of the solution": score.solution_logprobs,
+        "student's log-prob of the explanation": score.explanation_logprobs,
+        "teacher's log-prob of the explanation": teacher,
+    }
+    poisoned = {name: values[~values.isfinite()] for name, values in read.items()}
+    bad = {name: values[0].item() for name, values in poisoned.items() if len(values)}
+    return bad | {name: value for name, value in numbers.items() if not math.isfinite(value)}
+
+
+def _stop(bad: dict[str, float], question: str, explanation: Explanation) -> None:
     raise FloatingPointError(
-        f"the reward of explanation {i} is {reward}: {bad}\n  question: {question!r}\n"
-        f"  explanation: {explanation.text!r}\n  -> a log-probability of teacher or student is not finite: "
-        "look at their weights, and try precision=fp32"
+        f"an explanation cannot be rewarded, these are not finite: {bad}\n  question: {question!r}\n"
+        f"  explanation: {explanation.text!r}\n  -> look at the weights of teacher and student, and try precision=fp32"
     )

@@ -18,6 +18,7 @@ from trainers.engine import Engine
 from trainers.frozen import FrozenModel
 from trainers.hf_generation import generate_with_transformers
 from trainers.importance_sampling import importance_sampling_ratio, mismatch_metrics
+from trainers.models import max_positions
 from trainers.optimizers import OwnOptimizer
 from trainers.overlap import ScoreAhead
 from trainers.phases import PhaseTimer
@@ -39,10 +40,12 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     if trainer.engine is not None:
         trainer.release_cache()
     completions, logprobs, own = [], [], []
-    for ids, logps, ended in zip(sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True):
+    positions = max_positions(trainer.model.config)
+    texts = zip(prompt_ids, sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True)
+    for prompt, ids, logps, ended in texts:
         # TRL knows a finished completion by its end of turn. Where the closing tag took its place, one is put there
-        # that the loss leaves out, if there is room.
-        room = len(ids) < trainer.max_completion_length
+        # that the loss leaves out, if the model has a position for it.
+        room = len(prompt) + len(ids) < positions
         forced = [trainer.processing_class.eos_token_id] if ended == "closing_tag" and room else []
         completions.append(ids + forced)
         logprobs.append(logps + [0.0] * len(forced))
@@ -142,7 +145,7 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
         step = self._step if self.model.training else EVAL_STEP
         given = len(self.renderer.padding_ids) if self.options.padding_in_kl else 0
         if self.replay is not None:
-            return self.replay.read(prompt_ids, given, self.temperature, mode)
+            return self.replay.read(prompt_ids, given, self.temperature, self.max_completion_length, mode)
         if self.engine is None:
             sampled = generate_with_transformers(self, prompt_ids, step, given)
         else:
@@ -275,15 +278,11 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; seconds and memory of a training interval that an evaluation interrupts are put back."""
         interrupted, memory = self.timer.take(), self.timer.memory
-        phases = memory.phases if memory is not None else {}
-        if memory is not None:
-            memory.phases = {}
         self._evaluated.clear()
-        metrics = super().evaluate(*args, **kwargs)
+        with memory.interrupted() if memory is not None else nullcontext():
+            metrics = super().evaluate(*args, **kwargs)
         for phase, value in interrupted.items():
             self.timer.seconds[phase] += value
-        if memory is not None:
-            memory.phases = phases
         return metrics
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
