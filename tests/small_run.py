@@ -57,9 +57,13 @@ def make_engine(options, renderer, model_dir, output_dir, dtype=torch.float32, a
 
 def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.float32, adapter=None, **chosen):
     options = small_options(**chosen)
-    engine, model = make_engine(options, renderer, model_dir, output_dir, dtype, adapter)
     rows = rl_rows(Dataset.from_list(ROWS * 8), renderer, options, "questions")
-    prompt = renderer.encode_prompt(rows[0]["prompt"])
+    if options.use_vllm:
+        engine, model = make_engine(options, renderer, model_dir, output_dir, dtype, adapter)
+        prompt = renderer.encode_prompt(rows[0]["prompt"])
+        sentinel = Sentinel(engine, model, prompt, dtype, options.sentinel_tolerance)
+    else:
+        engine, sentinel, model = None, None, load_teacher(options, str(model_dir), dtype, adapter)
     timer = PhaseTimer(MemoryWatch(CPU))
     return TeacherGRPOTrainer(
         options=options,
@@ -71,7 +75,7 @@ def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.floa
         reference=None,
         probes=None,
         engine=engine,
-        sentinel=Sentinel(engine, model, prompt, dtype, options.sentinel_tolerance),
+        sentinel=sentinel,
         ahead=None,
         train_dataset=rows,
         processing_class=renderer.tokenizer,

@@ -30,7 +30,8 @@ def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kin
     before = trainer.model.model.layers[0].mlp.up_proj.weight.clone() if not chosen.get("use_peft") else None
     try:
         trainer.train()
-        trainer.sync_weights()  # and the sentinel once more, after the last step
+        trainer.sync_weights()
+        trainer.engine.next_logprobs([(5, 6)], [[7]], 1.0)  # with it the sentinel compares, after the last step too
     finally:
         trainer.engine.close()
     assert type(trainer.optimizer.optimizer) is kind
