@@ -21,10 +21,21 @@ from trainers.plan_table import plan_text
 from trainers.preflight import preflight
 
 
+def size(text: str) -> float:
+    """A size in GB.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not 0 < (value := float(text)) < float("inf"):
+        raise ValueError
+    return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="teacher_rlt_mono_85gb", help="a run of cfgs/run_cfg")
-    parser.add_argument("--vram-gb", type=float, help="plan for a card of so many GB (1e9 bytes)")
+    parser.add_argument("--vram-gb", type=size, help="plan for a card of so many GB (1e9 bytes)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, as for train.py")
     arguments = parser.parse_args()

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ def load_options(
         composed: Flat mapping of option to value, as Hydra composed it.
         num_devices: Processes that train together.
         repo: Folder against which `run:NAME` models are looked up.
-        needs_device: Whether the GPU that the run is for must be here.
+        needs_device: Whether the GPU that the run is for must be here; without, what depends on it is left to
+            `planning.start_faults`.
 
     Raises:
         ConfigError: With every fault found; nothing was loaded or written.
@@ -78,14 +79,23 @@ def load_options(
         options = cls.model_construct(**{k: v for k, v in known.items() if k not in invalid})
     else:
         invalid = set()
-    for check in CHECKS:
-        if check.run is _check_device and not needs_device:
-            continue
-        if stage in check.stages and not invalid & set(check.reads):
-            faults += check.run(options, num_devices, repo)
+    faults += option_faults(options, num_devices, repo, needs_device, invalid)
     if faults:
         raise ConfigError(faults)
     return options
+
+
+def option_faults(
+    options: Any, num_devices: int, repo: Path, needs_device: bool = True, invalid: Set[str] = frozenset()
+) -> list[Fault]:
+    """What is wrong with the options together; see `load_options`.
+
+    Args:
+        invalid: Options that are told to be wrong by themselves: checks that read them are left out.
+    """
+    of_device = () if needs_device else (_check_device, _check_optimizer, _check_precision)
+    checks = [c for c in CHECKS if options.stage in c.stages and not invalid & set(c.reads) and c.run not in of_device]
+    return [fault for c in checks for fault in c.run(options, num_devices, repo)]
 
 
 @check("device", "activation_offloading")
@@ -218,8 +228,13 @@ def _check_merge(options: Any, num_devices: int, repo: Path) -> list[Fault]:
 
 @check("precision", "device", "use_peft")
 def _check_precision(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    return precision_faults(options, "cpu" if options.device == "cpu" or num_cuda_devices() == 0 else "cuda")
+
+
+def precision_faults(options: Any, device: str) -> list[Fault]:
+    """What the chosen precision cannot do on this device (cuda or cpu)."""
     faults = []
-    if options.precision == "fp16" and (options.device == "cpu" or num_cuda_devices() == 0):
+    if options.precision == "fp16" and device == "cpu":
         cause = "without a GPU there is no fp16 arithmetic to train with"
         faults.append(Fault("precision", "fp16", cause, "precision=fp32 or bf16"))
     if options.precision == "fp16" and options.stage in TRAINING and not options.use_peft:

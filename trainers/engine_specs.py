@@ -77,9 +77,6 @@ def engine_faults(options: Any) -> list[Fault]:
             if getattr(options, key) != empty:
                 faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
     faults += _sampling_faults(options)
-    if options.use_peft and options.sync_ref_model:
-        cause = "with use_peft the reference is the model without its adapters (or with those it started from), fixed"
-        faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false"))
     if options.use_peft and options.reference_mode != "auto":
         cause = "with use_peft the reference is the teacher itself, its adapters aside: no second model is loaded"
         faults.append(Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto"))
@@ -147,6 +144,37 @@ def device_faults(options: Any, device: str, dtype: str, student_mode: str | Non
         cause = "on a CPU seeds of requests need whole prompts"
         faults.append(Fault("vllm_kwargs", "enable_chunked_prefill", cause, "leave it out"))
     return faults
+
+
+def position_faults(options: Any, limit: int) -> list[Fault]:
+    """Lengths that a teacher of so many positions has no room for, with the longest that fit."""
+    faults = []
+    if options.max_prompt_length + options.max_completion_length > limit:
+        cause = f"with max_prompt_length {options.max_prompt_length} it exceeds the teacher's {limit} positions"
+        remedy = f"max_completion_length={limit - options.max_prompt_length}"
+        if options.max_prompt_length >= limit:
+            remedy = f"max_prompt_length={limit // 2} max_completion_length={limit - limit // 2}"
+        faults.append(Fault("max_completion_length", options.max_completion_length, cause, remedy))
+    if (options.vllm_max_model_length or 0) > limit:
+        cause, remedy = f"the teacher has {limit} positions", "leave it out: prompt and completion decide it"
+        faults.append(Fault("vllm_max_model_length", options.vllm_max_model_length, cause, remedy))
+    return faults
+
+
+def quantized_teacher_faults(options: Any, quantization: Any) -> list[Fault]:
+    """A teacher whose checkpoint is quantized can be scored with, not trained.
+
+    Args:
+        quantization: The quantization_config of its config, if it has one.
+    """
+    if options.stage != "rl" or quantization is None:
+        return []
+    cause = (
+        "its weights are quantized, and such a base cannot be shared: vLLM has no bitsandbytes weights, and repacks "
+        "others (GPTQ, AWQ) for its kernels"
+    )
+    remedy = "the model's bf16 checkpoint, with use_peft=true where memory is short"
+    return [Fault("model_name_or_path", options.model_name_or_path, cause, remedy)]
 
 
 def _bridge_faults(options: Any) -> list[Fault]:

@@ -10,16 +10,17 @@ from accelerate.utils.memory import clear_device_cache
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.adapter_files import base_of, tokenizer_of
+from trainers.engine_specs import quantized_teacher_faults
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
+from trainers.model_shapes import max_positions
 from trainers.models import (
     choose_pad_token,
     generation_end_ids,
     load_config,
     load_model,
     load_tokenizer,
-    max_positions,
 )
 from trainers.quantized import Sample, quantization_config, read_samples, report_change, reward_changes
 from trainers.reward_specs import model_keys
@@ -67,21 +68,11 @@ def check_models(options: Any) -> None:
             except ConfigError as error:
                 faults += error.faults
             else:
-                faults += _quantized_teacher(options, path, key)
+                config = load_config(base_of(path, key), key, options.trust_remote_code)
+                if key == "model_name_or_path":
+                    faults += quantized_teacher_faults(options, getattr(config, "quantization_config", None))
     if faults:
         raise ConfigError(faults)
-
-
-def _quantized_teacher(options: Any, path: str, key: str) -> list[Fault]:
-    """A teacher whose checkpoint is quantized can be scored with, not trained."""
-    quantization = getattr(load_config(base_of(path, key), key, options.trust_remote_code), "quantization_config", None)
-    if options.stage != "rl" or key != "model_name_or_path" or quantization is None:
-        return []
-    cause = (
-        "its weights are quantized, and such a base cannot be shared: vLLM has no bitsandbytes weights, and repacks "
-        "others (GPTQ, AWQ) for its kernels"
-    )
-    return [Fault(key, path, cause, "the model's bf16 checkpoint, with use_peft=true where memory is short")]
 
 
 def frozen_mode(options: Any, key: str, device: torch.device) -> str:

@@ -231,7 +231,7 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
         layer = _reading_layer(work, shape, texts, 3.4 * hidden + masks)
         return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
     batch = batch_plan(work.options).generation_batch if work.is_rl else work.options.train_batch_size
-    held = min(work.options.student_tokens_per_pass, batch * length)
+    held = min(max(work.options.student_tokens_per_pass, length), batch * length)  # a text is read as a whole
     rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
     resting = held * (hidden + masks) * size + rotary
     layer = _reading_layer(work, shape, texts)

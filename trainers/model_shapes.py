@@ -57,6 +57,8 @@ class ModelShape:
     Attributes:
         parameters: Each stored parameter's shape by its name; a tied head is not listed.
         layer_prefix: What the names of the layers' parameters begin with, before the layer's number.
+        kv_width: Elements of keys and values of one token in one layer.
+        can_stream: Whether its layers can pass the device one by one (trainers/streaming.py), as far as shapes tell.
         adapter: Of an adapter, whose base the other sizes are of.
         can_share_prompts: See the function of that name.
     """
@@ -73,6 +75,8 @@ class ModelShape:
     head_dim: int
     vocab: int
     max_positions: int
+    kv_width: int
+    can_stream: bool = True
     adapter: AdapterShape | None = None
     can_share_prompts: bool = False
 
@@ -106,7 +110,7 @@ class ModelShape:
 
     def kv_bytes(self, itemsize: int) -> int:
         """Bytes of keys and values of one token, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+        return self.num_layers * self.kv_width * itemsize
 
 
 def read_config(path: str, key: str) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
     if not given.get("tie_word_embeddings", False):
         parameters["lm_head.weight"] = (vocab, hidden)
     positions = given.get("max_position_embeddings", 2**17)
-    sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions)
+    sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions, 2 * kv_heads * head_dim)
     return ModelShape(name, family, parameters, prefix, *sizes, can_share_prompts=can_share_prompts(config))
 
 
@@ -222,21 +226,53 @@ def _from_transformers(config: dict[str, Any], name: str, trust: bool) -> ModelS
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(full, trust_remote_code=trust)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        cause = f"transformers cannot build it: {str(error).strip().splitlines()[0]}"
+        return _built_shape(model, full, config["model_type"], name)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, StopIteration) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        cause = f"transformers cannot build it, or its layers are not alike: {reason[0]}"
         fault = Fault("model", name or config.get("model_type"), cause, "name a causal language model")
         raise ConfigError(fault) from error
-    text = full.get_text_config()
+
+
+def _built_shape(model: Any, config: Any, model_type: str, name: str) -> ModelShape:
+    """The sizes of a model that transformers has built without memory."""
+    from torch.nn import ModuleList
+
+    text = config.get_text_config()
+    lists = ((n, m) for n, m in model.named_modules() if isinstance(m, ModuleList))
+    prefix = next(f"{n}." for n, m in lists if len(m) == text.num_hidden_layers)
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    prefix = next(
-        f"{n}."
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.ModuleList) and len(m) == text.num_hidden_layers
-    )
-    heads = text.num_attention_heads
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    heads, hidden = text.num_attention_heads, text.hidden_size
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    sizes = (text.hidden_size, inner, text.num_hidden_layers, heads, kv_heads, head_dim, text.vocab_size)
-    positions = getattr(text, "max_position_embeddings", 2**17)
-    return ModelShape(name, config["model_type"], parameters, prefix, *sizes, positions)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):  # Falcon
+        kv_heads = 1
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    # Multi-head latent attention (DeepSeek) keeps one latent for all heads.
+    latent = getattr(text, "kv_lora_rank", None)
+    kv_width = latent + text.qk_rope_head_dim if latent else 2 * kv_heads * head_dim
+    sizes = (hidden, _inner_width(text), text.num_hidden_layers, heads, kv_heads, head_dim, text.vocab_size)
+    # Checkpoints hold a mixture's experts apart that the model holds as one; and a model of text and images has more.
+    inside = [shape for n, shape in parameters.items() if n.startswith(prefix)]
+    can_stream = text is config and all(len(shape) < 3 for shape in inside)
+    return ModelShape(name, model_type, parameters, prefix, *sizes, max_positions(config), kv_width, can_stream)
+
+
+def max_positions(config: Any) -> int:
+    """How many tokens a model can read; a large number where its positions have no end (Bloom, MPT).
+
+    Args:
+        config: As transformers has it.
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**17
+
+
+def _inner_width(text: Any) -> int:
+    """Of what a token goes through between attention and attention; of a mixture, of all its experts together, and of
+    what is laid out for them."""
+    dense = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    if not (chosen := getattr(text, "num_experts_per_tok", None)):
+        return dense
+    each = getattr(text, "moe_intermediate_size", None) or dense
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    shared += (getattr(text, "n_shared_experts", None) or 0) * each
+    return max(dense, chosen * (each + text.hidden_size) + shared)

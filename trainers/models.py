@@ -156,11 +156,6 @@ def load_config(path: str, key: str, trust: bool) -> Any:
     return config
 
 
-def max_positions(config: Any) -> int:
-    """How many tokens a model can read; a large number where its positions have no end (Bloom, MPT)."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**17
-
-
 def _not_loadable(key: str, path: str, error: Exception) -> Fault:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = "give a local folder (is it one?), or log in and connect: huggingface-cli login, HF_TOKEN for gated models"

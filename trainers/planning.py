@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from trainers.adapter_files import base_of, is_adapter, is_continued, open_adapter
+from trainers.checks import precision_faults
+from trainers.engine_specs import device_faults, position_faults, quantized_teacher_faults
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine, read_machine
 from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_config
+from trainers.optim_specs import TORCH_DTYPES, optimizer_faults
 from trainers.plan_table import knobs_text, plan_text
 from trainers.reward_specs import asked_student
 from trainers.solve import Change, Solved, device_of, knobs, nearest_fit, refuse, solve
@@ -58,7 +61,7 @@ def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
 
 def _shape(path: str, key: str, options: Any) -> ModelShape:
     if path.startswith("run:"):
-        warmup = warmup_options(path[4:], options)[1]
+        warmup = warmup_options(path[4:], options, needs_device=False)[1]
         if warmup.model_name_or_path is None:
             return _named(warmup.model_init, path, options)
         return _shape(warmup.model_name_or_path, key, warmup)
@@ -68,7 +71,7 @@ def _shape(path: str, key: str, options: Any) -> ModelShape:
 def _adapter(path: str, options: Any) -> AdapterShape | None:
     """Of the adapter that a path is, or will be once its warm-up has trained it."""
     if path.startswith("run:"):
-        warmup = warmup_options(path[4:], options)[1]
+        warmup = warmup_options(path[4:], options, needs_device=False)[1]
         start = warmup.model_name_or_path
         kept = _adapter(start, warmup) if start is not None and is_continued(warmup) else None
         return (kept or AdapterShape(warmup.lora_r, warmup.lora_target_modules)) if warmup.use_peft else None
@@ -103,6 +106,20 @@ def planned_options(options: Any, devices: int = 1) -> Any:
     for fault in faults:
         logger.warning("ignore_memory_plan: %s", fault)
     return solved.options
+
+
+def start_faults(solved: Solved) -> list[Fault]:
+    """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
+    options, work = solved.options, solved.plan.work
+    dtype = TORCH_DTYPES[work.precision]
+    faults = precision_faults(options, work.device) + optimizer_faults(options, work.device, dtype)
+    if work.is_rl:
+        faults += device_faults(options, work.device, dtype, work.student_mode)
+        faults += position_faults(options, work.teacher.max_positions)
+        path, key = options.model_name_or_path, "model_name_or_path"
+        config = {} if path.startswith("run:") else read_config(base_of(path, key), key)
+        faults += quantized_teacher_faults(options, config.get("quantization_config"))
+    return faults
 
 
 def memory_faults(solved: Solved, machine: Machine, nearest: Change | None) -> list[Fault]:
@@ -146,6 +163,7 @@ def run_plan(options: Any, vram_gb: float | None = None) -> bool:
     faults = memory_faults(solved, machine, nearest)
     if not machine.is_here:
         faults = [fault for fault in faults if fault.key == "memory"]
+    faults += start_faults(solved)
     if faults:
         print(f"\n{ConfigError(faults)}")
     return not faults

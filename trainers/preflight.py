@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any, Literal
 
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, Fault
 from trainers.machine import GB, Machine
-from trainers.planning import check_planned, machine_for, memory_faults, shapes_of
+from trainers.planning import check_planned, machine_for, memory_faults, shapes_of, start_faults
 from trainers.reward_specs import asked_student
 from trainers.solve import Change, Solved, device_of, nearest_fit, solve
 from trainers.workload import GIB
@@ -92,13 +93,17 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
             return Preflight(findings, None, machine)
         solved = solve(options, teacher, student, machine)
     except ConfigError as error:
-        faults = [Finding("configuration", "error", f"{f.key}: {f.cause}", f.remedy) for f in error.faults]
-        return Preflight(findings + faults, None, None)
+        return Preflight(findings + _configuration(error.faults), None, None)
+    findings += _configuration(start_faults(solved))
     findings += _memory(solved, machine, None if solved.plan.fits else nearest_fit(options, teacher, student, machine))
     # What the machine that has the card can reach is not known here.
     there = [_wandb(options), *_models(options)]
     findings += [replace(f, level="warning") if not machine.is_here and f.level == "error" else f for f in there]
     return Preflight(findings, solved, machine)
+
+
+def _configuration(faults: Sequence[Fault]) -> list[Finding]:
+    return [Finding("configuration", "error", f"{f.key}: {f.cause}", f.remedy) for f in faults]
 
 
 def _runs() -> list[str]:
@@ -249,7 +254,8 @@ def _model(key: str, path: str) -> Finding:
     from httpx import HTTPError
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(path, name), str) for name in weights):
         return Finding(key, "ok", f"{path} was downloaded before")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         remedy = "HF_HUB_OFFLINE=0, or give a local folder"

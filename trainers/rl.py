@@ -11,13 +11,14 @@ from trl import GRPOConfig
 from data.render import Renderer
 from trainers.batch import batch_plan
 from trainers.engine import Engine
-from trainers.engine_specs import device_faults
+from trainers.engine_specs import device_faults, position_faults
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import FrozenModel
 from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer, tokens_per_pass
 from trainers.memory_watch import MemoryWatch
 from trainers.merge import whole_model
-from trainers.models import load_config, max_positions, resolve_place
+from trainers.model_shapes import max_positions
+from trainers.models import load_config, resolve_place
 from trainers.optim_specs import optimizer_faults
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -165,12 +166,8 @@ def check_positions(options: Any, path: str) -> None:
         ConfigError: With the longest completion that fits.
     """
     limit = max_positions(load_config(path, "model_name_or_path", options.trust_remote_code))
-    if options.max_prompt_length + options.max_completion_length > limit:
-        cause = f"with max_prompt_length {options.max_prompt_length} it exceeds the teacher's {limit} positions"
-        remedy = f"max_completion_length={limit - options.max_prompt_length}"
-        if options.max_prompt_length >= limit:
-            remedy = f"max_prompt_length={limit // 2} max_completion_length={limit - limit // 2}"
-        raise ConfigError(Fault("max_completion_length", options.max_completion_length, cause, remedy))
+    if faults := position_faults(options, limit):
+        raise ConfigError(faults)
 
 
 def grpo_config(options: Any, output_dir: Path, dtype: torch.dtype) -> GRPOConfig:
@@ -187,6 +184,8 @@ def grpo_config(options: Any, output_dir: Path, dtype: torch.dtype) -> GRPOConfi
         "steps_per_generation": plan.aggregation,
         "remove_unused_columns": False,  # the reward reads question and solution
         "use_vllm": False,  # TeacherGRPOTrainer brings its own engine
+        # With adapters the reference is the teacher without them (or with those it started from), and stays that.
+        "sync_ref_model": options.sync_ref_model and not options.use_peft,
         "disable_tqdm": True,  # our own Progress takes its place
         "trust_remote_code": options.trust_remote_code,
     }

@@ -14,7 +14,7 @@ from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 from trainers.frozen import FrozenModel
 from trainers.kept_scores import KeptRow, ScoreKeeper
-from trainers.models import max_positions
+from trainers.model_shapes import max_positions
 from trainers.student import Student, StudentScore, explained_span
 from trainers.texts import show_sample
 

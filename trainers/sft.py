@@ -102,6 +102,8 @@ def sft_config(options: Any, output_dir: Path, num_devices: int, dtype: Any) -> 
                 "activation_offloading": options.activation_offloading,
                 "seed": options.seed,
                 "gradient_accumulation_steps": options.train_batch_size // (per_device * num_devices),
+                # An evaluation takes no more memory than a step, which is planned.
+                "per_device_eval_batch_size": min(options.per_device_eval_batch_size, per_device),
                 "disable_tqdm": True,  # our own Progress takes its place
             }
         )

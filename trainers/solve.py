@@ -10,7 +10,9 @@ from itertools import product
 from typing import Any
 
 from trainers.batch import batch_plan, micro_batch_choices
-from trainers.engine_specs import CPU_KV_CACHE
+from trainers.checks import option_faults
+from trainers.config import REPO
+from trainers.engine_specs import CPU_KV_CACHE, device_faults
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine
 from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
@@ -95,8 +97,8 @@ def _candidates(
     has_reference = options.stage == "rl" and options.beta and not options.use_peft
     choices = product(
         _optimizers(options, precision, device),
-        _student_modes(options, device) if asked else [None],
-        _modes(options, options.reference_mode, device, options.offload_untrained_models) if has_reference else [None],
+        _student_modes(options, student, device) if asked else [None],
+        _modes(options.reference_mode, teacher, device, options.offload_untrained_models) if has_reference else [None],
         _micro_batches(options, devices),
         _tokens_per_pass(options, device),
     )
@@ -116,21 +118,23 @@ def _optimizers(options: Any, precision: str, device: str) -> list[str]:
     return [name, "cpu_offload"] if options.optim == "auto" and name == "adamw_8bit" and device == "cuda" else [name]
 
 
-def _student_modes(options: Any, device: str) -> list[str]:
+def _student_modes(options: Any, student: ModelShape, device: str) -> list[str]:
     if options.student_quantization and options.student_mode == "auto":
         return ["resident"]
     if options.overlap_scoring and options.student_mode == "auto":
         return ["resident"]  # a streamed student reads a whole batch at once
     offload = options.offload_untrained_models and not options.disable_student_offloading
-    return _modes(options, options.student_mode, device, offload)
+    return _modes(options.student_mode, student, device, offload)
 
 
-def _modes(options: Any, mode: str, device: str, offload: bool) -> list[str]:
+def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str]:
+    """Where a frozen model may rest, the best first."""
     if mode != "auto":
         return [mode]
-    if device == "cpu":
-        return ["resident"]
-    return ["streamed"] if offload else ["resident", "streamed"]
+    if not shape.can_stream:
+        return ["resident"] if device == "cpu" else ["cpu"] if offload else ["resident", "cpu"]
+    # On a CPU "streamed" is read from disk: it takes the least memory.
+    return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
 
 
 def _micro_batches(options: Any, devices: int) -> list[int]:
@@ -258,8 +262,20 @@ def knobs(options: Any, teacher: ModelShape, student: ModelShape | None, machine
     return changes
 
 
-def _applies(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
-    """Whether a change makes sense with the rest of the options."""
+def _applies(options: Any, settings: dict[str, Any], machine: Machine, devices: int = 1) -> bool:
+    """Whether a change makes sense with the rest of the options, and would be taken."""
+    if not _makes_sense(options, settings, machine):
+        return False
+    changed = options.model_copy(update=settings)
+    faults = option_faults(changed, devices, REPO, needs_device=False)
+    if options.stage == "rl":
+        mode = "resident" if changed.student_mode == "auto" else changed.student_mode
+        dtype = TORCH_DTYPES[precision_of(changed, machine)]
+        faults += device_faults(changed, device_of(changed, machine), dtype, mode)
+    return not faults
+
+
+def _makes_sense(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
     if settings.keys() & {"max_prompt_length"} and options.stage == "sft":
         return False  # max_length is what counts
     device, adapters = device_of(options, machine), getattr(options, "use_peft", False)
@@ -267,7 +283,8 @@ def _applies(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
         return not adapters and precision_of(options, machine) == "bf16"
     if {"student_mode", "reference_mode"} & settings.keys() and "use_peft" not in settings:
         reads_reference = options.stage == "rl" and options.beta and not adapters
-        return device == "cuda" and ("student_mode" in settings or reads_reference)
+        streams_at_all = device == "cuda" or "streamed" in settings.values()
+        return streams_at_all and ("student_mode" in settings or reads_reference)
     return settings.get("precision") != "bf16" or device == "cuda"
 
 
@@ -287,7 +304,7 @@ def nearest_fit(
     for knob in (*FRUGAL, {"max_completion_length": 0.5}, {"max_completion_length": 0.5}):
         current = options.model_copy(update=best.settings)
         settings = _changed(current, knob)
-        if not settings or not _applies(current, settings, machine):
+        if not settings or not _applies(current, settings, machine, devices):
             continue
         change = with_steps([*steps, settings])
         if change.solved.plan.missing < best.solved.plan.missing:

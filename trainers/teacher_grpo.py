@@ -18,7 +18,7 @@ from trainers.engine import Engine
 from trainers.frozen import FrozenModel
 from trainers.hf_generation import generate_with_transformers
 from trainers.importance_sampling import importance_sampling_ratio, mismatch_metrics
-from trainers.models import max_positions
+from trainers.model_shapes import max_positions
 from trainers.optimizers import OwnOptimizer
 from trainers.overlap import ScoreAhead
 from trainers.phases import PhaseTimer

@@ -45,14 +45,17 @@ CODE = (
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "peft")
 
 
-def warmup_options(name: str, options: Any) -> tuple[dict[str, Any], Any]:
+def warmup_options(name: str, options: Any, needs_device: bool = True) -> tuple[dict[str, Any], Any]:
     """Compose and check the warm-up `run:NAME` of a run.
+
+    Args:
+        needs_device: See `checks.load_options`.
 
     Raises:
         ConfigError: If it is not valid, or is no warm-up.
     """
     composed = _composed(name, {key: getattr(options, key) for key in INHERITED if hasattr(options, key)})
-    checked = load_options(composed, repo=REPO)
+    checked = load_options(composed, repo=REPO, needs_device=needs_device)
     if checked.stage != "sft":
         cause = f"cfgs/run_cfg/{name}.yaml has stage={checked.stage}"
         raise ConfigError(Fault(f"run:{name}", ..., cause, "name a run with stage=sft"))
