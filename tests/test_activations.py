@@ -8,7 +8,7 @@ from conftest import REPO
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory import allocator_peak
-from trainers import memory
+from trainers import activations as layers
 from trainers.adapters import add_adapters, base_model
 from trainers.checks import load_options
 from trainers.config import compose_run
@@ -63,7 +63,7 @@ def work(given, precision, mode="resident", tokens=TOKENS, **overrides):
 
 def activations(planned):
     """Bytes in the course of the backward pass; the head, whose tiles are large beside these models, aside."""
-    return memory._activations(planned)[1]["activations"]
+    return layers.activations(planned)[1]["activations"]
 
 
 def measured(step):
@@ -106,6 +106,28 @@ def test_what_all_layers_keep_is_planned_for_each_family(family, precision, use_
     planned = activations(work(given, precision, use_peft=use_peft, **chosen))
     measured_peak = backward_peak(given, precision, use_peft, checkpointing=False, attention="sdpa")
     assert planned == pytest.approx(measured_peak, rel=0.05)
+
+
+# Widths of models that are used, to scale: heads wider than the hidden states, few key heads, deep inner layers.
+WIDTHS = {
+    "Qwen3-0.6B": config("qwen3", hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4),
+    "Qwen3-4B": config("qwen3", hidden_size=320, intermediate_size=1216, num_attention_heads=8),
+    "Qwen2.5-7B": config(
+        "qwen2", hidden_size=448, intermediate_size=2368, num_attention_heads=7, num_key_value_heads=1
+    ),
+}
+
+
+@pytest.mark.parametrize("use_peft", [False, True], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "without"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_widths_of_real_models_are_planned(name, precision, checkpointing, use_peft):
+    given = WIDTHS[name] | {"head_dim": 64}
+    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing, "share_prompts": False}
+    planned = activations(work(given, precision, use_peft=use_peft, **chosen))
+    taken = backward_peak(given, precision, use_peft, checkpointing, attention="sdpa")
+    assert planned == pytest.approx(taken, rel=0.06)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -167,7 +189,8 @@ def test_resident_student_takes_what_is_planned(given, precision, attention, mon
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
-def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path):
+def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.memory.SCORE_HEAD_TOKENS", {"cpu": 0})  # the head is another matter
     given = config(model_type)
     make(given, "fp32").save_pretrained(tmp_path)
     items = make_plan(work(given, "fp32", "streamed"), GIB).phases["score"]

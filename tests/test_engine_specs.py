@@ -56,7 +56,6 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
         (["use_vllm=false", "overlap_scoring=true"], "overlap_scoring", "no generation", "overlap_scoring=false"),
         (["overlap_scoring=true", "student_mode=streamed"], "overlap_scoring", "whole batch", "student_mode=cpu"),
         (["replay_rollouts=nowhere"], "replay_rollouts", "no recorded rollouts", "record_rollouts"),
-        (["use_peft=true", "sync_ref_model=true", "beta=0.1"], "sync_ref_model", "without its adapters", "=false"),
         (["use_peft=true", "reference_mode=cpu"], "reference_mode", "no second model", "reference_mode=auto"),
         (["use_lora=true"], "use_lora", "unknown under this name", "use use_peft"),
         (["lora_target=[q_proj]"], "lora_target", "unknown under this name", "lora_target_modules"),

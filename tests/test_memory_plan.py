@@ -1,5 +1,8 @@
 """The plan of memory. Run: ./run_tests.sh tests/test_memory_plan.py"""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +15,7 @@ from trainers.errors import ConfigError
 from trainers.machine import Holder, Machine, planned_card
 from trainers.options import options_class
 from trainers.plan_table import plan_text
-from trainers.planning import machine_for, planned_options, run_plan, shapes_of
+from trainers.planning import machine_for, planned_options, run_plan, shapes_of, start_faults
 from trainers.solve import knobs, micro_batch_choices, nearest_fit, refuse, solve
 from trainers.workload import GIB, PHASES
 
@@ -84,7 +87,7 @@ def test_buffers_of_a_preset_by_hand():
     # 262144 tokens of hidden states, and the rotary tables of each text.
     assert plan.phases["score"]["hidden states"] == 262144 * (3584 + 2 * 128) * 2
     kept = 28 * 2 * 12288 * 3584 * 2  # the input of each layer
-    work = 2 * 12288 * (14.5 * 18944 + 28 * 3584 + 3.3 * 12288)
+    work = 2 * 12288 * (14.2 * 18944 + (20.7 + 8.2) * 3584 + 3.3 * 12288)
     assert plan.phases["update"]["activations"] == pytest.approx(kept + work, rel=1e-6)
     states = plan.phases["update"]["optimizer"]
     assert plan.disk["result"] == 2 * N and plan.disk["checkpoints"] == pytest.approx(2 * (2 * N + states), rel=0.001)
@@ -134,11 +137,11 @@ def test_sizes_that_the_plan_counts_on_are_those_that_are_used():
     from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    from trainers import frozen, judges, memory, solve
+    from trainers import activations, frozen, judges, memory, solve
     from trainers.bridges import lora_ranks
 
     assert (memory.MICRO_TOKENS, memory.SCORE_HEAD_TOKENS) == (frozen.MICRO_TOKENS, frozen.HEAD_TOKENS)
-    assert (memory.HEAD_TOKENS, memory.HEAD_WIDTH) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert (activations.HEAD_TOKENS, activations.HEAD_WIDTH) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
     assert solve.CPU_TOKENS_PER_PASS == judges.TOKENS_PER_PASS
     for rank in (1, 5, 16, 300):
         assert memory._vllm_rank(rank) == next(r for r in lora_ranks() if r >= rank)
@@ -310,3 +313,66 @@ def test_what_does_not_train_is_not_planned(run):
 
 def test_solver_keeps_its_share_free():
     assert planned("teacher_rlt_mono_24gb")[0].plan.spare == pytest.approx(0.08, abs=0.005)  # the KV cache fills up
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "gb"),
+    [
+        ("teacher_rlt_mono", ["overlap_scoring=true", "offload_untrained_models=false"], 48),
+        ("teacher_rlt_mono", ["reward_funcs=[teacher_logprob_kl,length]", "length_soft_cache=3000"], 18),
+        ("teacher_rlt_mono", ["cast_lm_head_to_fp32=true", "weight_bridge=copy"], 30),
+    ],
+)
+def test_what_is_offered_would_be_taken(run, words, gb):
+    offered = nearest(run, *words, gb=gb)
+    if offered is not None:
+        pasted = [word for word in str(offered).split() if "=" in word]
+        solved, options = planned(run, *words, *pasted, gb=gb)
+        assert solved.plan.fits_device and not start_faults(solved)
+
+
+@pytest.mark.parametrize(
+    ("words", "gb"),
+    [
+        (["optim=flash_adamw"], 48),
+        (["use_peft=true", "precision=fp16"], 48),  # with the preset's sync_ref_model: one key apart
+        (["model_name_or_path=run:teacher_sft"], 48),
+    ],
+)
+def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
+    solved, _ = planned("teacher_rlt_mono", *words, gb=gb)
+    assert not start_faults(solved)
+
+
+def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_experts(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    solved, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
+    shape = solved.plan.work.student
+    assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
+    assert solved.options.student_mode == "cpu"  # which offload_untrained_models keeps off the card
+    assert solved.options.reference_mode == "streamed"
+
+
+def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):
+    words = ["device=cpu", "precision=fp32", "student_model=bespokelabs/Bespoke-Stratos-7B"]
+    options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
+    small = Machine(None, 20 * GIB, 20 * GIB, 1000 * GIB)
+    solved = solve(options, *shapes_of(options), small)
+    assert solved.plan.fits and solved.options.student_mode == "streamed"
+    large = Machine(None, 64 * GIB, 64 * GIB, 1000 * GIB)
+    assert solve(options, *shapes_of(options), large).options.student_mode == "resident"
+
+
+def test_a_text_longer_than_a_pass_is_held_as_a_whole():
+    short = planned("teacher_rlt_mono_80gb", "student_tokens_per_pass=1024")[0].plan.phases["score"]["hidden states"]
+    assert short == 12288 * (3584 + 2 * 128) * 2
+
+
+def test_stage_plan_says_by_its_exit_whether_it_fits():
+    for gb, code in ((80, 0), (12, 1)):
+        words = ["stage=plan", "run_cfg=teacher_rlt_mono_24gb", f"vram_gb={gb}"]
+        done = subprocess.run([sys.executable, "train.py", *words], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert f"a card of {gb} GB" in done.stdout and "max_completion_length=8192" in done.stdout

@@ -70,6 +70,31 @@ def test_seven_billion_by_hand():
     assert len(shape.linears(["q_proj", "v_proj"])) == 56
 
 
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"model_type": "falcon", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, 2 * 16),
+        ({"model_type": "deepseek_v2", "num_hidden_layers": 2, "kv_lora_rank": 32, "qk_rope_head_dim": 8}, 40),
+        ({"model_type": "llama", **COMMON}, 2 * COMMON["num_key_value_heads"] * 32),
+    ],
+    ids=["one key for all heads", "a latent", "by heads"],
+)
+def test_keys_and_values_of_a_token(config, width):
+    assert model_shape(config).kv_width == width
+
+
+def test_the_widest_of_unlike_layers_counts():
+    assert model_shape({"model_type": "gemma3n_text", "intermediate_size": [64] * 34 + [128]}).intermediate == 128
+    shape = model_shape({"model_type": "gemma4_text"})
+    assert (shape.head_dim, shape.num_kv_heads, shape.intermediate) == (512, 4, 9216)
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_what_is_no_stack_of_like_layers_is_told(family):
+    with pytest.raises(ConfigError, match="layers are not alike"):
+        model_shape({"model_type": family})
+
+
 def test_config_of_a_folder_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "Qwen" / "Qwen2.5-7B-Instruct"

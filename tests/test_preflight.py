@@ -10,6 +10,7 @@ from conftest import REPO
 
 from trainers import machine, preflight
 from trainers.errors import ConfigError
+from trainers.known_models import KNOWN_MODELS
 from trainers.machine import Card, host_room, read_card
 from trainers.workload import GIB
 
@@ -62,6 +63,46 @@ def test_machine_without_the_card_fails():
     done = run()
     assert done.returncode == 1
     assert "FAIL  GPU: this machine shows no NVIDIA GPU; the plan is for a card of 85 GB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["precision=fp32"], "precision: vLLM's adapter kernels"),
+        (["max_completion_length=40000"], "max_completion_length: with max_prompt_length 2048 it exceeds"),
+        (["vllm_max_model_length=100000"], "vllm_max_model_length: the teacher has 32768 positions"),
+    ],
+)
+def test_what_a_run_would_refuse_at_its_start_fails(words, named):
+    done = run("--config", "teacher_rlt_mono_24gb", "--vram-gb", "80", *words)
+    assert done.returncode == 1
+    assert f"FAIL  configuration: {named}" in done.stdout
+
+
+def test_a_quantized_teacher_fails(tmp_path):
+    config = KNOWN_MODELS["Qwen/Qwen2.5-1.5B-Instruct"] | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("--config", "teacher_rlt_mono_24gb", "--vram-gb", "24", f"model_name_or_path={tmp_path}")
+    assert "FAIL  configuration: model_name_or_path: its weights are quantized" in done.stdout
+
+
+def test_a_config_alone_is_no_download(tmp_path):
+    kept = tmp_path / "hub" / "models--some--model"
+    (kept / "snapshots" / "1").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1")
+    (kept / "snapshots" / "1" / "config.json").write_text(json.dumps(KNOWN_MODELS["Qwen/Qwen2.5-1.5B-Instruct"]))
+    arguments = ["--config", "teacher_rlt_mono_24gb", "--vram-gb", "24", "model_name_or_path=some/model"]
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    assert "model_name_or_path: some/model is not here" in run(*arguments, **environment).stdout
+    (kept / "snapshots" / "1" / "model.safetensors").write_text("")
+    assert "model_name_or_path: some/model was downloaded before" in run(*arguments, **environment).stdout
+
+
+@pytest.mark.parametrize("size", ["0", "nan", "-3", "much"])
+def test_a_card_of_no_size_is_told(size):
+    done = run("--vram-gb", size)
+    assert done.returncode == 2 and "--vram-gb: invalid size value" in done.stderr
 
 
 def test_default_run_could_work_here():

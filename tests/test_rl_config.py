@@ -31,10 +31,15 @@ def test_trl_options_reach_trl(tmp_path):
         "vllm_importance_sampling_clip_max": None,
     }
     overrides = [f"{name}={'null' if value is None else value}" for name, value in chosen.items()]
-    config = grpo_config(options(*overrides), tmp_path, torch.float32)
+    config = grpo_config(options(*overrides, "kl_penalty_reward_coeff=0"), tmp_path, torch.float32)
     assert {name: getattr(config, name) for name in chosen} == chosen
     assert (config.gradient_accumulation_steps, config.steps_per_generation) == (1, 1)
     assert (config.bf16, config.use_vllm, config.remove_unused_columns) == (False, False, False)
+
+
+def test_adapters_have_a_reference_that_follows_nothing(tmp_path):
+    chosen = ["use_peft=true", "beta=0.04", "sync_ref_model=true"]
+    assert grpo_config(options(*chosen), tmp_path, torch.float32).sync_ref_model is False
 
 
 def test_what_is_not_set_stays_trl_s_default(tmp_path):

@@ -9,7 +9,7 @@ from small_run import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from trainers import memory
+from trainers.activations import kept_bytes
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.model_shapes import model_shape
@@ -185,7 +185,7 @@ def test_what_it_keeps_is_planned(questions, group, prompt, completion):
     assert loss.requires_grad
     # What the head keeps are hidden states of the completions, once as they are and once for the gradient.
     head = 2 * questions * group * completion * WIDE["hidden_size"] * 4
-    assert memory._kept(planned(questions, group, prompt, completion)) + head == pytest.approx(kept, rel=0.06)
+    assert kept_bytes(planned(questions, group, prompt, completion)) + head == pytest.approx(kept, rel=0.06)
 
 
 def test_the_plan_knows_when_prompts_are_shared():

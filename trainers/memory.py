@@ -9,42 +9,12 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
+from trainers.activations import HEAD_WIDTH, TILE_FORWARD, activations, mask_elements, reading_layer
 from trainers.batch import batch_plan
 from trainers.engine_specs import MAX_BATCHED_TOKENS
 from trainers.host_memory import disk_space, host_memory
 from trainers.model_shapes import ModelShape
 from trainers.workload import GIB, Plan, Workload
-
-# Bytes that one token keeps, or needs at the peak of the backward pass, in a layer: so many per element of the layer's
-# inner width, of its hidden width, and of the attention mask's row. By the weights' itemsize; `peak` while the layer is
-# differentiated, `kept` where nothing is computed again (no gradient checkpointing).
-LAYER_PEAK = {4: (24, 41, 5.5), 2: (14.5, 28, 3.3)}
-LAYER_KEPT = {4: (16, 44), 2: (8, 26)}
-# What other families add to the hidden width's share at the peak: further norms, and casts around them.
-FAMILY_PEAK = {"qwen3": {4: 12, 2: 9}, "phi3": {4: 4, 2: 2}, "gemma2": {4: 24, 2: 30}, "gemma3_text": {4: 36, 2: 42}}
-# And at what is kept; with adapters the norms are frozen.
-FAMILY_KEPT = {"qwen3": {4: 16, 2: 12}, "phi3": {4: 12, 2: 6}, "gemma2": {4: 16, 2: 20}, "gemma3_text": {4: 32, 2: 36}}
-FAMILY_LORA_KEPT = {
-    "qwen3": {4: 8, 2: 8},
-    "phi3": {4: 12, 2: -3},
-    "gemma2": {4: 8, 2: 8},
-    "gemma3_text": {4: 16, 2: 16},
-}
-# With adapters, whose inputs are cast to fp32 and back; the last is for each rank.
-LORA_PEAK = {4: (24, 32.5, 5.5, 24), 2: (14.1, 38.5, 3.3, 28.5)}
-LORA_KEPT = {4: (16, 37, 21), 2: (8, 30.5, 18)}
-# Eager attention (transformers' eager_attention_forward): bytes of each score of each head where nothing is kept, at
-# the peak of its backward pass, and kept for that; and what else a token takes at that peak for its hidden width, with
-# adapters for each rank too. Families' norms count less there than in the whole layer.
-EAGER_SCORES = {4: (8, 12, 4), 2: (10, 12, 6)}
-EAGER_PEAK = {4: 28.5, 2: 18.3}
-EAGER_LORA_PEAK = {4: (25, 12), 2: (20.6, 9)}
-EAGER_FAMILY = 12
-CAPPED = ("gemma2",)  # its scores go through tanh, and the result is kept too
-HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # a tile of TRL's fused head, in positions and vocabulary entries
-# Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass (12 of an
-# explanation; 13.5 of a solution, which may fill a tile or not), of the backward.
-TILE_FORWARD, TILE_BACKWARD = 12.6, 28
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
@@ -196,7 +166,7 @@ def _transformers_generation(work: Workload) -> dict[str, int]:
     kv = texts * teacher.kv_bytes(work.itemsize)  # of one token of each
     cache = kv * work.length
     cache += cache // (2 * teacher.num_layers)  # a layer's keys are copied where they grow
-    reading = kv * prompt + _reading_layer(work, teacher, texts, 3.4 * teacher.hidden, prompt)
+    reading = kv * prompt + reading_layer(work, teacher, texts, 3.4 * teacher.hidden, prompt)
     return {"KV cache": cache, "prompts' activations": max(0, reading - cache)}
 
 
@@ -226,15 +196,15 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     cast = width * hidden * (4 if size < 4 else 0)
     tile = int(head_tokens * width * TILE_FORWARD) if work.device == "cpu" else 0
     head = head_tokens * HEAD_WIDTH * 4 + max(cast, tile)
-    masks = _masks(work, shape)  # elements for each token
+    masks = mask_elements(work, shape)  # elements for each token
     if mode != "streamed":
-        layer = _reading_layer(work, shape, texts, 3.4 * hidden + masks)
+        layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)
         return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
     batch = batch_plan(work.options).generation_batch if work.is_rl else work.options.train_batch_size
     held = min(max(work.options.student_tokens_per_pass, length), batch * length)  # a text is read as a whole
     rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
     resting = held * (hidden + masks) * size + rotary
-    layer = _reading_layer(work, shape, texts)
+    layer = reading_layer(work, shape, texts)
     slots = 2 * shape.largest_layer * size
     placed = shape.vocab * hidden * size if work.device == "cuda" else 0  # a CPU maps the head
     # The head comes while the last layer is computed, and is used when the layers are gone.
@@ -245,42 +215,15 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     return max(moments, key=lambda items: sum(items.values()))
 
 
-def _masks(work: Workload, shape: ModelShape) -> int:
-    """Elements of the causal mask that a token has where its attention is eager; other kinds need none to read."""
-    kinds = 2 if shape.model_type.startswith("gemma") else 1  # a sliding window has its own
-    return kinds * work.length if work.is_eager else 0
-
-
-def _reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float = 0, length: int | None = None) -> int:
-    """What a layer needs to read a micro-batch of so many texts.
-
-    Args:
-        beside: Elements of each token that are held meanwhile.
-        length: Tokens of a text; None for as many as prompt and completion may have.
-    """
-    length = length or work.length
-    size, tokens = work.itemsize, texts * length
-    widest = 2 if shape.model_type == "phi3" else 1  # its gate and what it gates come as one
-    widths = 2 + widest
-    if work.device == "cpu" and size == 2:  # a product of bf16 has as much beside it there
-        widths += widest
-    feedforward = tokens * (widths * shape.intermediate + 2.3 * shape.hidden + beside) * size
-    if not work.is_eager:
-        return int(feedforward)
-    scores = tokens * shape.num_heads * length
-    attention = scores * EAGER_SCORES[size][0] + tokens * (3.4 * shape.hidden + beside) * size
-    return int(max(feedforward + scores * size, attention))  # a layer drops its scores when it is done
-
-
 def _update(work: Workload) -> dict[str, int]:
     """The larger of two moments: the backward pass, and the optimizer's step."""
     gradients, step = work.trained_bytes, work.optimizer_bytes.transient
-    backward, activations = _activations(work)
+    backward, in_course = activations(work)
     # Without accumulation the gradients of the layers come as the activations go.
     early = gradients if work.accumulates else _head_gradient(work)
     moments = [
         {"gradients": early} | backward,
-        {"gradients": gradients} | activations,
+        {"gradients": gradients} | in_course,
         {"gradients": gradients, "optimizer's step": step},
     ]
     for items in moments:
@@ -291,87 +234,6 @@ def _update(work: Workload) -> dict[str, int]:
 
 def _head_gradient(work: Workload) -> int:
     return 0 if work.use_peft else work.teacher.vocab * work.teacher.hidden * work.itemsize
-
-
-def _activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
-    """What the backward pass holds at its begin (all layers, and the head's work) and in its course (all layers'
-    inputs, and one layer's work)."""
-    teacher, size, o = work.teacher, work.itemsize, work.options
-    completions, prompts = _update_tokens(work)
-    at_once = max(completions, prompts)
-    inner, hidden, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
-    ranks = rank[0] * work.adapter.rank if rank else 0
-    norms = FAMILY_PEAK.get(teacher.model_type, {}).get(size, 0)
-    hidden += norms
-    layer = int(at_once * (inner * teacher.intermediate + hidden * teacher.hidden + mask * work.length + ranks))
-    held = others = _kept(work)
-    if work.is_eager:
-        at_peak, kept_scores = _eager_peak(work, norms, at_once)
-        layer = max(layer + kept_scores * at_once, at_peak)
-    if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
-        others = max(0, others - int(at_once * _kept_by_token(work)))
-    scored = completions
-    if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
-        scored = work.micro_batch * o.max_completion_length
-    positions, width = min(scored, HEAD_TOKENS), min(HEAD_WIDTH, teacher.vocab)
-    head = positions * HEAD_WIDTH * size + scored * teacher.hidden * (4 + 2 * size)
-    if work.device == "cpu":
-        head += positions * width * TILE_BACKWARD
-    if not work.use_peft:
-        head += teacher.vocab * teacher.hidden * (4 + (size if size < 4 else 0))
-    return {"activations": held, "head": head}, {"activations": others + layer}
-
-
-def _update_tokens(work: Workload) -> tuple[int, int]:
-    """Tokens of a micro-batch that the update reads to the end, and those of prompts that it reads apart, once for
-    all their completions."""
-    o, shared = work.options, work.shared_prompts
-    if shared is None:
-        return work.micro_batch * work.length, 0
-    return work.micro_batch * o.max_completion_length, shared * o.max_prompt_length
-
-
-def _kept_by_token(work: Workload) -> float:
-    """Bytes that a layer keeps of a token for the backward pass, where nothing is computed again."""
-    teacher, size = work.teacher, work.itemsize
-    inner, hidden, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
-    family = FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT
-    hidden += family.get(teacher.model_type, {}).get(size, 0)
-    each = inner * teacher.intermediate + hidden * teacher.hidden + (rank[0] * work.adapter.rank if rank else 0)
-    return each + (_eager_peak(work, 0, 0)[1] if work.is_eager else 0)
-
-
-def _kept(work: Workload) -> int:
-    """Bytes that all layers keep for the backward pass."""
-    teacher, size, o = work.teacher, work.itemsize, work.options
-    completions, prompts = _update_tokens(work)
-    if getattr(o, "activation_offloading", False):
-        return 0
-    if o.gradient_checkpointing is not False:
-        return completions * teacher.hidden * size * teacher.num_layers
-    each = _kept_by_token(work)
-    # Of a prompt that is read apart only keys and values matter: nothing follows its last layer's. Each completion
-    # gets them, once for each head.
-    handed_out = work.micro_batch * o.max_prompt_length * 2 * teacher.num_heads * teacher.head_dim * size
-    kept = int(completions * each) * teacher.num_layers
-    return kept + (int(prompts * each) * (teacher.num_layers - 1) + handed_out * teacher.num_layers if prompts else 0)
-
-
-def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
-    """Bytes that eager attention needs at the peak of its backward pass, and those of each token that it keeps for it.
-
-    Args:
-        norms: What the family adds to the hidden width's share at the peak of the whole layer.
-        tokens: That a layer reads at once.
-    """
-    teacher, size = work.teacher, work.itemsize
-    scores = teacher.num_heads * work.length  # of each token
-    capped = size if teacher.model_type in CAPPED else 0
-    _, peak, kept = EAGER_SCORES[size]
-    hidden, rank = EAGER_LORA_PEAK[size] if work.use_peft else (EAGER_PEAK[size], 0)
-    hidden = (hidden + min(norms, EAGER_FAMILY)) * teacher.hidden
-    each = (peak + capped) * scores + hidden + _masks(work, teacher) * size + rank * work.adapter.rank
-    return int(tokens * each), (kept + capped) * scores
 
 
 def _save(work: Workload) -> dict[str, int]:

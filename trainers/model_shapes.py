@@ -243,10 +243,10 @@ def _built_shape(model: Any, config: Any, model_type: str, name: str) -> ModelSh
     prefix = next(f"{n}." for n, m in lists if len(m) == text.num_hidden_layers)
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
     heads, hidden = text.num_attention_heads, text.hidden_size
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    kv_heads = _size(text, "num_key_value_heads") or heads
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):  # Falcon
         kv_heads = 1
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    head_dim = _size(text, "head_dim") or hidden // heads
     # Multi-head latent attention (DeepSeek) keeps one latent for all heads.
     latent = getattr(text, "kv_lora_rank", None)
     kv_width = latent + text.qk_rope_head_dim if latent else 2 * kv_heads * head_dim
@@ -266,10 +266,19 @@ def max_positions(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**17
 
 
+def _size(text: Any, name: str) -> int | None:
+    """A size of a config, the largest where layers have their own (Gemma 3n and 4)."""
+    try:
+        found = getattr(text, name, None)
+    except RuntimeError:  # transformers has no one answer
+        found = [getattr(text.per_layer_config[i], name) for i in range(text.num_hidden_layers)]
+    return max(found) if isinstance(found, list) else found
+
+
 def _inner_width(text: Any) -> int:
     """Of what a token goes through between attention and attention; of a mixture, of all its experts together, and of
     what is laid out for them."""
-    dense = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    dense = _size(text, "intermediate_size") or getattr(text, "n_inner", None) or 4 * text.hidden_size
     if not (chosen := getattr(text, "num_experts_per_tok", None)):
         return dense
     each = getattr(text, "moe_intermediate_size", None) or dense
