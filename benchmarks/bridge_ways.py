@@ -332,7 +332,7 @@ def stock_config(way: str, setup: Setup) -> Any:
 
 
 def adapt_vllm_of_trl(setup: Setup) -> None:
-    """Give TRL's engine the arguments that this project's has, where they decide whether it runs here at all."""
+    """Give TRL's engine the arguments that this project's has, so that only the trainers differ."""
     from trainers.engine import prepare_environment
 
     prepare_environment(setup.device)
@@ -344,6 +344,7 @@ def adapt_vllm_of_trl(setup: Setup) -> None:
 
         adapt_vllm()
         changes |= {"enforce_eager": True, "distributed_executor_backend": "uni", "max_num_batched_tokens": 8192}
+        changes |= {"block_size": 32, "enable_chunked_prefill": False}
         # Of its own accord it would take a share of the machine's memory for its KV cache, and touch all of it.
         changes |= {"kv_cache_memory_bytes": cpu_kv_cache(setup.arguments), "gpu_memory_utilization": 0.01}
     engine_class = generation.LLM

@@ -13,6 +13,7 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run
 from trainers.errors import ConfigError
 from trainers.machine import Holder, Machine, planned_card
+from trainers.model_shapes import AdapterShape
 from trainers.options import options_class
 from trainers.plan_table import plan_text
 from trainers.planning import machine_for, planned_options, run_plan, shapes_of, start_faults
@@ -376,3 +377,28 @@ def test_stage_plan_says_by_its_exit_whether_it_fits():
         done = subprocess.run([sys.executable, "train.py", *words], cwd=REPO, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert f"a card of {gb} GB" in done.stdout and "max_completion_length=8192" in done.stdout
+
+
+def test_an_adapter_that_is_merged_first_takes_memory_and_disk():
+    options = load_options(compose_run("teacher_rlt_mono_24gb"), repo=REPO, needs_device=False)
+    teacher, student = shapes_of(options)
+    without = solve(options, teacher, student, machine(24)).plan
+    adapted = replace(student, adapter=AdapterShape(16, "all-linear"))
+    plan = solve(options, teacher, adapted, machine(24)).plan
+    assert plan.host_need == 4 * N > without.host_need  # in fp32, before anything else is there
+    assert sum(plan.disk.values()) - sum(without.disk.values()) == 2 * N
+    # A teacher's adapter that is trained on is merged into nothing.
+    continued = solve(options, replace(teacher, adapter=AdapterShape(16, "all-linear")), student, machine(24)).plan
+    assert continued.work.continues and continued.host_need == without.host_need
+    on_cpu = options.model_copy(update={"device": "cpu", "precision": "bf16", "optim": "adamw_torch"})
+    loading = solve(on_cpu, teacher, adapted, Machine(None, 99 * GIB, 99 * GIB, 1000 * GIB)).plan.phases["load"]
+    assert sum(loading.values()) >= 4 * N
+
+
+def test_checkpoints_without_a_limit_all_stay():
+    words = ["model_name_or_path=Qwen/Qwen2.5-7B-Instruct", "save_strategy=epoch", "num_train_epochs=10"]
+    limited, all_of_them = (
+        planned("teacher_sft", *words, f"save_total_limit={limit}", gb=80)[0].plan.disk["checkpoints"]
+        for limit in (1, "null")
+    )
+    assert all_of_them == pytest.approx(11 / 2 * limited)

@@ -218,7 +218,7 @@ def test_adapter_of_a_warm_up_is_planned_before_it_is_there(monkeypatch, model_d
     """The warm-up's rank counts, since its adapter is trained on."""
     warmup = checked("use_peft=true", "lora_r=3", "lora_target_modules=[q_proj]", f"model_name_or_path={model_dir}",
                      "model_init=null", run="student_sft_tiny")  # fmt: skip
-    monkeypatch.setattr(planning, "warmup_options", lambda name, options: ({}, warmup))
+    monkeypatch.setattr(planning, "warmup_options", lambda name, options, **_: ({}, warmup))
     rl = checked("use_peft=true", "model_name_or_path=run:teacher_sft_tiny", f"student_model={model_dir}")
     work = plan_run(rl, Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)).plan.work
     assert work.adapter == (3, ["q_proj"]) and work.trained_bytes == 2 * 4 * 3 * (64 + 64)  # two layers, fp32

@@ -15,7 +15,7 @@ from trainers.config_faults import STAGES, invalid_faults, unknown_fault
 from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
-from trainers.optim_specs import TORCH_DTYPES, optimizer_faults
+from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.options import CommonOptions, admits_none, options_class
 from trainers.reward_specs import asks_student, reward_faults
 
@@ -229,18 +229,6 @@ def _check_merge(options: Any, num_devices: int, repo: Path) -> list[Fault]:
 @check("precision", "device", "use_peft")
 def _check_precision(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return precision_faults(options, "cpu" if options.device == "cpu" or num_cuda_devices() == 0 else "cuda")
-
-
-def precision_faults(options: Any, device: str) -> list[Fault]:
-    """What the chosen precision cannot do on this device (cuda or cpu)."""
-    faults = []
-    if options.precision == "fp16" and device == "cpu":
-        cause = "without a GPU there is no fp16 arithmetic to train with"
-        faults.append(Fault("precision", "fp16", cause, "precision=fp32 or bf16"))
-    if options.precision == "fp16" and options.stage in TRAINING and not options.use_peft:
-        cause = "with use_peft=false the weights that are trained, and so their gradients, would be fp16, too coarse"
-        faults.append(Fault("precision", "fp16", cause, "use_peft=true (adapters are fp32), or precision=fp32"))
-    return faults
 
 
 @check("dataset_id_or_path", "eval_dataset_id_or_path")

@@ -42,6 +42,9 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
             host["activations"] = _pinned(layer) * work.teacher.num_layers
     elif work.bridge in ("shared", "lora"):
         host["reading the teacher"] = work.teacher.num_parameters * size  # beside the engine's, until it is shared
+    # In fp32, one after the other, and before anything else is loaded (merge.py).
+    merging = 4 * max(work.merged.values(), default=0)
+    host["merging an adapter"] = max(0, merging - sum(host.values())) if on_gpu else merging
     return {name: bytes_ * work.devices for name, bytes_ in host.items() if bytes_ >= 2**20}
 
 
@@ -57,5 +60,7 @@ def disk_space(work: Workload) -> dict[str, int]:
     states = 0 if o.save_only_model else optimizer.device + optimizer.host
     # Without a limit all stay; how many there will be is known only where steps are counted.
     saved = o.max_steps // o.save_steps if o.save_strategy == "steps" and o.max_steps > 0 and o.save_steps >= 1 else 1
+    saved = -(-o.num_train_epochs // 1) if o.save_strategy == "epoch" else saved
     number = 0 if o.save_strategy == "no" else (o.save_total_limit or int(saved)) + 1
-    return {"checkpoints": number * (weights + states), "result": weights}
+    merged = sum(work.merged.values()) * work.itemsize
+    return {"checkpoints": number * (weights + states), "result": weights, "merged models": merged}

@@ -28,6 +28,7 @@ CUDA_GRAPH = 26 * 2**20
 # percent of it, less predictably than can be planned (docs/LOG.md): the plan says what is needed.
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
 BUCKETS = "gradient buckets"
+LOADING = ("reading the teacher", "merging an adapter")  # of the host
 MAX_SEQS = 256  # completions that it writes at once, unless set
 
 
@@ -58,8 +59,10 @@ def make_plan(work: Workload, available: int, host_free: int | None = None) -> P
         plan.host = host
     else:
         for items in plan.phases.values():
-            items |= _without(host, "reading the teacher")
-        plan.phases["load"] |= {name: host[name] for name in ("reading the teacher",) if name in host}
+            items |= _without(host, *LOADING)
+        load, (reading, merging) = plan.phases["load"], (host.get(name, 0) for name in LOADING)
+        load["reading the teacher"] = reading
+        load["merging an adapter"] = max(0, merging - sum(load.values()))
     for name in plan.phases:
         plan.phases[name] = {item: size for item, size in plan.phases[name].items() if size}
     return plan

@@ -49,6 +49,18 @@ def optimizer_faults(options: Any, device: str, dtype: str) -> list[Fault]:
     return faults
 
 
+def precision_faults(options: Any, device: str) -> list[Fault]:
+    """What the chosen precision cannot do on this device (cuda or cpu)."""
+    faults = []
+    if options.precision == "fp16" and device == "cpu":
+        cause = "without a GPU there is no fp16 arithmetic to train with"
+        faults.append(Fault("precision", "fp16", cause, "precision=fp32 or bf16"))
+    if options.precision == "fp16" and options.stage in ("sft", "rl") and not options.use_peft:
+        cause = "with use_peft=false the weights that are trained, and so their gradients, would be fp16, too coarse"
+        faults.append(Fault("precision", "fp16", cause, "use_peft=true (adapters are fp32), or precision=fp32"))
+    return faults
+
+
 def rounding_warning(name: str, dtype: str, learning_rate: float) -> str | None:
     """What to say of an optimizer that loses small steps, None of one that does not.
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from trainers.adapter_files import base_of, is_adapter, is_continued, open_adapter
-from trainers.checks import precision_faults
 from trainers.engine_specs import device_faults, position_faults, quantized_teacher_faults
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine, read_machine
 from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_config
-from trainers.optim_specs import TORCH_DTYPES, optimizer_faults
+from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.plan_table import knobs_text, plan_text
 from trainers.reward_specs import asked_student
 from trainers.solve import Change, Solved, device_of, knobs, nearest_fit, refuse, solve
@@ -52,11 +51,14 @@ def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
     if options.model_name_or_path is None:
         teacher = _named(options.model_init, "model_init", options)
     else:
-        teacher = _shape(options.model_name_or_path, "model_name_or_path", options)
-        teacher = replace(teacher, adapter=_adapter(options.model_name_or_path, options))
+        teacher = _with_adapter(options.model_name_or_path, "model_name_or_path", options)
     if not asked_student(options):
         return teacher, None
-    return teacher, _shape(options.student_model, "student_model", options)
+    return teacher, _with_adapter(options.student_model, "student_model", options)
+
+
+def _with_adapter(path: str, key: str, options: Any) -> ModelShape:
+    return replace(_shape(path, key, options), adapter=_adapter(path, key, options))
 
 
 def _shape(path: str, key: str, options: Any) -> ModelShape:
@@ -68,14 +70,14 @@ def _shape(path: str, key: str, options: Any) -> ModelShape:
     return model_shape(read_config(base_of(path, key), key), path, options.trust_remote_code)
 
 
-def _adapter(path: str, options: Any) -> AdapterShape | None:
+def _adapter(path: str, key: str, options: Any) -> AdapterShape | None:
     """Of the adapter that a path is, or will be once its warm-up has trained it."""
     if path.startswith("run:"):
         warmup = warmup_options(path[4:], options, needs_device=False)[1]
         start = warmup.model_name_or_path
-        kept = _adapter(start, warmup) if start is not None and is_continued(warmup) else None
+        kept = _adapter(start, "model_name_or_path", warmup) if start is not None and is_continued(warmup) else None
         return (kept or AdapterShape(warmup.lora_r, warmup.lora_target_modules)) if warmup.use_peft else None
-    config = open_adapter("model_name_or_path", path).config if is_adapter(path) else {}
+    config = open_adapter(key, path).config if is_adapter(path) else {}
     return AdapterShape(config["r"], config["target_modules"]) if config.get("peft_type") == "LORA" else None
 
 

@@ -103,6 +103,13 @@ class Workload:
         return self.use_peft and self.teacher.adapter is not None and is_continued(self.options)
 
     @property
+    def merged(self) -> dict[str, int]:
+        """Parameters of the models, by name, that are merged from an adapter and its base before they are loaded."""
+        teacher = [] if self.continues or self.teacher.adapter is None else [self.teacher]
+        student = [self.student] if self.student is not None and self.student.adapter is not None else []
+        return {shape.name: shape.num_parameters for shape in teacher + student}
+
+    @property
     def adapter(self) -> AdapterShape:
         """The adapter in training, if one is."""
         o = self.options

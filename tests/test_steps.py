@@ -1,0 +1,60 @@
+"""What a training step asks of the engine, and when. Run: ./run_tests.sh tests/test_steps.py"""
+
+import pytest
+from small_run import make_trainer
+
+
+@pytest.fixture
+def trainer(renderer, model_dir, tmp_path):
+    made = make_trainer(renderer, model_dir, tmp_path, max_steps=3)
+    yield made
+    made.engine.close()
+
+
+def noted(trainer, calls, owner, name, describe=lambda *args, **kwargs: None):
+    function = getattr(owner, name)
+
+    def note(*args, **kwargs):
+        calls.append((name, describe(*args, **kwargs)))
+        return function(*args, **kwargs)
+
+    setattr(owner, name, note)
+
+
+def test_the_cache_is_given_back_between_rollout_and_reward_at_each_step(trainer):
+    calls = []
+    noted(trainer, calls, trainer.engine, "sync_weights")
+    noted(trainer, calls, trainer.engine, "generate", lambda prompts, sampling, step, on_group=None: step)
+    noted(trainer, calls, trainer.engine, "release_cache")
+    noted(trainer, calls, trainer, "_calculate_rewards")
+    trainer.train()
+    step = ["sync_weights", "generate", "release_cache", "_calculate_rewards"]
+    assert [name for name, _ in calls] == step * 3
+    # Another seed at each step: the same question is never answered by the same numbers.
+    assert [at for name, at in calls if name == "generate"] == [0, 1, 2]
+
+
+def test_evaluations_sample_with_the_same_seeds(trainer):
+    calls = []
+    noted(trainer, calls, trainer.engine, "generate", lambda prompts, sampling, step, on_group=None: step)
+    for _ in range(2):
+        trainer.evaluate(trainer.train_dataset.select(range(8)))
+    assert {at for _, at in calls} == {-1}
+
+
+def test_each_group_is_handed_on_while_others_are_still_written(trainer):
+    groups, unfinished = [], []
+
+    class Ahead:
+        def submit(self, places, **group):
+            groups.append((places, group))
+            unfinished.append(trainer.engine.llm.llm_engine.has_unfinished_requests())
+
+    trainer.ahead = Ahead()
+    trainer.args.max_steps = 1
+    trainer.train()
+    assert sorted(place for places, _ in groups for place in places) == list(range(8))
+    for places, group in groups:
+        assert len(places) == 4 and len(set(group["question"])) == 1
+        assert [len(ids) for ids in group["completion_ids"]] == [len(lp) for lp in group["teacher_logprobs"]]
+    assert len(groups) == 2 and not unfinished[-1]
