@@ -75,12 +75,7 @@ class SharedBridge(CopyBridge):
     def attach(self, runner: Any) -> None:
         super().attach(runner)
         share_weights(self.model, self.engine_model)
-        self._shared = self._places()
-
-    def _places(self) -> dict[str, int]:
-        """Where each parameter of the trainer lies in memory, and each weight of the engine."""
-        ours = {name: p.data_ptr() for name, p in base_parameters(self.model).items()}
-        return ours | {f"the engine's {name}": p.data_ptr() for name, p in self.engine_model.named_parameters()}
+        self._shared = [*_places(base_model(self.model)), *_places(self.engine_model, "the engine's ")]
 
     def sync(self) -> None:
         """See that nothing has parted the trainer's parameters from the engine's weights.
@@ -88,8 +83,8 @@ class SharedBridge(CopyBridge):
         Raises:
             RuntimeError: If something has, with the name of what was moved.
         """
-        for name, place in self._places().items():
-            if place != self._shared.get(name):
+        for name, holder, leaf, place in self._shared:
+            if (parameter := holder.get(leaf)) is None or parameter.data_ptr() != place:
                 raise RuntimeError(
                     f"{name} was moved away from the memory that trainer and engine share, so the engine sees no more "
                     "updates of it. Whatever replaced its data (an optimizer, a callback, model.to) must write in "
@@ -206,6 +201,15 @@ def adapted_layers(
             raise ConfigError(Fault("lora_target_modules", name, cause, remedy))
         layers.append((layer, parts))
     return layers
+
+
+def _places(model: nn.Module, whose: str = "") -> Iterator[tuple[str, dict[str, Any], str, int]]:
+    """Each parameter that is no adapter's: its name, what holds it under which name there, and its place in memory."""
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and ".lora_" not in path:
+                name = f"{path}.{leaf}".replace(".base_layer.", ".")
+                yield f"{whose}{name}", module._parameters, leaf, parameter.data_ptr()
 
 
 def register_loader(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
