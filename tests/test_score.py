@@ -2,14 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROWS
+from conftest import REPO, ROWS
 
+from trainers.checks import load_options
+from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
+from trainers.rescore import run_rescore
 from trainers.score import load_score_rows, run_score
 
 
@@ -56,18 +61,39 @@ def test_one_column_may_be_two_things(model_dir, tmp_path):
     assert rows[0]["explanation"] == rows[0]["solution"] == ROWS[0]["solution"]
 
 
-def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path):
+def test_what_is_kept_of_a_scored_file_gives_its_rewards_again(model_dir, tmp_path):
+    rows = [{**row, "explanation": text} for row in ROWS for text in (row["reasoning_trace"], "so it is")]
+    chosen = options(model_dir, write(tmp_path / "rows.jsonl", rows), keep_scores=True)
+    scored = [json.loads(line) for line in run_score(chosen, tmp_path).read_text().splitlines()]
+    again = tmp_path / "again"
+    again.mkdir()
+    path = run_rescore(load_options(compose_run("rescore", [f"scores={tmp_path}/scores"])), again)
+    rescored = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["reward"] for line in rescored] == [line["reward"] for line in scored]
+    assert [line["explanation"] for line in rescored] == [row["explanation"] for row in rows]
+    assert json.loads((again / "rescore.json").read_text())["groups"] == len(ROWS)
+
+
+def test_neither_scoring_nor_its_student_imports_vllm():
+    code = "import sys; sys.modules['vllm'] = None; import trainers.score, trainers.rescore, trainers.judges"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+@pytest.mark.parametrize(("temperature", "together"), [(0.7, 256), (1.3, 2)])
+def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path, monkeypatch, temperature, together):
+    monkeypatch.setattr("trainers.score.BATCH", together)
     rows = [{**row, "explanation": row["reasoning_trace"], "closed": i != 2} for i, row in enumerate(ROWS)]
-    path = run_score(options(model_dir, write(tmp_path / "rows.jsonl", rows)), tmp_path)
+    chosen = options(model_dir, write(tmp_path / "rows.jsonl", rows), student_temperature=temperature)
+    path = run_score(chosen, tmp_path)
     scored = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(scored) == len(rows)
     model = load_model(str(model_dir), torch.float32, "eager", "student_model", False)
     for row, line in zip(rows, scored, strict=True):
         student = renderer.encode(renderer.student(row["question"], row["explanation"], row["solution"]))
         teacher = renderer.encode(renderer.teacher(row["question"], row["solution"], row["explanation"]))
-        solution = plain_logprobs(model, student, "solution", "solution", 0.7)
+        solution = plain_logprobs(model, student, "solution", "solution", temperature)
         kl = plain_logprobs(model, teacher, "padding", "explanation", 0.9)
-        kl = kl - plain_logprobs(model, student, "padding", "explanation", 0.7)
+        kl = kl - plain_logprobs(model, student, "padding", "explanation", temperature)
         match = 0.0 if row["closed"] else -1.0
         expected = solution.mean() + 0.01 * solution.min() - 3 * kl.mean() - 0.03 * kl.max() + match
         assert line["reward"] == pytest.approx(expected.item(), abs=1e-4)

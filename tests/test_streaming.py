@@ -12,6 +12,7 @@ from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.render import Encoded
+from trainers import frozen
 from trainers.errors import ConfigError
 from trainers.frozen import FrozenModel, ResidentBackbone, passes
 from trainers.judges import frozen_mode
@@ -76,6 +77,26 @@ def test_streamed_scores_equal_the_plain_forward(family, tokens_per_pass, tmp_pa
             assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
     resident = FrozenModel(ResidentBackbone(model, CPU), 0.7, tokens_per_pass).score(texts, first, rest)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(scores, resident, strict=True)), "greedy choices differ"
+
+
+def test_only_what_is_asked_for_is_projected_and_never_all_at_once(tmp_path, monkeypatch):
+    save("qwen2", tmp_path)
+    texts, parts = make_texts()
+    model = FrozenModel(stream(tmp_path), 1.0, 10_000)
+    monkeypatch.setitem(frozen.HEAD_TOKENS, "cpu", 7)
+    projected = {False: [], True: []}
+    for head in (model._head, model._greedy_head):
+
+        def counted(states, *, forward=head.forward, count=projected[head.is_top1], **given):
+            count.append(states.shape[1])
+            return forward(states, **given)
+
+        head.forward = counted
+    model.score(texts, [spans[:1] for spans in parts], [spans[1:] for spans in parts])
+    lengths = [[end - start for start, end in spans] for spans in parts]
+    assert sum(projected[False]) == sum(first for first, _ in lengths)
+    assert sum(projected[True]) == sum(second for _, second in lengths)
+    assert max(projected[False] + projected[True]) == 7
 
 
 def test_sliding_windows_and_long_texts(tmp_path):
