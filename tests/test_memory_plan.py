@@ -1,12 +1,12 @@
 """The plan of memory. Run: ./run_tests.sh tests/test_memory_plan.py"""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 from conftest import REPO
+from planned import machine, nearest, planned
 
 from trainers.batch import batch_plan
 from trainers.checks import load_options
@@ -16,7 +16,7 @@ from trainers.machine import Holder, Machine, planned_card
 from trainers.model_shapes import AdapterShape
 from trainers.options import options_class
 from trainers.plan_table import plan_text
-from trainers.planning import machine_for, planned_options, run_plan, shapes_of, start_faults
+from trainers.planning import machine_for, planned_options, run_plan, shapes_of
 from trainers.solve import knobs, micro_batch_choices, nearest_fit, refuse, solve
 from trainers.workload import GIB, PHASES
 
@@ -24,21 +24,6 @@ CARDS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("teacher_rlt_
 NOT_TRAINED = {"score", "rescore", "merge"}
 RUNS = sorted({path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml")} - NOT_TRAINED)
 N = 7_615_616_512
-
-
-def machine(gb):
-    return Machine(planned_card(gb), 256 * GIB, 256 * GIB, 1000 * GIB)
-
-
-def planned(run, *overrides, gb=None):
-    options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
-    teacher, student = shapes_of(options)
-    return solve(options, teacher, student, machine(gb or options.vram_gb)), options
-
-
-def nearest(run, *overrides, gb):
-    options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
-    return nearest_fit(options, *shapes_of(options), machine(gb))
 
 
 @pytest.mark.parametrize("run", CARDS)
@@ -314,56 +299,6 @@ def test_what_does_not_train_is_not_planned(run):
 
 def test_solver_keeps_its_share_free():
     assert planned("teacher_rlt_mono_24gb")[0].plan.spare == pytest.approx(0.08, abs=0.005)  # the KV cache fills up
-
-
-@pytest.mark.parametrize(
-    ("run", "words", "gb"),
-    [
-        ("teacher_rlt_mono", ["overlap_scoring=true", "offload_untrained_models=false"], 48),
-        ("teacher_rlt_mono", ["reward_funcs=[teacher_logprob_kl,length]", "length_soft_cache=3000"], 18),
-        ("teacher_rlt_mono", ["cast_lm_head_to_fp32=true", "weight_bridge=copy"], 30),
-    ],
-)
-def test_what_is_offered_would_be_taken(run, words, gb):
-    offered = nearest(run, *words, gb=gb)
-    if offered is not None:
-        pasted = [word for word in str(offered).split() if "=" in word]
-        solved, options = planned(run, *words, *pasted, gb=gb)
-        assert solved.plan.fits_device and not start_faults(solved)
-
-
-@pytest.mark.parametrize(
-    ("words", "gb"),
-    [
-        (["optim=flash_adamw"], 48),
-        (["use_peft=true", "precision=fp16"], 48),  # with the preset's sync_ref_model: one key apart
-        (["model_name_or_path=run:teacher_sft"], 48),
-    ],
-)
-def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
-    solved, _ = planned("teacher_rlt_mono", *words, gb=gb)
-    assert not start_faults(solved)
-
-
-def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_experts(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
-    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
-    solved, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
-    shape = solved.plan.work.student
-    assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
-    assert solved.options.student_mode == "cpu"  # which offload_untrained_models keeps off the card
-    assert solved.options.reference_mode == "streamed"
-
-
-def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):
-    words = ["device=cpu", "precision=fp32", "student_model=bespokelabs/Bespoke-Stratos-7B"]
-    options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
-    small = Machine(None, 20 * GIB, 20 * GIB, 1000 * GIB)
-    solved = solve(options, *shapes_of(options), small)
-    assert solved.plan.fits and solved.options.student_mode == "streamed"
-    large = Machine(None, 64 * GIB, 64 * GIB, 1000 * GIB)
-    assert solve(options, *shapes_of(options), large).options.student_mode == "resident"
 
 
 def test_a_text_longer_than_a_pass_is_held_as_a_whole():

@@ -1,0 +1,25 @@
+"""Plans of runs for machines that are made up."""
+
+from conftest import REPO
+
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.machine import Machine, planned_card
+from trainers.planning import shapes_of
+from trainers.solve import nearest_fit, solve
+from trainers.workload import GIB
+
+
+def machine(gb):
+    return Machine(planned_card(gb), 256 * GIB, 256 * GIB, 1000 * GIB)
+
+
+def planned(run, *overrides, gb=None):
+    options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+    teacher, student = shapes_of(options)
+    return solve(options, teacher, student, machine(gb or options.vram_gb)), options
+
+
+def nearest(run, *overrides, gb):
+    options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+    return nearest_fit(options, *shapes_of(options), machine(gb))

@@ -1,0 +1,64 @@
+"""What `auto` becomes, and what is offered where a run does not fit. Run: ./run_tests.sh tests/test_solve.py"""
+
+import json
+
+import pytest
+from conftest import REPO
+from planned import nearest, planned
+
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.machine import Machine
+from trainers.planning import shapes_of, start_faults
+from trainers.solve import solve
+from trainers.workload import GIB
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "gb"),
+    [
+        ("teacher_rlt_mono", ["overlap_scoring=true", "offload_untrained_models=false"], 48),
+        ("teacher_rlt_mono", ["reward_funcs=[teacher_logprob_kl,length]", "length_soft_cache=3000"], 18),
+        ("teacher_rlt_mono", ["cast_lm_head_to_fp32=true", "weight_bridge=copy"], 30),
+    ],
+)
+def test_what_is_offered_would_be_taken(run, words, gb):
+    offered = nearest(run, *words, gb=gb)
+    if offered is not None:
+        pasted = [word for word in str(offered).split() if "=" in word]
+        solved, options = planned(run, *words, *pasted, gb=gb)
+        assert solved.plan.fits_device and not start_faults(solved)
+
+
+@pytest.mark.parametrize(
+    ("words", "gb"),
+    [
+        (["optim=flash_adamw"], 48),
+        (["use_peft=true", "precision=fp16"], 48),  # with the preset's sync_ref_model: one key apart
+        (["model_name_or_path=run:teacher_sft"], 48),
+    ],
+)
+def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
+    solved, _ = planned("teacher_rlt_mono", *words, gb=gb)
+    assert not start_faults(solved)
+
+
+def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_experts(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    solved, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
+    shape = solved.plan.work.student
+    assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
+    assert solved.options.student_mode == "cpu"  # which offload_untrained_models keeps off the card
+    assert solved.options.reference_mode == "streamed"
+
+
+def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):
+    words = ["device=cpu", "precision=fp32", "student_model=bespokelabs/Bespoke-Stratos-7B"]
+    options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
+    small = Machine(None, 20 * GIB, 20 * GIB, 1000 * GIB)
+    solved = solve(options, *shapes_of(options), small)
+    assert solved.plan.fits and solved.options.student_mode == "streamed"
+    large = Machine(None, 64 * GIB, 64 * GIB, 1000 * GIB)
+    assert solve(options, *shapes_of(options), large).options.student_mode == "resident"
