@@ -79,5 +79,5 @@ def load_kept(folder: Path) -> list[KeptRow]:
                 begin[name] = line[f"{name}_end"]
             scored = ScoredExplanation(**spans, closed=line["closed"])
             texts = line["question"], line["solution"], line["explanation"]
-            rows.append(KeptRow(*texts, line["reward"], scored, line["batch"]))
+            rows.append(KeptRow(*texts, line["reward"], scored, line.get("batch", 0)))
     return rows

@@ -215,9 +215,12 @@ def _layer_shapes(
 
 def _from_transformers(config: dict[str, Any], name: str, trust: bool) -> ModelShape:
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     arguments = {k: v for k, v in config.items() if k != "model_type"}
+    refusals = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, StopIteration)
+    refusals += (StrictDataclassError,)  # of sizes that contradict each other
     try:
         full = (
             AutoConfig.from_pretrained(name, trust_remote_code=True)
@@ -227,7 +230,7 @@ def _from_transformers(config: dict[str, Any], name: str, trust: bool) -> ModelS
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(full, trust_remote_code=trust)
         return _built_shape(model, full, config["model_type"], name)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, StopIteration) as error:
+    except refusals as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         cause = f"transformers cannot build it, or its layers are not alike: {reason[0]}"
         fault = Fault("model", name or config.get("model_type"), cause, "name a causal language model")

@@ -254,7 +254,7 @@ def _model(key: str, path: str) -> Finding:
     from httpx import HTTPError
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    weights = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
     if any(isinstance(try_to_load_from_cache(path, name), str) for name in weights):
         return Finding(key, "ok", f"{path} was downloaded before")
     if os.environ.get("HF_HUB_OFFLINE") == "1":

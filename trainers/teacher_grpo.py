@@ -40,12 +40,11 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     if trainer.engine is not None:
         trainer.release_cache()
     completions, logprobs, own = [], [], []
-    positions = max_positions(trainer.model.config)
-    texts = zip(prompt_ids, sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True)
-    for prompt, ids, logps, ended in texts:
+    positions, longest = max_positions(trainer.model.config), max(map(len, prompt_ids))
+    for ids, logps, ended in zip(sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True):
         # TRL knows a finished completion by its end of turn. Where the closing tag took its place, one is put there
-        # that the loss leaves out, if the model has a position for it.
-        room = len(prompt) + len(ids) < positions
+        # that the loss leaves out, if the model has a position for it behind the batch's longest prompt.
+        room = longest + len(ids) < positions
         forced = [trainer.processing_class.eos_token_id] if ended == "closing_tag" and room else []
         completions.append(ids + forced)
         logprobs.append(logps + [0.0] * len(forced))
