@@ -142,6 +142,11 @@ def test_the_bytes_of_a_character_belong_to_its_piece():
     assert teacher.tolist() == student.tolist() == [-5.5]
 
 
+def test_a_token_without_text_at_the_end_belongs_to_the_last_piece():
+    teacher, student = piece_sums(torch.tensor([-1.0, -2.0, -4.0]), [1, 2, 2], torch.tensor([-1.5, -2.5]), [1, 2])
+    assert (teacher.tolist(), student.tolist()) == ([-1.0, -6.0], [-1.5, -2.5])
+
+
 def test_one_zero_for_all_reductions():
     scored = ScoredExplanation(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.tensor([-3.0]), True)
     reward, parts = TeacherLogprobKL(kl_penalty_reward_coeff=0)(scored)
