@@ -57,7 +57,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}
     overrides |= {"student_model": folder / "model", "output_dir": folder / "out", "num_probes": 0, "logging_steps": 1}
     overrides |= {"stop_at_closing_tag": False, "report_to": "none", "device": "cpu", "seed": 0}
-    overrides |= {"generation_kwargs": "{ignore_eos: true, stop_token_ids: []}"}  # completions of full length
+    overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}  # of full length
     arguments = [f"{key}={value}" for key, value in overrides.items()]
     options = load_options(compose_run("teacher_rlt_tiny", arguments))
     solved = plan_run(options, machine_for(options))

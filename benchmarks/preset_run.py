@@ -76,10 +76,9 @@ def compose(config: str, overrides: list[str], folder: Path, models: Path, shape
     here |= {"dataset_id_or_path": folder / "rows.jsonl", "output_dir": folder / "out", "report_to": "none"}
     here |= {"overlong": "truncate_left", "save_strategy": "no", "logging_steps": 1, "num_completions_to_print": 0}
     # Completions of full length: for vLLM, and for transformers.
-    full = f"min_new_tokens: {composed['max_completion_length']}"
-    if composed.get("use_vllm", True):
-        full = "ignore_eos: true, stop_token_ids: []"
-    here |= {"stop_at_closing_tag": False, "generation_kwargs": f"{{{full}}}"}
+    least = "min_tokens" if composed.get("use_vllm", True) else "min_new_tokens"
+    here |= {"stop_at_closing_tag": False}
+    here |= {"generation_kwargs": f"{{{least}: {composed['max_completion_length']}}}"}
     if not any(override.startswith("max_steps=") for override in overrides):
         here["max_steps"] = 2
     return load_options(compose_run(config, [*overrides, *(f"{key}={value}" for key, value in here.items())]))
