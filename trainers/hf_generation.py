@@ -1,16 +1,14 @@
 """Generation with transformers, where there is to be no vLLM."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
 from trl.trainer.utils import pad
 
 from data.explanation import read_explanation
 from trainers.engine import request_seed
+from trainers.models import evaluating
 from trainers.rollouts import Ended, Rollout
 
 
@@ -31,7 +29,8 @@ def generate_with_transformers(trainer: Any, prompt_ids: list[list[int]], step: 
     tag_ids = renderer.encode_text(tag)
     if stop and len(tag_ids) == 1:
         trainer.generation_config.eos_token_id = [*renderer.end_ids, *tag_ids]
-    with _without_dropout(trainer.model):
+    # As an engine samples, which knows no dropout: TRL would sample from one random policy and score by another.
+    with evaluating(trainer.model):
         with torch.random.fork_rng():
             torch.manual_seed(request_seed(trainer.options.seed, step, tuple(chain(*prompt_ids))))
             sampled, _ = trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
@@ -39,17 +38,6 @@ def generate_with_transformers(trainer: Any, prompt_ids: list[list[int]], step: 
         completions, ended = [ids for ids, _ in cut], [end for _, end in cut]
         rows = _logprobs(trainer, prompt_ids, completions, given)
     return Rollout(prompt_ids, completions, [row[given:] for row in rows], [row[:given] for row in rows], ended)
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """As an engine samples, which knows no dropout: TRL would sample from one random policy and score by another."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _cut(renderer: Any, ids: list[int], tag: str | None, end_ids: set[int]) -> tuple[list[int], Ended]:

@@ -1,11 +1,13 @@
 """Loading models and tokenizers, and making tiny ones from nothing."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -227,3 +229,14 @@ def make_tokenizer(texts: Iterable[str], tags: Iterable[str], vocab_size: int) -
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout meanwhile, and then as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

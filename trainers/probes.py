@@ -3,14 +3,13 @@
 import logging
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import nn
 
 from data.explanation import Explanation, read_explanation, written_explanation
 from trainers.frozen import FrozenModel, ResidentBackbone
+from trainers.models import evaluating
 from trainers.scoring import ExplanationScorer, Scored, teacher_logprobs
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class Probes:
         questions = [row.question for row in rows] * len(kinds)
         solutions = [row.solution for row in rows] * len(kinds)
         explanations: list[Explanation] = [e for values in kinds.values() for e in values]
-        with _evaluating(teacher):
+        with evaluating(teacher):
             model = FrozenModel(
                 ResidentBackbone(teacher, next(teacher.parameters()).device), temperature, self.tokens_per_pass
             )
@@ -122,13 +121,3 @@ def shuffled(text: str, generator: random.Random) -> str:
 def _of_another(i: int, rows: list[Evaluated], explanations: list[str]) -> str:
     others = (j % len(rows) for j in range(i + 1, i + len(rows)))
     return next(explanations[j] for j in others if rows[j].question != rows[i].question)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
