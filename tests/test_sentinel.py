@@ -80,22 +80,22 @@ def move_away(trainer):
     parameter.data = parameter.data.clone()
 
 
-def test_parameter_that_was_moved_away_stops_the_run(start):
-    trainer = start(move_away)
-    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.down_proj\.weight was moved away"):
-        trainer.train()
-    assert trainer.state.global_step == 2
-
-
 def break_the_view(trainer):
     """The engine gets a tensor of its own for one layer, equal as yet."""
     layer = trainer.engine.engine_model.model.layers[1].mlp.gate_up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
-def test_engine_that_computes_with_a_copy_of_its_own_stops_the_run(start):
-    trainer = start(break_the_view)
-    with pytest.raises(RuntimeError, match=r"the engine's model\.layers\.1\.mlp\.gate_up_proj\.weight was moved away"):
+@pytest.mark.parametrize(
+    ("action", "moved"),
+    [
+        (move_away, r"model\.layers\.0\.mlp\.down_proj\.weight"),
+        (break_the_view, r"the engine's model\.layers\.1\.mlp\.gate_up_proj\.weight"),
+    ],
+)
+def test_weights_that_are_shared_no_more_stop_the_run(start, action, moved):
+    trainer = start(action)
+    with pytest.raises(RuntimeError, match=f"{moved} was moved away"):
         trainer.train()
     assert trainer.state.global_step == 2
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from trainers.engine import Engine
+from trainers.models import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,9 @@ class Sentinel:
     @torch.no_grad()
     def _trainer_logprobs(self) -> torch.Tensor:
         """`[vocabulary]`, fp32: the log-probabilities of the next token."""
-        training = self.model.training
-        self.model.eval()
         ids = torch.tensor([self.prompt_ids], device=self.engine.device)
-        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-        self.model.train(training)
+        with evaluating(self.model):
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         return logits.float().log_softmax(-1)
 
     def check(self, report: Callable[[dict[str, float]], None]) -> None:

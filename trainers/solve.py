@@ -276,6 +276,7 @@ def _applies(options: Any, settings: dict[str, Any], machine: Machine, devices: 
 
 
 def _makes_sense(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
+    """Whether a change can take less memory with the rest of the options."""
     if settings.keys() & {"max_prompt_length"} and options.stage == "sft":
         return False  # max_length is what counts
     device, adapters = device_of(options, machine), getattr(options, "use_peft", False)
