@@ -51,7 +51,8 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     from trainers.checks import load_options
     from trainers.config import compose_run
     from trainers.memory_watch import resident_peak
-    from trainers.planning import machine_for, plan_run
+    from trainers.planning import problem_of
+    from trainers.solve import solve
 
     overrides = BATCH | CASES[case][1] | {"max_steps": 2, "report_before_after": False, "save_strategy": "no"}
     overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}
@@ -60,7 +61,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}  # of full length
     arguments = [f"{key}={value}" for key, value in overrides.items()]
     options = load_options(compose_run("teacher_rlt_tiny", arguments))
-    solved = plan_run(options, machine_for(options))
+    solved = solve(problem_of(options))
     found: dict[str, float] = {}
 
     class Watched(rl.TeacherGRPOTrainer):

@@ -17,7 +17,8 @@ from benchmarks.small_data import made_model, write_rows
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.machine import MIB, nvidia_smi, read_card
-from trainers.planning import machine_for, plan_run
+from trainers.planning import problem_of
+from trainers.solve import solve
 from trainers.workload import GIB
 
 PEAKS = {"generate": "generate_peak", "score": "score_peak", "update": "step_peak"}
@@ -97,7 +98,7 @@ def measure(order: dict[str, Any]) -> PresetRun:
     folder = Path(order["folder"])
     options = compose(order["config"], order["overrides"], folder, Path(order["models"]), order["shape"])
     before = used_of_card()
-    solved = plan_run(options, machine_for(options))
+    solved = solve(problem_of(options))
     import trainers.rl as rl
 
     class Unsaved(rl.TeacherGRPOTrainer):

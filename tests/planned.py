@@ -6,7 +6,7 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.machine import Machine, planned_card
 from trainers.planning import shapes_of
-from trainers.solve import nearest_fit, solve
+from trainers.solve import Problem, nearest_fit, solve
 from trainers.workload import GIB
 
 
@@ -14,12 +14,15 @@ def machine(gb):
     return Machine(planned_card(gb), 256 * GIB, 256 * GIB, 1000 * GIB)
 
 
+def problem(options, there, **further):
+    return Problem(options, *shapes_of(options), there, **further)
+
+
 def planned(run, *overrides, gb=None):
     options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
-    teacher, student = shapes_of(options)
-    return solve(options, teacher, student, machine(gb or options.vram_gb)), options
+    return solve(problem(options, machine(gb or options.vram_gb))), options
 
 
 def nearest(run, *overrides, gb):
     options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
-    return nearest_fit(options, *shapes_of(options), machine(gb))
+    return nearest_fit(problem(options, machine(gb)))

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 from conftest import REPO
+from planned import problem
 
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.machine import Machine, planned_card
 from trainers.plan_table import plan_text
-from trainers.planning import memory_faults, planned_options, shapes_of
+from trainers.planning import memory_faults, planned_options
 from trainers.solve import nearest_fit, solve
 from trainers.workload import GIB
 
@@ -30,12 +31,12 @@ def checked(*overrides, run="teacher_rlt_mono"):
 
 def planned(gb, host, *overrides):
     options = checked(*overrides)
-    return solve(options, *shapes_of(options), machine(gb, host))
+    return solve(problem(options, machine(gb, host)))
 
 
 def nearest(gb, host, *overrides):
     options = checked(*overrides)
-    return nearest_fit(options, *shapes_of(options), machine(gb, host))
+    return nearest_fit(problem(options, machine(gb, host)))
 
 
 def test_optimizer_that_the_host_cannot_hold_is_not_chosen():
@@ -68,7 +69,7 @@ def test_what_the_user_put_on_the_host_is_taken_off_it_where_there_is_room_on_th
 
 
 def test_run_that_fits_neither_is_told_both(monkeypatch):
-    monkeypatch.setattr("trainers.planning.machine_for", lambda options: machine(22, 10))
+    monkeypatch.setattr("trainers.planning.machine_for", lambda *_: machine(22, 10))
     with pytest.raises(ConfigError) as refused:
         planned_options(checked())
     message = str(refused.value)
@@ -98,13 +99,13 @@ def test_reference_that_is_written_to_is_never_left_on_disk():
 def test_table_tells_what_the_host_cannot_hold():
     options = checked()
     small = machine(40, 64)
-    assert "reference 14.19; it does not fit" in plan_text(solve(options, *shapes_of(options), small), small)
+    assert "reference 14.19; it does not fit" in plan_text(solve(problem(options, small)), small)
 
 
 def test_host_of_a_card_that_is_elsewhere_is_not_judged():
     there = Machine(planned_card(40), 16 * GIB, 8 * GIB, 1000 * GIB)
     options = checked()
-    solved = solve(options, *shapes_of(options), there)
+    solved = solve(problem(options, there))
     assert solved.options.optim == "cpu_offload" and solved.plan.fits and solved.plan.host["student"] == SEVEN
 
 

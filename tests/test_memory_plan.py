@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import REPO
-from planned import machine, nearest, planned
+from planned import machine, nearest, planned, problem
 
 from trainers.batch import batch_plan
 from trainers.checks import load_options
@@ -17,7 +17,7 @@ from trainers.model_shapes import AdapterShape
 from trainers.options import options_class
 from trainers.plan_table import plan_text
 from trainers.planning import machine_for, planned_options, run_plan, shapes_of
-from trainers.solve import knobs, micro_batch_choices, nearest_fit, refuse, solve
+from trainers.solve import Problem, knobs, micro_batch_choices, nearest_fit, refuse, solve
 from trainers.workload import GIB, PHASES
 
 CARDS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("teacher_rlt_mono*.yaml"))
@@ -123,12 +123,11 @@ def test_sizes_that_the_plan_counts_on_are_those_that_are_used():
     from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    from trainers import activations, frozen, judges, memory, solve
+    from trainers import activations, frozen, memory
     from trainers.bridges import lora_ranks
 
     assert (memory.MICRO_TOKENS, memory.SCORE_HEAD_TOKENS) == (frozen.MICRO_TOKENS, frozen.HEAD_TOKENS)
     assert (activations.HEAD_TOKENS, activations.HEAD_WIDTH) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
-    assert solve.CPU_TOKENS_PER_PASS == judges.TOKENS_PER_PASS
     for rank in (1, 5, 16, 300):
         assert memory._vllm_rank(rank) == next(r for r in lora_ranks() if r >= rank)
 
@@ -218,7 +217,7 @@ def test_last_resort_is_lora_and_then_nothing():
 
 def test_knobs_tell_what_each_change_does():
     options = load_options(compose_run("teacher_rlt_mono_80gb"), repo=REPO, needs_device=False)
-    changes = {str(c): c.solved.plan.peak for c in knobs(options, *shapes_of(options), machine(80))}
+    changes = {str(c): c.solved.plan.peak for c in knobs(problem(options, machine(80)))}
     now = planned("teacher_rlt_mono_80gb")[0].plan.peak
     assert changes["optim=cpu_offload"] < now
     assert any("use_peft=true" in name and peak < now for name, peak in changes.items())
@@ -228,7 +227,7 @@ def test_plan_is_made_from_the_memory_that_is_free_and_names_who_holds_the_rest(
     card = replace(planned_card(80), free=30 * GIB, holders=[Holder(4711, "python", 44 * GIB)])
     taken = Machine(card, 256 * GIB, 256 * GIB, 1000 * GIB)
     options = load_options(compose_run("teacher_rlt_mono_80gb"), repo=REPO, needs_device=False)
-    solved = solve(options, *shapes_of(options), taken)
+    solved = solve(problem(options, taken))
     assert solved.plan.available == 30 * GIB and not solved.plan.fits
     text = plan_text(solved, taken, full=True)
     assert "30.0 of 74.5 GiB free" in text and "held by pid 4711 (python) 44.0 GiB" in text
@@ -237,7 +236,7 @@ def test_plan_is_made_from_the_memory_that_is_free_and_names_who_holds_the_rest(
 
 def test_run_that_does_not_fit_stops_unless_told_to_go_on(monkeypatch, caplog):
     small = Machine(None, 2**28, 2**28, 1000 * GIB)
-    monkeypatch.setattr("trainers.planning.machine_for", lambda options: small)
+    monkeypatch.setattr("trainers.planning.machine_for", lambda *_: small)
     options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
     with pytest.raises(ConfigError, match="memory: the update phase needs"):
         planned_options(options)
@@ -247,7 +246,7 @@ def test_run_that_does_not_fit_stops_unless_told_to_go_on(monkeypatch, caplog):
 
 def test_full_disk_is_told_before_the_start(monkeypatch):
     full = Machine(None, 32 * GIB, 32 * GIB, 2**20)
-    monkeypatch.setattr("trainers.planning.machine_for", lambda options: full)
+    monkeypatch.setattr("trainers.planning.machine_for", lambda *_: full)
     with pytest.raises(ConfigError, match="disk: its checkpoints take up to"):
         planned_options(load_options(compose_run("teacher_rlt_tiny"), repo=REPO))
 
@@ -256,7 +255,7 @@ def test_default_run_is_planned_through_its_warm_ups():
     options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
     teacher, student = shapes_of(options)
     assert teacher.num_parameters == student.num_parameters == 804_480
-    solved = solve(options, teacher, student, machine_for(options))
+    solved = solve(Problem(options, teacher, student, machine_for(options)))
     assert solved.plan.work.device == "cpu" and solved.plan.fits
     assert solved.options.kv_cache_gib < 0.1  # 128 sequences of 192 tokens, not the GiB that vLLM takes unasked
 
@@ -267,7 +266,7 @@ def test_every_other_run_that_trains_is_planned(run):
     if options.device == "cuda":
         solved, _ = planned(run, gb=80)
     else:
-        solved = solve(options, *shapes_of(options), Machine(None, 8 * GIB, 8 * GIB, 100 * GIB))
+        solved = solve(problem(options, Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)))
     assert solved.plan.fits
     assert set(solved.plan.phases) == (set(PHASES) if options.stage == "rl" else {"load", "update", "save"})
 
@@ -283,11 +282,11 @@ def test_several_processes_each_hold_buckets_and_share_the_host():
     """DistributedDataParallel copies gradients into buckets of their size; measured with gloo, 102.67 MiB of 102.67."""
     options = load_options(compose_run("teacher_sft", ["device=auto"]), num_devices=2, repo=REPO, needs_device=False)
     here = Machine(replace(planned_card(140), is_here=True), 512 * GIB, 30 * GIB, 1000 * GIB)
-    one, two = (solve(options, *shapes_of(options), here, devices).plan for devices in (1, 2))
+    one, two = (solve(problem(options, here, devices=devices)).plan for devices in (1, 2))
     assert "gradient buckets" not in one.phases["update"] and two.phases["update"]["gradient buckets"] == 2 * N
     assert "gradient buckets" not in two.phases["load"]
     assert two.host_need == 2 * one.host_need and one.fits_host and not two.fits_host
-    assert nearest_fit(options, *shapes_of(options), here, 2) is None  # each process reads the model on the host
+    assert nearest_fit(problem(options, here, devices=2)) is None  # each process reads the model on the host
 
 
 @pytest.mark.parametrize("run", ["score", "rescore"])
@@ -317,16 +316,20 @@ def test_stage_plan_says_by_its_exit_whether_it_fits():
 def test_an_adapter_that_is_merged_first_takes_memory_and_disk():
     options = load_options(compose_run("teacher_rlt_mono_24gb"), repo=REPO, needs_device=False)
     teacher, student = shapes_of(options)
-    without = solve(options, teacher, student, machine(24)).plan
+    without = solve(Problem(options, teacher, student, machine(24))).plan
     adapted = replace(student, adapter=AdapterShape(16, "all-linear"))
-    plan = solve(options, teacher, adapted, machine(24)).plan
+    plan = solve(Problem(options, teacher, adapted, machine(24))).plan
     assert plan.host_need == 4 * N > without.host_need  # in fp32, before anything else is there
     assert sum(plan.disk.values()) - sum(without.disk.values()) == 2 * N
     # A teacher's adapter that is trained on is merged into nothing.
-    continued = solve(options, replace(teacher, adapter=AdapterShape(16, "all-linear")), student, machine(24)).plan
+    continued = solve(
+        Problem(options, replace(teacher, adapter=AdapterShape(16, "all-linear")), student, machine(24))
+    ).plan
     assert continued.work.continues and continued.host_need == without.host_need
     on_cpu = options.model_copy(update={"device": "cpu", "precision": "bf16", "optim": "adamw_torch"})
-    loading = solve(on_cpu, teacher, adapted, Machine(None, 99 * GIB, 99 * GIB, 1000 * GIB)).plan.phases["load"]
+    loading = solve(Problem(on_cpu, teacher, adapted, Machine(None, 99 * GIB, 99 * GIB, 1000 * GIB))).plan.phases[
+        "load"
+    ]
     assert sum(loading.values()) >= 4 * N
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import REPO
 from peft import PeftModel
+from planned import problem
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +22,7 @@ from trainers.errors import ConfigError
 from trainers.machine import Machine
 from trainers.merge import RECORD, merge_adapter, whole_model
 from trainers.options import options_class
-from trainers.planning import plan_run
+from trainers.solve import solve
 from trainers.starts import Start, load_teacher, resolve_start
 from trainers.workload import GIB
 
@@ -191,12 +192,15 @@ def test_continued_adapter_trains_and_its_copy_does_not(model_dir, adapter_dir, 
     assert "ref" not in load_teacher(options(use_peft=True), start.path, torch.float32, start.adapter).peft_config
 
 
+SMALL = Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)
+
+
 def test_continued_adapter_is_planned_with_its_own_rank_and_its_copy(model_dir, adapter_dir, tmp_path):
     """Rank 4 and every layer, whatever lora_r and lora_target_modules would be for a fresh one; see conftest.py."""
 
     def planned(*words):
         chosen = checked(f"model_name_or_path={adapter_dir}", "use_peft=true", *words)
-        plan = plan_run(chosen, Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)).plan
+        plan = solve(problem(chosen, SMALL)).plan
         return plan, plan.phases["load"]
 
     chosen = options(use_peft=True, beta=0.1)
@@ -220,7 +224,7 @@ def test_adapter_of_a_warm_up_is_planned_before_it_is_there(monkeypatch, model_d
                      "model_init=null", run="student_sft_tiny")  # fmt: skip
     monkeypatch.setattr(planning, "warmup_options", lambda name, options, **_: ({}, warmup))
     rl = checked("use_peft=true", "model_name_or_path=run:teacher_sft_tiny", f"student_model={model_dir}")
-    work = plan_run(rl, Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)).plan.work
+    work = solve(problem(rl, SMALL)).plan.work
     assert work.adapter == (3, ["q_proj"]) and work.trained_bytes == 2 * 4 * 3 * (64 + 64)  # two layers, fp32
 
 

@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 
 def options(**values):
-    return options_class("score")(student_system_prompt="Solve.", teacher_system_prompt="Explain.", **values)
+    planned = {"student_mode": "resident", "student_tokens_per_pass": 4096}
+    prompts = {"student_system_prompt": "Solve.", "teacher_system_prompt": "Explain."}
+    return options_class("score")(**planned, **prompts, **values)
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])

@@ -66,7 +66,8 @@ class CountingScorer(ExplanationScorer):
 
 
 def make_scorer(model_dir, renderer):
-    frozen = load_frozen(options(), str(model_dir), "student_model", torch.device("cpu"), torch.float32, 0.7)
+    planned = options("student_mode=resident", "student_tokens_per_pass=4096")
+    frozen = load_frozen(planned, str(model_dir), "student_model", torch.device("cpu"), torch.float32, 0.7)
     return CountingScorer(Student(frozen, renderer, 512), TeacherLogprobKL(), renderer, padding_in_kl=True)
 
 

@@ -8,7 +8,8 @@ from datasets import Dataset
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
-from trainers.rl import check_positions, grpo_config
+from trainers.planning import planned_options
+from trainers.rl import grpo_config
 from trainers.texts import rl_rows
 
 
@@ -76,4 +77,4 @@ def test_rl_needs_no_reasoning_trace(renderer):
 def test_lengths_beyond_the_teacher_s_positions_are_refused(model_dir):
     long = options("max_prompt_length=300", "max_completion_length=300")
     with pytest.raises(ConfigError, match=r"512 positions[\s\S]*max_completion_length=212"):
-        check_positions(long, str(model_dir))
+        planned_options(long.model_copy(update={"model_name_or_path": str(model_dir)}))

@@ -81,7 +81,7 @@ def test_neither_scoring_nor_its_student_imports_vllm():
 
 @pytest.mark.parametrize(("temperature", "together"), [(0.7, 256), (1.3, 2)])
 def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path, monkeypatch, temperature, together):
-    monkeypatch.setattr("trainers.score.BATCH", together)
+    monkeypatch.setattr("trainers.score.SCORED_AT_ONCE", together)
     rows = [{**row, "explanation": row["reasoning_trace"], "closed": i != 2} for i, row in enumerate(ROWS)]
     chosen = options(model_dir, write(tmp_path / "rows.jsonl", rows), student_temperature=temperature)
     path = run_score(chosen, tmp_path)
@@ -121,6 +121,17 @@ def test_text_longer_than_the_teacher_reads_says_so(model_dir, tmp_path):
     long, fits = [json.loads(line) for line in path.read_text().splitlines()]
     assert long == {"reward": None, "reason": "longer than the 100 tokens that the teacher can read"}
     assert fits["reward"] < 0
+
+
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(model_dir, tmp_path, monkeypatch):
+    rows = [{**row, "explanation": row["reasoning_trace"]} for row in ROWS]
+    values = {"student_mode": "resident", "reference_mode": "resident"}
+    chosen = options(model_dir, write(tmp_path / "rows.jsonl", rows), **values)
+    monkeypatch.setattr("trainers.machine.host_room", lambda: (2**30, 2**29))
+    with monkeypatch.context() as context, pytest.raises(ConfigError, match="memory[\\s\\S]*ignore_memory_plan=true"):
+        context.setattr("trainers.judges.load_model", lambda *_, **__: pytest.fail("weights were read"))
+        run_score(chosen, tmp_path)
+    assert run_score(chosen.model_copy(update={"ignore_memory_plan": True}), tmp_path).exists()
 
 
 def test_missing_explanations_are_named(model_dir, tmp_path):

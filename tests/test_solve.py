@@ -4,13 +4,14 @@ import json
 
 import pytest
 from conftest import REPO
-from planned import nearest, planned
+from planned import machine, nearest, planned, problem
 
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.machine import Machine
-from trainers.planning import shapes_of, start_faults
-from trainers.solve import solve
+from trainers.options import options_class
+from trainers.planning import start_faults
+from trainers.solve import nearest_fit, refuse, solve
 from trainers.workload import GIB
 
 
@@ -43,6 +44,22 @@ def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
     assert not start_faults(solved)
 
 
+@pytest.mark.parametrize(
+    ("words", "student", "reference"),
+    [
+        ([], "streamed", "streamed"),
+        (["offload_untrained_models=false"], "resident", "resident"),
+        (["disable_student_offloading=true"], "resident", "streamed"),
+        (["student_quantization=4bit"], "resident", "streamed"),
+        (["student_mode=cpu", "reference_mode=resident"], "cpu", "resident"),
+        (["offload_untrained_models=false", "student_mode=streamed"], "streamed", "resident"),
+    ],
+)
+def test_where_student_and_reference_rest_on_a_card_with_room(words, student, reference):
+    solved, _ = planned("teacher_rlt_mono_80gb", *words, gb=200)
+    assert (solved.options.student_mode, solved.options.reference_mode) == (student, reference)
+
+
 def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_experts(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
@@ -58,7 +75,46 @@ def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):
     words = ["device=cpu", "precision=fp32", "student_model=bespokelabs/Bespoke-Stratos-7B"]
     options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
     small = Machine(None, 20 * GIB, 20 * GIB, 1000 * GIB)
-    solved = solve(options, *shapes_of(options), small)
+    solved = solve(problem(options, small))
     assert solved.plan.fits and solved.options.student_mode == "streamed"
     large = Machine(None, 64 * GIB, 64 * GIB, 1000 * GIB)
-    assert solve(options, *shapes_of(options), large).options.student_mode == "resident"
+    assert solve(problem(options, large)).options.student_mode == "resident"
+
+
+SEVEN_B = {
+    "stage": "score",
+    "dataset_id_or_path": str(REPO / "data/distances_train.jsonl"),
+    "model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",
+    "student_model": "bespokelabs/Bespoke-Stratos-7B",
+}
+
+
+@pytest.mark.parametrize(
+    ("gb", "student", "teacher"),
+    [(80, "resident", "resident"), (24, "resident", "streamed"), (12, "streamed", "streamed")],
+)
+def test_where_the_models_of_a_scoring_rest(gb, student, teacher):
+    options = options_class("score")(**SEVEN_B)
+    solved = solve(problem(options, machine(gb), longest=4096))
+    assert (solved.options.student_mode, solved.options.reference_mode) == (student, teacher)
+    assert solved.plan.fits and list(solved.plan.phases) == ["load", "score"]
+    weights = {name: size for name, size in solved.plan.phases["score"].items() if name in ("student", "teacher")}
+    expected = {"student": student, "teacher": teacher}
+    assert weights == {name: 2 * 7_615_616_512 for name, mode in expected.items() if mode == "resident"}
+
+
+def test_the_longest_text_counts_and_what_cannot_be_read_does_not():
+    options = options_class("score")(**SEVEN_B)
+    short, long, unread, more = (
+        solve(problem(options, machine(80), longest=n)).plan.peak for n in (4096, 16384, 131072, 10**7)
+    )
+    assert short < long < unread == more
+
+
+def test_a_scoring_that_does_not_fit_is_offered_what_does():
+    options = options_class("score")(**SEVEN_B, student_mode="resident", reference_mode="resident")
+    change = nearest_fit(problem(options, machine(24), longest=4096))
+    assert change.settings in ({"student_mode": "streamed"}, {"reference_mode": "streamed"})
+    solved = solve(problem(options, machine(24), longest=4096))
+    assert "stage=score" in str(refuse(solved, change))
+    assert change.solved.plan.fits and not solved.plan.fits

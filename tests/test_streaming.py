@@ -15,8 +15,6 @@ from data.render import Encoded
 from trainers import frozen
 from trainers.errors import ConfigError
 from trainers.frozen import FrozenModel, ResidentBackbone, passes
-from trainers.judges import frozen_mode
-from trainers.options import options_class
 from trainers.streaming import StreamedBackbone
 from trainers.teacher_grpo import completion_logps
 from trainers.weight_files import HostWeights, WeightFiles
@@ -274,25 +272,6 @@ def test_the_head_on_tensor_cores_is_exact(tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.frozen._exact_on_tensor_cores", lambda states: nullcontext())
     for (a, _), (b, _) in zip(fast, student.score(texts, parts), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("values", "student", "reference"),
-    [
-        ({}, "resident", "resident"),
-        ({"offload_untrained_models": True}, "streamed", "streamed"),
-        ({"offload_untrained_models": True, "disable_student_offloading": True}, "resident", "streamed"),
-        ({"offload_untrained_models": True, "student_quantization": "4bit"}, "resident", "streamed"),
-        ({"offload_untrained_models": True, "student_mode": "cpu", "reference_mode": "resident"}, "cpu", "resident"),
-        ({"student_mode": "streamed"}, "streamed", "resident"),
-    ],
-)
-def test_where_student_and_reference_rest(values, student, reference):
-    options = options_class("rl")(**values)
-    found = [frozen_mode(options, key, torch.device("cuda")) for key in ("student_model", "model_name_or_path")]
-    assert found == [student, reference]
-    if "student_mode" not in values:  # on a machine without a GPU there is nothing to keep free
-        assert frozen_mode(options, "student_model", CPU) == "resident"
 
 
 def test_a_model_whose_layers_cannot_be_taken_out_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from trainers.student import Student
 
 
 def make_student(model_dir, renderer, tokens_per_pass=4096, temperature=0.7):
-    options = options_class("score")(student_tokens_per_pass=tokens_per_pass)
+    options = options_class("score")(student_mode="resident", student_tokens_per_pass=tokens_per_pass)
     frozen = load_frozen(options, str(model_dir), "student_model", torch.device("cpu"), torch.float32, temperature)
     return Student(frozen, renderer, 512)
 

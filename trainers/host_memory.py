@@ -22,7 +22,7 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
     written = work.reference_mode == "streamed" and getattr(work.options, "sync_ref_model", False)
     frozen = (
         ("student", work.student, work.student_mode, False),
-        ("reference", work.teacher, work.reference_mode, written),
+        ("reference" if work.trains else "teacher", work.teacher, work.reference_mode, written),
     )
     for name, shape, mode, is_written in frozen:
         if is_written or (on_gpu and mode in ("cpu", "streamed")):  # on a CPU what is streamed stays on disk
@@ -30,7 +30,7 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
             if mode == "cpu" or is_written or left is None or held < STREAMED_SHARE * left:
                 host[name] = held
                 left = None if left is None else left - held
-    if on_gpu:
+    if on_gpu and work.trains:
         reading = work.teacher.num_parameters * size
         # An engine that shares it takes the teacher before these come; else the trainer does, and only the optimizer
         # comes after that.
@@ -56,11 +56,13 @@ def _pinned(size: int) -> int:
 def disk_space(work: Workload) -> dict[str, int]:
     """Checkpoints that are kept, one more while it is written, and the result."""
     o = work.options
+    merged = {"merged models": sum(work.merged.values()) * work.itemsize}
+    if not work.trains:
+        return merged
     weights, optimizer = work.trained_bytes + work.reference_adapter_bytes, work.optimizer_bytes  # peft saves both
     states = 0 if o.save_only_model else optimizer.device + optimizer.host
     # Without a limit all stay; how many there will be is known only where steps are counted.
     saved = o.max_steps // o.save_steps if o.save_strategy == "steps" and o.max_steps > 0 and o.save_steps >= 1 else 1
     saved = -(-o.num_train_epochs // 1) if o.save_strategy == "epoch" else saved
     number = 0 if o.save_strategy == "no" else (o.save_total_limit or int(saved)) + 1
-    merged = sum(work.merged.values()) * work.itemsize
-    return {"checkpoints": number * (weights + states), "result": weights, "merged models": merged}
+    return {"checkpoints": number * (weights + states), "result": weights} | merged

@@ -10,11 +10,10 @@ from accelerate.utils.memory import clear_device_cache
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.adapter_files import base_of, tokenizer_of
-from trainers.engine_specs import quantized_teacher_faults
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
-from trainers.model_shapes import max_positions
+from trainers.model_shapes import max_positions, model_shape, read_config
 from trainers.models import (
     choose_pad_token,
     generation_end_ids,
@@ -32,7 +31,6 @@ from trainers.weight_files import HostWeights, WeightFiles, fits_in_memory
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_PASS = 16384
 REWARD_OPTIONS = tuple(TeacherLogprobKL.__dataclass_fields__)
 
 
@@ -67,24 +65,8 @@ def check_models(options: Any) -> None:
                 make_renderer(options, path, key)
             except ConfigError as error:
                 faults += error.faults
-            else:
-                config = load_config(base_of(path, key), key, options.trust_remote_code)
-                if key == "model_name_or_path":
-                    faults += quantized_teacher_faults(options, getattr(config, "quantization_config", None))
     if faults:
         raise ConfigError(faults)
-
-
-def frozen_mode(options: Any, key: str, device: torch.device) -> str:
-    """Where the student (`key` is student_model) or the teacher as it was (model_name_or_path) computes and rests."""
-    is_student = key == "student_model"
-    mode = options.student_mode if is_student else options.reference_mode
-    if mode != "auto":
-        return mode
-    if is_student and options.student_quantization:
-        return "resident"
-    offload = options.offload_untrained_models and not (is_student and options.disable_student_offloading)
-    return "streamed" if offload and device.type == "cuda" else "resident"
 
 
 def load_frozen(
@@ -98,7 +80,7 @@ def load_frozen(
     quantization: str | None = None,
     mode: str | None = None,
 ) -> FrozenModel:
-    """Load a model that is only read, in the mode the options ask for unless `mode` says another.
+    """Load a model that is only read, in the mode that the options (of a planned run) have unless `mode` says another.
 
     Args:
         path: Its folder or hub id.
@@ -110,7 +92,8 @@ def load_frozen(
     Raises:
         ConfigError: If it cannot be loaded, or not in this mode.
     """
-    mode = mode or frozen_mode(options, key, device)
+    mode = mode or (options.student_mode if key == "student_model" else options.reference_mode)
+    assert mode != "auto", "the plan of memory decides it"
     trust, attention = options.trust_remote_code, options.attn_implementation
     if mode == "streamed":
         config = load_config(path, key, trust)
@@ -126,12 +109,7 @@ def load_frozen(
         model = load_model(path, dtype, attention, key, trust, **arguments)
         backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
     logger.info("%s: %s on %s", "student" if key == "student_model" else "reference", mode, device)
-    return FrozenModel(backbone, temperature, tokens_per_pass(options))
-
-
-def tokens_per_pass(options: Any) -> int:
-    """Tokens read in one pass over the weights, where no plan of memory has decided it."""
-    return TOKENS_PER_PASS if options.student_tokens_per_pass == "auto" else options.student_tokens_per_pass
+    return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
 
 
 def make_scorer(
@@ -160,9 +138,9 @@ def make_scorer(
         return Student(frozen, student, max_positions(frozen.backbone.config))
 
     if kind := options.student_quantization:
-        # Unless a mode is asked for, streamed: a student is quantized where the full one is too large.
-        mode = None if options.student_mode in ("resident", "cpu") else "streamed"
-        before = read_samples(load(None, mode=mode), samples)
+        # Streamed where that can be: a student is quantized where the full one is too large.
+        shape = model_shape(read_config(student_path, "student_model"), student_path, options.trust_remote_code)
+        before = read_samples(load(None, mode="streamed" if shape.can_stream else None), samples)
         clear_device_cache(garbage_collection=True)
         judge = load(kind)
         report_change(kind, reward_changes(before, read_samples(judge, samples), formula))

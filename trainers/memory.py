@@ -14,7 +14,7 @@ from trainers.batch import batch_plan
 from trainers.engine_specs import MAX_BATCHED_TOKENS
 from trainers.host_memory import disk_space, host_memory
 from trainers.model_shapes import ModelShape
-from trainers.workload import GIB, Plan, Workload
+from trainers.workload import GIB, SCORED_AT_ONCE, Plan, Workload
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
@@ -45,14 +45,16 @@ def make_plan(work: Workload, available: int, host_free: int | None = None) -> P
         resting |= {"KV cache": work.kv_cache}
     gradients = {"gradients": work.trained_bytes} if _gradients_while_generating(work) else {}
     plan.phases["load"] = _without(resting, "optimizer", BUCKETS) | _engine(work)
+    scoring = _scoring(work)
     if work.is_rl:
-        scoring = _scoring(work)
         plan.phases["generate"] = resting | gradients | _engine(work)
         if work.options.overlap_scoring:
             plan.phases["generate"] |= scoring
+    if work.options.stage != "sft":
         plan.phases["score"] = resting | gradients | scoring
-    plan.phases["update"] = resting | _update(work)
-    plan.phases["save"] = resting | _save(work)
+    if work.trains:
+        plan.phases["update"] = resting | _update(work)
+        plan.phases["save"] = resting | _save(work)
     plan.disk = disk_space(work)
     host = host_memory(work, host_free)
     if work.device == "cuda":
@@ -81,7 +83,8 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
     """What is on the device in every phase."""
     teacher, size = work.teacher, work.itemsize
     weights = teacher.num_parameters * size
-    yield "weights", weights
+    if work.trains:
+        yield "weights", weights
     if work.use_peft:
         yield "adapters", work.trained_bytes
         yield "reference's adapters", work.reference_adapter_bytes
@@ -99,7 +102,7 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
     if work.student is not None and work.student_mode == "resident":
         yield "student", _quantized(work, work.student.num_parameters * size)
     if work.reference_mode == "resident":
-        yield "reference", weights
+        yield "reference" if work.trains else "teacher", weights
 
 
 def _quantized(work: Workload, size: int) -> int:
@@ -203,7 +206,7 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     if mode != "streamed":
         layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)
         return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
-    batch = batch_plan(work.options).generation_batch if work.is_rl else work.options.train_batch_size
+    batch = batch_plan(work.options).generation_batch if work.is_rl else SCORED_AT_ONCE
     held = min(max(work.options.student_tokens_per_pass, length), batch * length)  # a text is read as a whole
     rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
     resting = held * (hidden + masks) * size + rotary

@@ -58,6 +58,7 @@ class CommonOptions(ModelOptions):
 
     seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to compute; `cuda` refuses to start without a GPU")
+    ignore_memory_plan: bool = opt(False, "start although the plan of memory says that it does not fit")
     attn_implementation: str | None = opt(None, "attention of the teacher and the student; default: sdpa")
     chat_template: str | None = opt(None, "Jinja chat template, or a file with one, for a tokenizer that has none")
     chat_template_kwargs: dict[str, Any] | None = opt(None, "extra variables for the chat template")
@@ -90,7 +91,6 @@ class TrainOptions(CommonOptions):
         "the card that a preset is for, in GB (1e9 bytes): memory is planned for it where no GPU is at hand",
         gt=0,
     )
-    ignore_memory_plan: bool = opt(False, "start although the plan of memory says that it does not fit")
     optim: Optim = opt(
         "auto",
         "the optimizer: `adamw_torch` (PyTorch's, 8 bytes a weight in fp32), `adamw_8bit` (states in 8 bits, about 2 "

@@ -41,7 +41,7 @@ def _text(*parts: Any) -> str:
 def _heading(plan: Plan, machine: Machine) -> str:
     work = plan.work
     name = work.teacher.name or work.teacher.model_type
-    method = f"LoRA of rank {work.adapter.rank}" if work.use_peft else "all weights"
+    method = f"LoRA of rank {work.adapter.rank}" if work.use_peft else "all weights" if work.trains else "only read"
     lines = [f"Memory plan: {name} ({_parameters(work.teacher)}), {method}, {work.precision}"]
     if work.student is not None:
         lines[0] += f"; student {work.student.name} ({_parameters(work.student)}) {work.student_mode}"

@@ -1,7 +1,7 @@
 """The plan of memory of a run as a user meets it: found from checked options, shown, and enforced."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_co
 from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.plan_table import knobs_text, plan_text
 from trainers.reward_specs import asked_student
-from trainers.solve import Change, Solved, device_of, knobs, nearest_fit, refuse, solve
+from trainers.solve import Change, Problem, Solved, device_of, knobs, nearest_fit, refuse, solve
 from trainers.warmup import warmup_options
 from trainers.workload import GIB
 
@@ -25,14 +25,14 @@ def machine_for(options: Any, vram_gb: float | None = None) -> Machine:
     needs one."""
     folder = Path(options.output_dir or "results").expanduser().absolute()
     machine = read_machine(folder, vram_gb)
-    wants = options.vram_gb if options.device != "cpu" else None
+    wants = getattr(options, "vram_gb", None) if options.device != "cpu" else None
     if machine.card is None and wants is not None and device_of(options, machine) == "cuda":
         return read_machine(folder, wants)
     return machine
 
 
 def check_planned(options: Any) -> None:
-    """Only what trains is planned.
+    """Only what trains is planned ahead: what stage=score takes depends on its texts.
 
     Raises:
         ConfigError: If the stage does not.
@@ -85,36 +85,72 @@ def _named(model_init: dict[str, Any], name: str, options: Any) -> ModelShape:
     return model_shape({"vocab_size": 512} | model_init, name, options.trust_remote_code)
 
 
-def plan_run(options: Any, machine: Machine, devices: int = 1) -> Solved:
-    """Decide every `auto` of a run that trains, and plan its memory."""
-    teacher, student = shapes_of(options)
-    return solve(options, teacher, student, machine, devices)
+@dataclass(frozen=True)
+class Assessment:
+    """A plan, and what speaks against starting with it.
+
+    Attributes:
+        nearest: Settings that fit, where these do not and any were found.
+        memory: What does not fit onto the device, into host memory or onto the disk.
+        start: What the run would refuse once it knows its device and its models' configs.
+    """
+
+    problem: Problem
+    solved: Solved
+    nearest: Change | None
+    memory: list[Fault]
+    start: list[Fault]
+
+    def text(self, full: bool) -> str:
+        return plan_text(self.solved, self.problem.machine, full)
 
 
-def planned_options(options: Any, devices: int = 1) -> Any:
-    """Show the plan of a run that is about to start, and return its options with every `auto` decided.
+def problem_of(options: Any, vram_gb: float | None = None, devices: int = 1, longest: int | None = None) -> Problem:
+    """What is to be planned for a run, from its options and what this machine and the models' configs tell.
+
+    Args:
+        vram_gb: Plan for a card of so many GB that need not be here; None for the one that is.
+        longest: Tokens of the longest text of stage=score.
 
     Raises:
-        ConfigError: If it does not fit, with the nearest settings that do.
+        ConfigError: If a config or the card cannot be read.
     """
-    machine = machine_for(options)
-    teacher, student = shapes_of(options)
-    solved = solve(options, teacher, student, machine, devices)
-    logger.info("%s", plan_text(solved, machine, full=solved.plan.work.device == "cuda"))
-    nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine, devices)
-    faults = memory_faults(solved, machine, nearest)
-    if faults and not options.ignore_memory_plan:
+    return Problem(options, *shapes_of(options), machine_for(options, vram_gb), devices, longest)
+
+
+def assess(problem: Problem) -> Assessment:
+    """Decide every `auto`, plan the memory, and collect what speaks against a start."""
+    solved = solve(problem)
+    nearest = None if solved.plan.fits else nearest_fit(problem)
+    return Assessment(problem, solved, nearest, memory_faults(solved, problem.machine, nearest), start_faults(solved))
+
+
+def planned_options(options: Any, devices: int = 1, longest: int | None = None) -> Any:
+    """Show the plan of a run that is about to start, and return its options with every `auto` decided.
+
+    Args:
+        longest: Tokens of the longest text of stage=score.
+
+    Raises:
+        ConfigError: If it does not fit, with the nearest settings that do, or could not start.
+    """
+    found = assess(problem_of(options, devices=devices, longest=longest))
+    logger.info("%s", found.text(full=found.solved.plan.work.device == "cuda"))
+    faults = found.start + ([] if options.ignore_memory_plan else found.memory)
+    if faults:
         raise ConfigError(faults)
-    for fault in faults:
+    for fault in found.memory:
         logger.warning("ignore_memory_plan: %s", fault)
-    return solved.options
+    return found.solved.options
 
 
 def start_faults(solved: Solved) -> list[Fault]:
     """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
     options, work = solved.options, solved.plan.work
     dtype = TORCH_DTYPES[work.precision]
-    faults = precision_faults(options, work.device) + optimizer_faults(options, work.device, dtype)
+    faults = precision_faults(options, work.device)
+    if work.trains:
+        faults += optimizer_faults(options, work.device, dtype)
     if work.is_rl:
         faults += device_faults(options, work.device, dtype, work.student_mode)
         faults += position_faults(options, work.teacher.max_positions)
@@ -156,16 +192,12 @@ def run_plan(options: Any, vram_gb: float | None = None) -> bool:
         Whether it fits.
     """
     check_planned(options)
-    machine = machine_for(options, vram_gb)
-    teacher, student = shapes_of(options)
-    solved = solve(options, teacher, student, machine)
-    print(plan_text(solved, machine, full=True))
-    print("\n" + knobs_text(solved, knobs(options, teacher, student, machine)))
-    nearest = None if solved.plan.fits else nearest_fit(options, teacher, student, machine)
-    faults = memory_faults(solved, machine, nearest)
-    if not machine.is_here:
-        faults = [fault for fault in faults if fault.key == "memory"]
-    faults += start_faults(solved)
-    if faults:
+    found = assess(problem_of(options, vram_gb))
+    print(found.text(full=True))
+    print("\n" + knobs_text(found.solved, knobs(found.problem)))
+    memory = found.memory
+    if not found.problem.machine.is_here:
+        memory = [fault for fault in memory if fault.key == "memory"]
+    if faults := memory + found.start:
         print(f"\n{ConfigError(faults)}")
     return not faults

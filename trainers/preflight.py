@@ -17,9 +17,9 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run
 from trainers.errors import ConfigError, Fault
 from trainers.machine import GB, Machine
-from trainers.planning import check_planned, machine_for, memory_faults, shapes_of, start_faults
+from trainers.planning import Assessment, assess, check_planned, problem_of
 from trainers.reward_specs import asked_student
-from trainers.solve import Change, Solved, device_of, nearest_fit, solve
+from trainers.solve import Solved, device_of
 from trainers.workload import GIB
 
 Level = Literal["error", "warning", "ok"]
@@ -86,20 +86,19 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
     try:
         options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
         check_planned(options)
-        teacher, student = shapes_of(options)
-        machine = machine_for(options, vram_gb)
+        problem = problem_of(options, vram_gb)
+        machine = problem.machine
         findings += _card(options, machine, vram_gb)
         if device_of(options, machine) == "cuda" and machine.card is None:
             return Preflight(findings, None, machine)
-        solved = solve(options, teacher, student, machine)
+        found = assess(problem)
     except ConfigError as error:
         return Preflight(findings + _configuration(error.faults), None, None)
-    findings += _configuration(start_faults(solved))
-    findings += _memory(solved, machine, None if solved.plan.fits else nearest_fit(options, teacher, student, machine))
+    findings += _configuration(found.start) + _memory(found)
     # What the machine that has the card can reach is not known here.
     there = [_wandb(options), *_models(options)]
     findings += [replace(f, level="warning") if not machine.is_here and f.level == "error" else f for f in there]
-    return Preflight(findings, solved, machine)
+    return Preflight(findings, found.solved, machine)
 
 
 def _configuration(faults: Sequence[Fault]) -> list[Finding]:
@@ -206,11 +205,11 @@ def _compiler() -> Finding:
     return Finding("compiler", "ok", "C, C++ and Python.h")
 
 
-def _memory(solved: Solved, machine: Machine, nearest: Change | None) -> list[Finding]:
-    plan = solved.plan
+def _memory(assessed: Assessment) -> list[Finding]:
+    plan, machine = assessed.solved.plan, assessed.problem.machine
     spare = f"GiB ({plan.peak_phase}), {100 * plan.spare:.0f} % to spare"
     rest: Level = "error" if machine.is_here else "warning"
-    faults = {fault.key: fault for fault in memory_faults(solved, machine, nearest)}
+    faults = {fault.key: fault for fault in assessed.memory}
     findings = []
     for key, level, need, free, unit in (
         ("memory", "error", plan.peak, plan.available, spare),

@@ -43,7 +43,7 @@ def asks_student(options: Any) -> bool:
 
 def asked_student(options: Any) -> bool:
     """Whether a student is loaded at all."""
-    return options.stage == "rl" and asks_student(options)
+    return options.stage in ("rl", "score") and asks_student(options)
 
 
 def model_keys(options: Any) -> tuple[str, ...]:

@@ -11,15 +11,12 @@ from trl import GRPOConfig
 from data.render import Renderer
 from trainers.batch import batch_plan
 from trainers.engine import Engine
-from trainers.engine_specs import device_faults, position_faults
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import FrozenModel
-from trainers.judges import check_models, frozen_mode, load_frozen, make_renderer, make_scorer, tokens_per_pass
+from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
 from trainers.memory_watch import MemoryWatch
 from trainers.merge import whole_model
-from trainers.model_shapes import max_positions
-from trainers.models import load_config, resolve_place
-from trainers.optim_specs import optimizer_faults
+from trainers.models import resolve_place
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.overlap import ScoreAhead
@@ -48,7 +45,6 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     """
     logger.info("batch: %s", batch_plan(options).equation())
     device, dtype = resolve_place(options)
-    check_device(options, device, dtype)
     arguments = grpo_config(options, output_dir, dtype)
     own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
@@ -64,7 +60,6 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
-    check_positions(options, start.path)
     use_tensorboard_dir(output_dir)
     model = load_teacher(options, start.path, dtype, start.adapter)
     engine = sentinel = judge = probes = None
@@ -79,7 +74,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples_of(rows))
         judge = make_judge(options, scorer, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
-        probes = Probes(judge.scorer, options.num_probes, tokens_per_pass(options))
+        probes = Probes(judge.scorer, options.num_probes, options.student_tokens_per_pass)
     timer = PhaseTimer(MemoryWatch(device))
     trainer = TeacherGRPOTrainer(
         options=options,
@@ -100,18 +95,6 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     )
     train_and_report(trainer, options, output_dir)
     return output_dir
-
-
-def check_device(options: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what this device cannot do.
-
-    Raises:
-        ConfigError: With every fault.
-    """
-    mode = frozen_mode(options, "student_model", device) if asks_student(options) else None
-    where = device.type, str(dtype)
-    if faults := device_faults(options, *where, mode) + optimizer_faults(options, *where):
-        raise ConfigError(faults)
 
 
 def load_reference(
@@ -157,17 +140,6 @@ def start_engine(
     tag_ids = teacher.encode_text(tag) if tag else None
     tokenizer_path = teacher.tokenizer.name_or_path or path
     return Engine(model, path, options, device, dtype, list(teacher.end_ids), tag, tag_ids, output_dir, tokenizer_path)
-
-
-def check_positions(options: Any, path: str) -> None:
-    """Refuse lengths that the teacher has no positions for.
-
-    Raises:
-        ConfigError: With the longest completion that fits.
-    """
-    limit = max_positions(load_config(path, "model_name_or_path", options.trust_remote_code))
-    if faults := position_faults(options, limit):
-        raise ConfigError(faults)
 
 
 def grpo_config(options: Any, output_dir: Path, dtype: torch.dtype) -> GRPOConfig:

@@ -9,17 +9,21 @@ from datasets import Dataset
 
 from data.explanation import written_explanation
 from data.load import read_rows, select_texts
+from data.render import Renderer
 from trainers.errors import ConfigError, Fault
 from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
 from trainers.merge import whole_model
 from trainers.models import resolve_place
+from trainers.planning import planned_options
 from trainers.quantized import samples_of
 from trainers.scoring import Scored, teacher_logprobs
 from trainers.warmup import resolve_model
+from trainers.workload import SCORED_AT_ONCE
 
 logger = logging.getLogger(__name__)
 
-BATCH = 256  # rows whose scores are written together
+MEASURED = 64  # texts whose tokens are counted before anything is loaded
+MODELS = ("model_name_or_path", "student_model")
 # What data may say of the closing tag, as text; nothing: it is there.
 CLOSED = dict.fromkeys(("true", "1", "1.0", "none", ""), True) | dict.fromkeys(("false", "0", "0.0"), False)
 
@@ -33,20 +37,18 @@ def run_score(options: Any, output_dir: Path) -> Path:
     device, dtype = resolve_place(options)
     rows = load_score_rows(options)
     check_models(options)
-    teacher_path, student_path = (
-        whole_model(options, key, resolve_model(getattr(options, key), options), output_dir, dtype)
-        for key in ("model_name_or_path", "student_model")
-    )
-    teacher = make_renderer(options, teacher_path, "model_name_or_path")
-    student = make_renderer(options, student_path, "student_model")
+    options = options.model_copy(update={key: resolve_model(getattr(options, key), options) for key in MODELS})
+    teacher, student = (make_renderer(options, getattr(options, key), key) for key in MODELS)
+    options = planned_options(options, longest=longest_text(rows, teacher, student))
+    teacher_path, student_path = (whole_model(options, key, getattr(options, key), output_dir, dtype) for key in MODELS)
     samples = samples_of(rows)
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
     teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, options.temperature)
     path = output_dir / "scores.jsonl"
     rewards: list[float] = []
     with path.open("w", encoding="utf-8") as file:
-        for start in range(0, len(rows), BATCH):
-            batch = rows.select(range(start, min(start + BATCH, len(rows)))).to_list()
+        for start in range(0, len(rows), SCORED_AT_ONCE):
+            batch = rows.select(range(start, min(start + SCORED_AT_ONCE, len(rows)))).to_list()
             explanations = [written_explanation(teacher, row["explanation"], row["closed"]) for row in batch]
             questions, solutions = [r["question"] for r in batch], [r["solution"] for r in batch]
             logprobs = teacher_logprobs(
@@ -88,6 +90,22 @@ def load_score_rows(options: Any) -> Dataset:
         cause = f"row {at} has {given[at]!r} in the column {options.closed_column!r}"
         raise ConfigError(Fault(key, path, cause, "true, or false where the closing tag is missing"))
     return rows.add_column("closed", closed)
+
+
+def longest_text(rows: Dataset, teacher: Renderer, student: Renderer) -> int:
+    """Tokens of the longest text that teacher or student will read, found among those with the most characters."""
+    columns = ("question", "solution", "explanation")
+    sizes = [sum(map(len, row)) for row in zip(*(rows[name] for name in columns), strict=True)]
+    most = sorted(range(len(rows)), key=lambda i: sizes[i])[-MEASURED:]
+    texts = [
+        renderer.encode(parts)
+        for question, solution, explanation in ([row[name] for name in columns] for row in rows.select(most))
+        for renderer, parts in (
+            (teacher, teacher.teacher(question, solution, explanation)),
+            (student, student.student(question, explanation, solution)),
+        )
+    ]
+    return max(len(text.ids) for text in texts)
 
 
 def _line(result: Scored | str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from trainers.models import (
     make_tokenizer,
     resolve_place,
 )
-from trainers.optim_specs import optimizer_faults
 from trainers.optimizers import OwnOptimizer
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -51,8 +50,6 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
         The folder of the trained model.
     """
     device, dtype = resolve_place(options)
-    if faults := optimizer_faults(options, device.type, str(dtype)):
-        raise ConfigError(faults)
     rows = load_train_rows(options)
     eval_rows = load_eval_rows(options) if options.eval_strategy != "no" else None
     check_traces(rows, options)

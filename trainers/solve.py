@@ -19,12 +19,34 @@ from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
 from trainers.model_shapes import ModelShape
 from trainers.optim_specs import TORCH_DTYPES, optimizer_name
 from trainers.reward_specs import asked_student
-from trainers.workload import GIB, Plan, Workload
+from trainers.workload import GIB, TRAINING, Plan, Workload
 
 SPARE = 0.08  # of the memory: what the solver keeps free
 MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
 TOKENS_PER_PASS = (262144, 131072, 65536, 32768, 16384)
 CPU_TOKENS_PER_PASS = 16384
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be planned.
+
+    Args:
+        options: Checked, with `auto` in them.
+        student: None where none is asked.
+        devices: Processes that train together, each on a device of its own.
+        longest: Tokens of the longest text of stage=score.
+    """
+
+    options: Any
+    teacher: ModelShape
+    student: ModelShape | None
+    machine: Machine
+    devices: int = 1
+    longest: int | None = None
+
+    def changed(self, settings: dict[str, Any]) -> "Problem":
+        return replace(self, options=self.options.model_copy(update=settings))
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,8 @@ def precision_of(options: Any, machine: Machine) -> str:
         return "fp32"
     if machine.card is None or machine.card.compute >= 8:
         return "bf16"
-    return "fp16" if options.use_peft else "fp32"  # as models.resolve_dtype
+    trains_all = options.stage in TRAINING and not options.use_peft
+    return "fp32" if trains_all else "fp16"  # as models.resolve_dtype
 
 
 def available_memory(options: Any, machine: Machine) -> int:
@@ -67,19 +90,20 @@ def available_memory(options: Any, machine: Machine) -> int:
     return machine.card.free
 
 
-def solve(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int = 1) -> Solved:
+def solve(problem: Problem) -> Solved:
     """Decide every `auto`, preferring what is faster, and plan the result.
 
     Where nothing fits both device and host, what fits the device and takes the least of the host is returned, or else
     the most frugal choice: its plan does not fit either.
     """
-    available = available_memory(options, machine)
+    machine = problem.machine
+    available = available_memory(problem.options, machine)
     budget = int(available * (1 - SPARE))
     total = machine.card.total if machine.card is not None else available
     host_free = machine.host_free if machine.is_here else None
     last, short_of_host = None, []
     for enough in (0.25, 0.0):  # a KV cache too small for a quarter of the completions is the last resort
-        for work in _candidates(options, teacher, student, machine, devices):
+        for work in _candidates(problem):
             last = _with_cache(work, budget, available, host_free, total, enough)
             if last.plan.peak <= budget:
                 if last.plan.fits_host:
@@ -89,28 +113,42 @@ def solve(options: Any, teacher: ModelShape, student: ModelShape | None, machine
     return min(short_of_host, key=lambda solved: round(solved.plan.host_need / GIB, 1), default=last)
 
 
-def _candidates(
-    options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int
-) -> Iterator[Workload]:
-    device, precision = device_of(options, machine), precision_of(options, machine)
-    asked = asked_student(options) and student is not None
-    has_reference = options.stage == "rl" and options.beta and not options.use_peft
+def _candidates(problem: Problem) -> Iterator[Workload]:
+    options, teacher, devices = problem.options, problem.teacher, problem.devices
+    device, precision = device_of(options, problem.machine), precision_of(options, problem.machine)
+    student = problem.student if asked_student(options) else None
+    trains = options.stage in TRAINING
     choices = product(
-        _optimizers(options, precision, device),
-        _student_modes(options, student, device) if asked else [None],
-        _modes(options.reference_mode, teacher, device, options.offload_untrained_models) if has_reference else [None],
-        _micro_batches(options, devices),
+        _optimizers(options, precision, device) if trains else [None],
+        _student_modes(options, student, device) if student is not None else [None],
+        _reference_modes(options, teacher, device),
+        _micro_batches(options, devices) if trains else [None],
         _tokens_per_pass(options, device),
     )
     for optimizer, student_mode, reference_mode, micro_batch, tokens in choices:
-        update = {"per_device_train_batch_size": micro_batch, "optim": optimizer}
-        if options.stage == "rl":
+        update = {"per_device_train_batch_size": micro_batch, "optim": optimizer} if trains else {}
+        if options.stage != "sft":
             update |= {"student_tokens_per_pass": tokens}
             update |= {"student_mode": student_mode} if student_mode else {}
             update |= {"reference_mode": reference_mode} if reference_mode else {}
-        decided = options.model_copy(update=update)
-        models = (teacher, student if asked else None)
-        yield Workload(decided, *models, device, precision, optimizer, student_mode, reference_mode, 0, devices)
+        yield Workload(
+            options=options.model_copy(update=update),
+            teacher=teacher,
+            student=student,
+            device=device,
+            precision=precision,
+            optimizer=optimizer,
+            student_mode=student_mode,
+            reference_mode=reference_mode,
+            kv_cache=0,
+            devices=devices,
+            longest=problem.longest,
+        )
+
+
+def reads_teacher(options: Any) -> bool:
+    """Whether the teacher is read as a frozen model too: the reference of beta, the teacher of stage=score."""
+    return options.stage == "score" or bool(options.stage == "rl" and options.beta and not options.use_peft)
 
 
 def _optimizers(options: Any, precision: str, device: str) -> list[str]:
@@ -121,10 +159,16 @@ def _optimizers(options: Any, precision: str, device: str) -> list[str]:
 def _student_modes(options: Any, student: ModelShape, device: str) -> list[str]:
     if options.student_quantization and options.student_mode == "auto":
         return ["resident"]
-    if options.overlap_scoring and options.student_mode == "auto":
+    if getattr(options, "overlap_scoring", False) and options.student_mode == "auto":
         return ["resident"]  # a streamed student reads a whole batch at once
     offload = options.offload_untrained_models and not options.disable_student_offloading
     return _modes(options.student_mode, student, device, offload)
+
+
+def _reference_modes(options: Any, teacher: ModelShape, device: str) -> list[str | None]:
+    if not reads_teacher(options):
+        return [None]
+    return [*_modes(options.reference_mode, teacher, device, options.offload_untrained_models)]
 
 
 def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str]:
@@ -249,25 +293,26 @@ def _changed(options: Any, knob: dict[str, Any]) -> dict[str, Any]:
     return settings if leads in settings else {}
 
 
-def knobs(options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine) -> list[Change]:
+def knobs(problem: Problem) -> list[Change]:
     """Each single change that takes another amount of memory, with the plan it leads to."""
     changes = []
-    now = solve(options, teacher, student, machine).plan.peak
+    now = solve(problem).plan.peak
     for knob in (*FRUGAL, *OTHERS):
-        settings = _changed(options, knob)
-        if settings and _applies(options, settings, machine):
-            change = Change(settings, solve(options.model_copy(update=settings), teacher, student, machine))
+        settings = _changed(problem.options, knob)
+        if settings and _applies(problem, settings):
+            change = Change(settings, solve(problem.changed(settings)))
             if change.solved.plan.peak != now:
                 changes.append(change)
     return changes
 
 
-def _applies(options: Any, settings: dict[str, Any], machine: Machine, devices: int = 1) -> bool:
+def _applies(problem: Problem, settings: dict[str, Any]) -> bool:
     """Whether a change makes sense with the rest of the options, and would be taken."""
+    options, machine = problem.options, problem.machine
     if not _makes_sense(options, settings, machine):
         return False
     changed = options.model_copy(update=settings)
-    faults = option_faults(changed, devices, REPO, needs_device=False)
+    faults = option_faults(changed, problem.devices, REPO, needs_device=False)
     if options.stage == "rl":
         mode = "resident" if changed.student_mode == "auto" else changed.student_mode
         dtype = TORCH_DTYPES[precision_of(changed, machine)]
@@ -283,29 +328,26 @@ def _makes_sense(options: Any, settings: dict[str, Any], machine: Machine) -> bo
     if settings.get("optim") in ("adamw_8bit", "cpu_offload"):
         return not adapters and precision_of(options, machine) == "bf16"
     if {"student_mode", "reference_mode"} & settings.keys() and "use_peft" not in settings:
-        reads_reference = options.stage == "rl" and options.beta and not adapters
         streams_at_all = device == "cuda" or "streamed" in settings.values()
-        return streams_at_all and ("student_mode" in settings or reads_reference)
+        return streams_at_all and ("student_mode" in settings or reads_teacher(options))
     return settings.get("precision") != "bf16" or device == "cuda"
 
 
-def nearest_fit(
-    options: Any, teacher: ModelShape, student: ModelShape | None, machine: Machine, devices: int = 1
-) -> Change | None:
+def nearest_fit(problem: Problem) -> Change | None:
     """Settings that fit device and host: one change after another, the least painful first, and then none of them that
     the others make needless; None if nothing fits."""
     steps: list[dict[str, Any]] = []
 
     def with_steps(steps: list[dict[str, Any]]) -> Change:
         settings = {k: v for step in steps for k, v in step.items()}
-        settings = {k: v for k, v in settings.items() if v != getattr(options, k)}
-        return Change(settings, solve(options.model_copy(update=settings), teacher, student, machine, devices))
+        settings = {k: v for k, v in settings.items() if v != getattr(problem.options, k)}
+        return Change(settings, solve(problem.changed(settings)))
 
     best = with_steps(steps)
     for knob in (*FRUGAL, {"max_completion_length": 0.5}, {"max_completion_length": 0.5}):
-        current = options.model_copy(update=best.settings)
-        settings = _changed(current, knob)
-        if not settings or not _applies(current, settings, machine, devices):
+        current = problem.changed(best.settings)
+        settings = _changed(current.options, knob)
+        if not settings or not _applies(current, settings):
             continue
         change = with_steps([*steps, settings])
         if change.solved.plan.missing < best.solved.plan.missing:
@@ -325,9 +367,9 @@ def nearest_fit(
 def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
     """What a user reads whose run does not fit the device."""
     plan = solved.plan
-    cause = (
-        f"the {plan.peak_phase} phase needs {plan.peak / GIB:.1f} GiB and {plan.available / GIB:.1f} GiB are free "
-        f"({batch_plan(solved.options).equation() if solved.options.stage == 'rl' else 'SFT'})"
-    )
+    stage = solved.options.stage
+    work = batch_plan(solved.options).equation() if stage == "rl" else f"stage={stage}"
+    need, free = plan.peak / GIB, plan.available / GIB
+    cause = f"the {plan.peak_phase} phase needs {need:.1f} GiB and {free:.1f} GiB are free ({work})"
     remedy = nearest.as_remedy() if nearest else "a smaller model"
     return ConfigError(Fault("memory", ..., cause, f"{remedy}; ignore_memory_plan=true starts it all the same"))

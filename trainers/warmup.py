@@ -102,14 +102,14 @@ def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | No
         logger.info("%s: kept from an earlier run in %s", path, folder)
         return str(folder)
     start = resolve_model(checked.model_name_or_path, checked, root)
-    from trainers.planning import machine_for, plan_run
+    from trainers.planning import planned_options
     from trainers.sft import run_sft
 
     logger.info("%s: training it now, later runs find it in %s", path, folder)
     # A folder of its own until it is whole: neither an interrupted warm-up nor one beside this can be taken for it.
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
-    run_sft(plan_run(checked, machine_for(checked)).options, partial, start)
+    run_sft(planned_options(checked), partial, start)
     if folder.exists():  # another run was first; both are alike
         shutil.rmtree(partial)
     else:

@@ -13,6 +13,8 @@ from trainers.optim_specs import OptimizerBytes, optimizer_bytes
 
 GIB = 2**30
 PHASES = ("load", "generate", "score", "update", "save")
+TRAINING = ("sft", "rl")  # stages
+SCORED_AT_ONCE = 256  # rows of stage=score that student and teacher read together
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -23,11 +25,12 @@ class Workload:
     Args:
         device: cuda or cpu.
         precision: fp32, bf16 or fp16.
-        optimizer: By name.
+        optimizer: By name; None where nothing is trained.
         student_mode: resident, streamed or cpu; None where no student is asked.
-        reference_mode: The same for the reference of beta; None without one.
+        reference_mode: The same for the reference of beta, or for the teacher of stage=score; None without either.
         kv_cache: Bytes.
         devices: Processes that train together, each on a device of its own.
+        longest: Tokens of the longest text of stage=score.
     """
 
     options: Any
@@ -35,11 +38,12 @@ class Workload:
     student: ModelShape | None
     device: str
     precision: str
-    optimizer: str
+    optimizer: str | None
     student_mode: str | None
     reference_mode: str | None
     kv_cache: int
     devices: int = 1
+    longest: int | None = None
 
     @property
     def itemsize(self) -> int:
@@ -50,6 +54,10 @@ class Workload:
         return self.options.stage == "rl"
 
     @property
+    def trains(self) -> bool:
+        return self.options.stage in TRAINING
+
+    @property
     def use_peft(self) -> bool:
         return bool(getattr(self.options, "use_peft", False))
 
@@ -57,6 +65,8 @@ class Workload:
     def length(self) -> int:
         """Tokens of prompt and completion."""
         o = self.options
+        if self.longest is not None:
+            return min(self.longest, max(self.teacher.max_positions, self.student.max_positions))
         if self.is_rl:
             return o.max_prompt_length + o.max_completion_length
         return o.max_length or self.teacher.max_positions
@@ -121,6 +131,8 @@ class Workload:
         return [shape for out, inner in linears for shape in ((rank, inner), (out, rank))]
 
     def trained_shapes(self) -> list[tuple[int, ...]]:
+        if not self.trains:
+            return []
         return self.adapter_shapes() if self.use_peft else list(self.teacher.parameters.values())
 
     @property
@@ -138,6 +150,8 @@ class Workload:
 
     @cached_property
     def optimizer_bytes(self) -> OptimizerBytes:
+        if self.optimizer is None:
+            return OptimizerBytes(0, 0, 0)
         return optimizer_bytes(self.optimizer, tuple(self.trained_shapes()), self.trained_itemsize)
 
 

@@ -28,7 +28,8 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.machine import GB
 from trainers.memory import max_num_seqs
-from trainers.planning import machine_for, plan_run
+from trainers.planning import problem_of
+from trainers.solve import solve
 
 # Of bridges.py: what is trained, and how; from TRL's defaults to what should need least.
 STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -90,7 +91,7 @@ def run_one(preset: str, report: Report, arguments: Namespace, models: Path) -> 
 def engine_of(preset: str) -> list[str]:
     """The engine's settings that the plan finds for the preset's own batch on this card."""
     options = load_options(compose_run(f"teacher_rlt_mono_{preset}"))
-    solved = plan_run(options, machine_for(options)).options
+    solved = solve(problem_of(options)).options
     return [f"kv_cache_gib={solved.kv_cache_gib}", f"max_num_seqs={max_num_seqs(options)}"]
 
 
