@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from trainers.checks import load_options
-from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments
+from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run
 from trainers.errors import ConfigError
 from trainers.planning import planned_options, run_plan
 
@@ -33,8 +33,8 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
 
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     for path in (getattr(options, "model_name_or_path", None), getattr(options, "student_model", None)):
-        if path is not None and path.startswith("run:"):
-            warmup_options(path[4:], options)  # a fault there is told now, not after the first warm-up
+        if name := named_run(path):
+            warmup_options(name, options)  # a fault there is told now, not after the first warm-up
     rank = int(os.environ.get("RANK", "0"))
     output_dir = make_output_dir(options.output_dir, run_name, num_devices)
     start_logging(output_dir, options.activate_debugging_logs, rank)

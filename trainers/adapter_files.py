@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 
 CONFIG = "adapter_config.json"
@@ -137,7 +138,7 @@ def start_faults(options: Any, path: str | None, num_devices: int = 1) -> list[F
         return [
             Fault("adapter_start", how, "use_peft=false trains every weight", "use_peft=true, or adapter_start=merge")
         ]
-    if path is None or path.startswith("run:"):
+    if path is None or named_run(path):
         return []
     if not is_adapter(path):
         if how == "auto":

@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from pydantic import ValidationError
 
 from trainers.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults
 from trainers.batch import batch_plan, check_batch, micro_batch_choices
+from trainers.config import named_run
 from trainers.config_faults import STAGES, invalid_faults, unknown_fault
 from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
 from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.options import CommonOptions, admits_none, options_class
-from trainers.reward_specs import asks_student, reward_faults
+from trainers.reward_specs import reward_faults, uses_student
 
 WITH_MODELS = ("sft", "rl", "score")
 TRAINING = ("sft", "rl")
@@ -25,24 +27,44 @@ TRAINING = ("sft", "rl")
 
 @dataclass(frozen=True)
 class Check:
-    """A check of options that concern each other; it is left out where one that it reads is itself invalid."""
+    """A check of options that concern each other.
+
+    Attributes:
+        of_device: Whether it depends on the GPU that the run is for.
+    """
 
     stages: tuple[str, ...]
-    reads: tuple[str, ...]
+    of_device: bool
     run: Callable[[Any, int, Path], list[Fault]]
 
 
 CHECKS: list[Check] = []
 
 
-def check(*reads: str, stages: tuple[str, ...] = WITH_MODELS) -> Callable:
-    """Register a check of `stages` that reads these options."""
+def check(stages: tuple[str, ...] = WITH_MODELS, of_device: bool = False) -> Callable:
+    """Register a check of `stages`."""
 
     def register(function: Callable[[Any, int, Path], list[Fault]]) -> Callable:
-        CHECKS.append(Check(stages, reads, function))
+        CHECKS.append(Check(stages, of_device, function))
         return function
 
     return register
+
+
+class _InvalidOption(Exception):
+    """A check has read an option that is told to be wrong by itself."""
+
+
+class _ValidOptions:
+    """Options, of which those that are wrong by themselves cannot be read."""
+
+    def __init__(self, options: Any, invalid: Set[str]) -> None:
+        self._options, self._invalid = options, invalid
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._invalid:
+            raise _InvalidOption(name)
+        return getattr(self._options, name)
 
 
 LOCAL_DATA = (".jsonl", ".json", ".parquet", ".csv")
@@ -91,14 +113,17 @@ def option_faults(
     """What is wrong with the options together; see `load_options`.
 
     Args:
-        invalid: Options that are told to be wrong by themselves: checks that read them are left out.
+        invalid: Options that are told to be wrong by themselves: checks that come to read one are left out.
     """
-    of_device = () if needs_device else (_check_device, _check_optimizer, _check_precision)
-    checks = [c for c in CHECKS if options.stage in c.stages and not invalid & set(c.reads) and c.run not in of_device]
-    return [fault for c in checks for fault in c.run(options, num_devices, repo)]
+    readable, faults = _ValidOptions(options, invalid), []
+    for each in CHECKS:
+        if options.stage in each.stages and (needs_device or not each.of_device):
+            with suppress(_InvalidOption):  # what follows from a wrong value would mislead
+                faults += each.run(readable, num_devices, repo)
+    return faults
 
 
-@check("device", "activation_offloading")
+@check(of_device=True)
 def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     gpus = num_cuda_devices()
     if options.device == "cuda" and gpus == 0:
@@ -126,15 +151,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-@check(
-    "train_batch_size",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "num_generations",
-    "num_generations_eval",
-    "generation_aggregation_steps",
-    stages=TRAINING,
-)
+@check(stages=TRAINING)
 def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     per_device = options.per_device_train_batch_size
     if per_device == "auto":
@@ -164,7 +181,7 @@ def _check_eval_batch(options: Any) -> list[Fault]:
     return []
 
 
-@check("optim", "use_peft", "device", "precision", stages=TRAINING)
+@check(stages=TRAINING, of_device=True)
 def _check_optimizer(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     device = "cuda" if options.device != "cpu" and num_cuda_devices() else "cpu"
     automatic = {"cuda": "bf16", "cpu": "fp32"}[device]  # the run looks again: an old GPU has no bf16
@@ -172,7 +189,7 @@ def _check_optimizer(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return optimizer_faults(options, device, TORCH_DTYPES[precision])
 
 
-@check("model_name_or_path", "model_init", "student_model", "reward_funcs")
+@check()
 def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     fresh = options.stage == "sft" and options.model_init is not None
@@ -186,7 +203,7 @@ def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
         faults.append(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
     faults += _check_model_path("model_name_or_path", options.model_name_or_path, num_devices, repo)
     if options.stage != "sft":
-        if options.student_model is None and asks_student(options):
+        if options.student_model is None and uses_student(options):
             cause = "the reward needs a student"
             faults.append(Fault("student_model", None, cause, "student_model=<folder, hub id or run:NAME>"))
         faults += _check_model_path("student_model", options.student_model, num_devices, repo)
@@ -197,18 +214,16 @@ def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path)
     """A path that looks local must hold a model; a hub id can only be judged when it is loaded."""
     if value is None:
         return []
-    if value.startswith("run:"):
+    if name := named_run(value):
         if num_devices > 1:
             cause = "a warm-up that is trained on demand takes one process"
-            return [
-                Fault(key, value, cause, f"train it first (./launch_mono.sh {value[4:]}.yaml), then name its folder")
-            ]
+            return [Fault(key, value, cause, f"train it first (./launch_mono.sh {name}.yaml), then name its folder")]
         runs = sorted(p.stem for p in (repo / "cfgs/run_cfg").glob("*.yaml"))
-        if value[4:] in runs:
+        if name in runs:
             return []
-        near = difflib.get_close_matches(value[4:], runs, n=1)
+        near = difflib.get_close_matches(name, runs, n=1)
         remedy = f"did you mean run:{near[0]}?" if near else f"one of: {', '.join(runs)}"
-        return [Fault(key, value, f"there is no cfgs/run_cfg/{value[4:]}.yaml", remedy)]
+        return [Fault(key, value, f"there is no cfgs/run_cfg/{name}.yaml", remedy)]
     path = Path(value).expanduser()
     if not looks_local(value) or (path / "config.json").is_file() or is_adapter(value):  # see _check_adapters
         return []
@@ -216,22 +231,22 @@ def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path)
     return [Fault(key, value, cause, "give the folder that save_pretrained() wrote, or a hub id as owner/name")]
 
 
-@check("model_name_or_path", "student_model", "use_peft", "adapter_start", "model_init", "lora_target_modules")
+@check()
 def _check_adapters(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return adapter_faults(options, num_devices, options.stage in TRAINING)
 
 
-@check("model_name_or_path", "base_model", "output_dir", stages=("merge",))
+@check(stages=("merge",))
 def _check_merge(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return merge_faults(options, num_devices)
 
 
-@check("precision", "device", "use_peft")
+@check(of_device=True)
 def _check_precision(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return precision_faults(options, "cpu" if options.device == "cpu" or num_cuda_devices() == 0 else "cuda")
 
 
-@check("dataset_id_or_path", "eval_dataset_id_or_path")
+@check()
 def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if options.dataset_id_or_path is None:
         remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, a folder or a hub id>"
@@ -246,7 +261,7 @@ def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-@check("report_before_after", "eval_strategy", "eval_on_start", "eval_dataset_id_or_path", stages=TRAINING)
+@check(stages=TRAINING)
 def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if not _evaluates(options) or options.eval_dataset_id_or_path or options.eval_dataset_split:
         return []
@@ -260,16 +275,7 @@ def _evaluates(options: Any) -> bool:
     return report or options.eval_strategy != "no" or options.eval_on_start
 
 
-@check(
-    "use_ray",
-    "use_vllm_server",
-    "vllm_max_model_length",
-    "max_prompt_length",
-    "max_completion_length",
-    "beta",
-    "sync_ref_model",
-    stages=("rl",),
-)
+@check(stages=("rl",))
 def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     for key in ("use_vllm_server", "use_ray"):
@@ -293,33 +299,17 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-@check(
-    "weight_bridge",
-    "use_vllm",
-    "use_peft",
-    "vllm_kwargs",
-    "max_num_seqs",
-    "sync_ref_model",
-    "reference_mode",
-    "student_mode",
-    "overlap_scoring",
-    "record_rollouts",
-    "replay_rollouts",
-    "generation_kwargs",
-    "reward_funcs",
-    "kl_penalty_reward_coeff",
-    stages=("rl",),
-)
+@check(stages=("rl",))
 def _check_generation(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return engine_faults(options)
 
 
-@check("reward_funcs", "reward_weights", "max_completion_length", "length_soft_cache", "keep_scores", stages=("rl",))
+@check(stages=("rl",))
 def _check_reward_funcs(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return reward_faults(options)
 
 
-@check("loss_type", "vllm_importance_sampling_mode", stages=("rl",))
+@check(stages=("rl",))
 def _check_loss(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     mode = options.vllm_importance_sampling_mode
     if options.loss_type != "vespo" or mode.startswith("token"):
@@ -328,13 +318,7 @@ def _check_loss(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return [Fault("vllm_importance_sampling_mode", mode, cause, f"vllm_importance_sampling_mode={remedy}")]
 
 
-@check(
-    "answer_log_prob_coeff",
-    "reduction_log_prob_fn",
-    "kl_penalty_reward_coeff",
-    "reduction_kl_fn",
-    stages=("rl", "score", "rescore"),
-)
+@check(stages=("rl", "score", "rescore"))
 def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     pairs = (
@@ -351,7 +335,7 @@ def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-@check("chat_template", "student_chat_template")
+@check()
 def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     for key in ("chat_template", "student_chat_template"):
@@ -364,7 +348,7 @@ def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-@check("keep_scores", "output_dir", stages=("rl", "score"))
+@check(stages=("rl", "score"))
 def _check_kept_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if not options.keep_scores or options.output_dir is None:
         return []
@@ -374,7 +358,7 @@ def _check_kept_scores(options: Any, num_devices: int, repo: Path) -> list[Fault
     return [Fault("keep_scores", True, f"{folder} holds scores of an earlier run", "name another output_dir")]
 
 
-@check("student_mode", "student_quantization", stages=("rl", "score"))
+@check(stages=("rl", "score"))
 def _check_student_mode(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if options.student_mode != "streamed" or options.student_quantization is None:
         return []
@@ -382,7 +366,7 @@ def _check_student_mode(options: Any, num_devices: int, repo: Path) -> list[Faul
     return [Fault("student_mode", "streamed", cause, "student_mode=resident, or student_quantization=null")]
 
 
-@check("scores", stages=("rescore",))
+@check(stages=("rescore",))
 def _check_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if options.scores is not None and list(Path(options.scores).expanduser().glob("*.safetensors")):
         return []

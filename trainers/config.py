@@ -22,6 +22,11 @@ SAME = {"unbias_student_log_probs_temp": "student_temperature"}
 OmegaConf.register_new_resolver("repo", lambda path: str(REPO / path), replace=True)
 
 
+def named_run(path: str | None) -> str | None:
+    """NAME of `run:NAME`, the model that cfgs/run_cfg/NAME.yaml trains; None for any other model."""
+    return path[4:] if path is not None and path.startswith("run:") else None
+
+
 def find_run(name: str) -> str:
     """Return the run configuration that `name` means: a bare name, a file name or a path under cfgs/run_cfg.
 

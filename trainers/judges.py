@@ -10,6 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.adapter_files import base_of, tokenizer_of
+from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
@@ -60,7 +61,7 @@ def check_models(options: Any) -> None:
     faults: list[Fault] = []
     for key in model_keys(options):
         path = getattr(options, key)
-        if not path.startswith("run:"):
+        if named_run(path) is None:
             try:
                 make_renderer(options, path, key)
             except ConfigError as error:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from trainers.adapter_files import base_of, is_adapter, is_continued, open_adapter
+from trainers.config import named_run
 from trainers.engine_specs import device_faults, position_faults, quantized_teacher_faults
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine, read_machine
 from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.plan_table import knobs_text, plan_text
-from trainers.reward_specs import asked_student
+from trainers.reward_specs import uses_student
 from trainers.solve import Change, Problem, Solved, device_of, knobs, nearest_fit, refuse, solve
 from trainers.warmup import warmup_options
 from trainers.workload import GIB
@@ -52,7 +53,7 @@ def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
         teacher = _named(options.model_init, "model_init", options)
     else:
         teacher = _with_adapter(options.model_name_or_path, "model_name_or_path", options)
-    if not asked_student(options):
+    if not uses_student(options):
         return teacher, None
     return teacher, _with_adapter(options.student_model, "student_model", options)
 
@@ -62,8 +63,8 @@ def _with_adapter(path: str, key: str, options: Any) -> ModelShape:
 
 
 def _shape(path: str, key: str, options: Any) -> ModelShape:
-    if path.startswith("run:"):
-        warmup = warmup_options(path[4:], options, needs_device=False)[1]
+    if name := named_run(path):
+        warmup = warmup_options(name, options, needs_device=False)[1]
         if warmup.model_name_or_path is None:
             return _named(warmup.model_init, path, options)
         return _shape(warmup.model_name_or_path, key, warmup)
@@ -72,8 +73,8 @@ def _shape(path: str, key: str, options: Any) -> ModelShape:
 
 def _adapter(path: str, key: str, options: Any) -> AdapterShape | None:
     """Of the adapter that a path is, or will be once its warm-up has trained it."""
-    if path.startswith("run:"):
-        warmup = warmup_options(path[4:], options, needs_device=False)[1]
+    if name := named_run(path):
+        warmup = warmup_options(name, options, needs_device=False)[1]
         start = warmup.model_name_or_path
         kept = _adapter(start, "model_name_or_path", warmup) if start is not None and is_continued(warmup) else None
         return (kept or AdapterShape(warmup.lora_r, warmup.lora_target_modules)) if warmup.use_peft else None
@@ -155,7 +156,7 @@ def start_faults(solved: Solved) -> list[Fault]:
         faults += device_faults(options, work.device, dtype, work.student_mode)
         faults += position_faults(options, work.teacher.max_positions)
         path, key = options.model_name_or_path, "model_name_or_path"
-        config = {} if path.startswith("run:") else read_config(base_of(path, key), key)
+        config = {} if named_run(path) else read_config(base_of(path, key), key)
         faults += quantized_teacher_faults(options, config.get("quantization_config"))
     return faults
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainers.checks import load_options
-from trainers.config import CONFIG_DIR, REPO, compose_run
+from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.machine import GB, Machine
 from trainers.planning import Assessment, assess, check_planned, problem_of
-from trainers.reward_specs import asked_student
+from trainers.reward_specs import model_keys
 from trainers.solve import Solved, device_of
 from trainers.workload import GIB
 
@@ -241,12 +241,11 @@ def _wandb(options: Any) -> Finding:
 
 
 def _models(options: Any) -> list[Finding]:
-    keys = ["model_name_or_path", "student_model"] if asked_student(options) else ["model_name_or_path"]
-    return [_model(key, getattr(options, key)) for key in keys if getattr(options, key, None)]
+    return [_model(key, getattr(options, key)) for key in model_keys(options) if getattr(options, key, None)]
 
 
 def _model(key: str, path: str) -> Finding:
-    if path.startswith("run:"):
+    if named_run(path):
         return Finding(key, "ok", f"{path} is trained when it is first needed")
     if Path(path).expanduser().exists():
         return Finding(key, "ok", f"{path} is here")

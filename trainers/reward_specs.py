@@ -36,19 +36,16 @@ def reward_names(options: Any) -> list[str]:
     return [reward_name(entry) for entry in options.reward_funcs]
 
 
-def asks_student(options: Any) -> bool:
-    """Whether the run's rewards come from the student; scoring and rescoring know no others."""
-    return options.stage != "rl" or any(name in OF_STUDENT for name in options.reward_funcs if isinstance(name, str))
-
-
-def asked_student(options: Any) -> bool:
-    """Whether a student is loaded at all."""
-    return options.stage in ("rl", "score") and asks_student(options)
+def uses_student(options: Any) -> bool:
+    """Whether a student is loaded: by stage=score, and where a reward of stage=rl comes from it."""
+    if options.stage != "rl":
+        return options.stage == "score"
+    return any(name in OF_STUDENT for name in options.reward_funcs if isinstance(name, str))
 
 
 def model_keys(options: Any) -> tuple[str, ...]:
     """The options that name the models which this run loads."""
-    return ("model_name_or_path", "student_model") if asks_student(options) else ("model_name_or_path",)
+    return ("model_name_or_path", "student_model") if uses_student(options) else ("model_name_or_path",)
 
 
 def length_soft_cache(options: Any) -> int:
@@ -76,7 +73,7 @@ def reward_faults(options: Any) -> list[Fault]:
     if "accuracy" in entries and _module_is_missing("math_verify"):
         cause = "accuracy needs the package math-verify, which is not installed"
         faults.append(Fault("reward_funcs", entries, cause, "pip install 'math-verify[antlr4_9_3]'"))
-    if options.keep_scores and not asks_student(options):
+    if options.keep_scores and not uses_student(options):
         cause = "no reward function asks the student, so there are no scores to keep"
         faults.append(Fault("keep_scores", True, cause, "keep_scores=false, or add teacher_logprob_kl to reward_funcs"))
     return faults

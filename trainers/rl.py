@@ -25,7 +25,7 @@ from trainers.probes import Probes
 from trainers.quantized import samples_of
 from trainers.result import write_result
 from trainers.reward_funcs import StudentReward, make_reward_funcs, own_functions
-from trainers.reward_specs import asks_student, reward_names
+from trainers.reward_specs import reward_names, uses_student
 from trainers.scoring import ExplanationScorer
 from trainers.sentinel import Sentinel
 from trainers.starts import load_teacher, resolve_start
@@ -52,7 +52,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     start = resolve_start(options, resolve_model(options.model_name_or_path, options), output_dir, dtype)
     teacher = make_renderer(options, start.tokenizer, "model_name_or_path")
     student_path = student = None
-    if asks_student(options):
+    if uses_student(options):
         student_path = resolve_model(options.student_model, options)
         student_path = whole_model(options, "student_model", student_path, output_dir, dtype)
         student = make_renderer(options, student_path, "student_model")

@@ -18,7 +18,7 @@ from trainers.machine import Machine
 from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
 from trainers.model_shapes import ModelShape
 from trainers.optim_specs import TORCH_DTYPES, optimizer_name
-from trainers.reward_specs import asked_student
+from trainers.reward_specs import uses_student
 from trainers.workload import GIB, TRAINING, Plan, Workload
 
 SPARE = 0.08  # of the memory: what the solver keeps free
@@ -116,7 +116,7 @@ def solve(problem: Problem) -> Solved:
 def _candidates(problem: Problem) -> Iterator[Workload]:
     options, teacher, devices = problem.options, problem.teacher, problem.devices
     device, precision = device_of(options, problem.machine), precision_of(options, problem.machine)
-    student = problem.student if asked_student(options) else None
+    student = problem.student if uses_student(options) else None
     trains = options.stage in TRAINING
     choices = product(
         _optimizers(options, precision, device) if trains else [None],

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainers.adapter_files import is_adapter
 from trainers.checks import load_options
-from trainers.config import REPO, compose_run
+from trainers.config import REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 
 logger = logging.getLogger(__name__)
@@ -84,18 +84,17 @@ def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
     data = Path(composed["dataset_id_or_path"])
     if data.is_file():
         digest.update(data.read_bytes())
-    start = composed.get("model_name_or_path") or ""
-    if start.startswith("run:"):  # the warm-up it starts from
-        parent = _composed(start[4:], {key: composed[key] for key in INHERITED if key in composed})
-        digest.update(cached_path(start[4:], parent, root).name.encode())
+    if start := named_run(composed.get("model_name_or_path")):  # the warm-up it starts from
+        parent = _composed(start, {key: composed[key] for key in INHERITED if key in composed})
+        digest.update(cached_path(start, parent, root).name.encode())
     return root / "results" / "warmup" / f"{name}-{digest.hexdigest()[:12]}"
 
 
 def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | None:
     """Return the folder of a model: `run:NAME` is trained if it is not in the cache; anything else stays as it is."""
-    if path is None or not path.startswith("run:"):
+    name = named_run(path)
+    if name is None:
         return path
-    name = path[4:]
     composed, checked = warmup_options(name, options)
     folder = cached_path(name, composed, root)
     if (folder / "config.json").is_file() or is_adapter(str(folder)):
