@@ -1,5 +1,6 @@
 """Rows of question, solution and perhaps a reasoning trace, from a file, a folder or a hub data set."""
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -13,8 +14,6 @@ from data.formats import TagFormat
 from trainers.errors import ConfigError, Fault
 
 logger = logging.getLogger(__name__)
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def read_rows(path: str, split: str, max_samples: int | None, key: str) -> Dataset:
@@ -61,11 +60,15 @@ def _read(path: str, split: str, key: str) -> Dataset:
     if file.is_file() and file.stat().st_size == 0:
         raise ConfigError(Fault(key, path, "the file is empty", "give a data set with at least one row"))
     try:
-        if suffix in READERS and file.exists():
-            return load_dataset(READERS[suffix], data_files=str(file), split="train")
+        if suffix in (".jsonl", ".json") and file.exists():
+            return _from_json(file, key, path)
+        if suffix == ".parquet" and file.exists():
+            return load_dataset("parquet", data_files=str(file), split="train")
         if suffix == ".csv" and file.exists():  # all of it text: 007 and NA are solutions too
             return Dataset.from_pandas(pd.read_csv(file, dtype=str, keep_default_na=False), preserve_index=False)
         found = load_dataset(str(file) if file.exists() else path)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         remedy = "a local .jsonl, .json, .parquet or .csv file works without a network; is it a local path?"
@@ -74,6 +77,48 @@ def _read(path: str, split: str, key: str) -> Dataset:
     if split not in found:
         raise ConfigError(Fault(key, path, f"has no split {split!r}", f"one of: {', '.join(found)}"))
     return found[split]
+
+
+class _Number(str):
+    """A number of JSON as it was written."""
+
+
+def _from_json(file: Path, key: str, path: str) -> Dataset:
+    """Rows of JSON, one on each line or all in a list, whose numbers and dates stay the text that was written."""
+    remedy = "a JSON object on each line, or a list of them"
+
+    def parse(text: str, where: str) -> Any:
+        try:
+            return json.loads(text, parse_float=_Number, parse_int=_Number, parse_constant=_Number)
+        except json.JSONDecodeError as error:
+            raise ConfigError(Fault(key, path, f"cannot be read: {where} is no JSON ({error})", remedy)) from error
+
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        rows = parse(text, "it")
+    else:
+        rows = [parse(line, f"line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ConfigError(Fault(key, path, f"cannot be read: row {number} is no object but {row!r}", remedy))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [_as_column(row.get(name), name) for row in rows] for name in names})
+
+
+def _as_column(value: Any, name: str) -> Any:
+    """Text, or the turns of a conversation: a column holds values of one type."""
+    if value is None or name == "conversations":
+        return value
+    return str(value) if isinstance(value, str) else json.dumps(_unwrapped(value), ensure_ascii=False)
+
+
+def _unwrapped(value: Any) -> Any:
+    """A value within lists and objects, its numbers as numbers."""
+    if isinstance(value, list):
+        return [_unwrapped(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _unwrapped(each) for name, each in value.items()}
+    return json.loads(value) if isinstance(value, _Number) else value
 
 
 def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) -> Dataset:
@@ -104,7 +149,7 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
 
 
 def _text(value: Any) -> str:
-    """A value as text: a solution may be a number, and JSON's 5 beside a 0.1 is read as 5.0."""
+    """A value as text: a solution may be a number, and a column of whole numbers with gaps is one of floats."""
     if value is None:
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -1,45 +1,94 @@
-"""Where tokens lie in their text, for any tokenizer."""
+"""Tokens of a piece of text that stands within a longer one, and where they lie in it, for any tokenizer."""
+
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+_LEADS = ("\n", "|", "a")  # texts to put before a piece, the first that does not merge with it counts
+_MOST_BYTES = 4  # of a character in UTF-8
+
+
+@lru_cache(maxsize=8)
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts a space before every text (SentencePiece's `add_dummy_prefix`: Llama 2, Mistral, Phi-3)."""
+    first = tokenizer.convert_ids_to_tokens(_plain(tokenizer, "a")[:1])
+    return bool(first) and first[0].startswith(("\u2581", "\u0120"))
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[int]]:
+    """What to put before a text so that its own tokens come out as within a longer one: the lead and its ids; nothing
+    for a tokenizer that adds no space."""
+    if _adds_space(tokenizer):
+        for lead in _LEADS:
+            ids, both = _plain(tokenizer, lead), _plain(tokenizer, lead + text)
+            if both[: len(ids)] == ids:
+                return lead, ids
+    return "", []
+
+
+def encode_within(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that others stand before: without special tokens, and without the space that some tokenizers put
+    before whatever they are given."""
+    if not text:
+        return []
+    lead, ids = _lead(tokenizer, text)
+    return _plain(tokenizer, lead + text)[len(ids) :]
+
 
 def token_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, list[int]]:
-    """Decode ids and return the text and, for each token, the number of characters up to its end.
+    """Decode ids that others stand before and return the text and, for each, the number of characters up to its end.
 
     A token that holds only the first bytes of a character ends before it, the last one after it. Tokens are decoded in
     short windows, since the text of a token can depend on the one before (a leading space), as streaming
     decoders do; the cost is linear in the number of tokens.
     """
-    text, ends = "", []
-    window, shown = 0, ""  # first token of the window, and the window's text that is in `text` already
-    fresh = 0  # first token whose text is not
-    for i in range(len(ids)):
-        decoded = tokenizer.decode(ids[window : i + 1], skip_special_tokens=False)
+    lead = _lead(tokenizer, "")[1]
+    ids, text, ends = lead + ids, "", []
+    # First token of the window, first one whose text is not in `text` yet, and the text of those between.
+    window, fresh, shown = 0, len(lead), _decode(tokenizer, lead)
+    for i in range(len(lead), len(ids)):
+        decoded = _decode(tokenizer, ids[window : i + 1])
         if not decoded.endswith("\ufffd") or i == len(ids) - 1:
-            text += decoded[len(shown) :]
+            settled = i + 1
+        else:  # the last few may be bytes of a character to come, those before them are what they are
+            settled = i + 2 - _MOST_BYTES
+            while settled > fresh and not decoded.startswith(_decode(tokenizer, ids[window:settled])):
+                settled -= 1
+        if settled > fresh:
+            text += _decode(tokenizer, ids[window:settled])[len(shown) :]
             # What was just added is the context of the next: a token, or all those that hold bytes of its characters.
-            window, fresh = fresh, i + 1
-            shown = tokenizer.decode(ids[window:fresh], skip_special_tokens=False)
+            window, fresh = fresh, settled
+            shown = _decode(tokenizer, ids[window:fresh])
         ends.append(len(text))
     return text, ends
 
 
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """Encode a text, without special tokens, and return its ids and where each token ends in it, as `token_ends` does.
+    """What `encode_within` makes of a text, and where each token ends in it, as `token_ends` tells.
 
     What a tokenizer's normalizer makes of the text (é of e and an accent) counts as the characters that were given.
     """
     if not text:
         return [], []
     if not tokenizer.is_fast:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_within(tokenizer, text)
         return ids, token_ends(tokenizer, ids)[1]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets, ends = encoded["offset_mapping"], []
-    following = [start for start, _ in offsets[1:]] + [len(text)]
-    for (_, end), start in zip(offsets, following, strict=True):
+    lead, lead_ids = _lead(tokenizer, text)
+    encoded = tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True)
+    places = [(start - len(lead), end - len(lead)) for start, end in encoded["offset_mapping"][len(lead_ids) :]]
+    ends: list[int] = []
+    following = [start for start, _ in places[1:]] + [len(text)]
+    for (_, end), start in zip(places, following, strict=True):
         # Tokens of one character's bytes all have that character's place.
         ends.append(max(ends[-1] if ends else 0, min(end, start)))
     if ends:
         ends[-1] = len(text)
-    return encoded["input_ids"], ends
+    return encoded["input_ids"][len(lead_ids) :], ends

@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data.formats import Part, TagFormat, student_parts, teacher_parts
-from data.offsets import token_ends
+from data.offsets import encode_within, token_ends
 from trainers.errors import ConfigError, Fault
 
 _MARK = "ASSISTANT TURN"
@@ -101,7 +101,7 @@ class Renderer:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a `teacher_prompt`; the padding at its end is tokens of its own, as in `encode`."""
-        return self.encode_text(prompt.removesuffix(self.tags.padding)) + self.padding_ids
+        return self._encode_start(prompt.removesuffix(self.tags.padding)) + self.padding_ids
 
     def padded(self, ends: list[int]) -> list[int]:
         """Where the tokens of padding and explanation end, from where those of the explanation end in it."""
@@ -109,7 +109,11 @@ class Renderer:
         return first + [len(self.tags.padding) + end for end in ends]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a piece of text; templates bring their own BOS, so none is added."""
+        """Token ids of a piece of text that others stand before."""
+        return encode_within(self.tokenizer, text)
+
+    def _encode_start(self, text: str) -> list[int]:
+        """Token ids of what a text begins with; templates bring their own BOS, so none is added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def encode(self, parts: list[Part], given_ids: dict[str, list[int]] | None = None) -> Encoded:
@@ -124,7 +128,7 @@ class Renderer:
         for part in parts:
             part_ids = (given_ids or {}).get(part.name)
             if part_ids is None:
-                part_ids = self.encode_text(part.text)
+                part_ids = self.encode_text(part.text) if ids else self._encode_start(part.text)
             spans[part.name] = (len(ids), len(ids) + len(part_ids))
             ids += part_ids
             sampled += [part.sampled] * len(part_ids)

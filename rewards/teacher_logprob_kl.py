@@ -64,7 +64,7 @@ class TeacherLogprobKL:
             shapes = f"{list(scored.teacher_logprobs.shape)} and {list(scored.student_logprobs.shape)}"
             raise ValueError(f"teacher and student log-probs of the explanation differ in shape: {shapes}")
         logprobs = scored.solution_logprobs.double()
-        kl = self._kl(scored.teacher_logprobs.double(), scored.student_logprobs.double())
+        kl = self._kl(scored.teacher_logprobs, scored.student_logprobs.double())
         lowest = None if self.clip_log_prob is None else -self.clip_log_prob
         answer_values = normalize(logprobs, self.normalize_log_prob_fn, clip_min=lowest)
         kl_values = normalize(kl, self.normalize_kl_fn, clip_max=self.clip_kl)

@@ -18,6 +18,6 @@ FAMILIES = {
     "llama": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": None},
     "phi3": {},
-    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 1.0},  # low: it shows
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32},
 }

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.adapters import add_adapters
 from trainers.engine import Engine, prepare_environment
-from trainers.models import make_tokenizer
+from trainers.models import load_model, make_tokenizer
 from trainers.options import options_class
 
 
@@ -37,10 +37,15 @@ def measure(family: str, use_peft: bool) -> dict[str, float]:
     """Differences before and after three updates, and how far the least moved parameter went."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # scores that are worth capping
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name or "qkv_proj" in name:
+                parameter.mul_(8)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
+        model = load_model(folder, torch.float32, None, "model_name_or_path", False)
         options = options_class("rl")(max_prompt_length=64, max_completion_length=64, seed=1, use_peft=use_peft)
         if use_peft:
             model = add_adapters(model, options)
@@ -72,7 +77,7 @@ def fresh_differences(model, prompts, sampled) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
-        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        fresh = load_model(folder, torch.float32, None, "model_name_or_path", False)
         by_transformers = largest_difference(fresh, prompts, sampled)
         settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "kv_cache_memory_bytes": 2**26}
         llm = LLM(folder, gpu_memory_utilization=0.01, logprobs_mode="processed_logprobs", **settings)

@@ -50,6 +50,10 @@ def changes_of(node: ast.AST) -> list[ast.AST]:
         found.append(node.operand)  # without its minus or its not
     if isinstance(node, ast.If | ast.IfExp):
         found.append(_with(node, test=ast.UnaryOp(ast.Not(), node.test)))
+    if isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise):
+        found.append(ast.Pass())  # without the guard
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "double":
+        found.append(node.func.value)
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         found.append(ast.Constant(not node.value))
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):

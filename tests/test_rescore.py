@@ -34,10 +34,10 @@ def rescore(folder, out, *overrides):
 
 
 def test_what_is_kept_comes_back_exactly_over_several_batches(tmp_path):
-    keeper = ScoreKeeper(tmp_path, by_batch=False)
+    keeper = ScoreKeeper(tmp_path, by_batch=False, formula=TeacherLogprobKL())
     keeper.keep(ROWS[:2])
     keeper.keep([])
-    ScoreKeeper(tmp_path, by_batch=False).keep(ROWS[2:])  # a later keeper goes on counting
+    ScoreKeeper(tmp_path, by_batch=False, formula=TeacherLogprobKL()).keep(ROWS[2:])  # a later keeper goes on counting
     back = load_kept(tmp_path)
     assert [(r.question, r.explanation, r.reward, r.scored.closed) for r in back] == [
         (r.question, r.explanation, r.reward, r.scored.closed) for r in ROWS
@@ -48,7 +48,7 @@ def test_what_is_kept_comes_back_exactly_over_several_batches(tmp_path):
 
 
 def test_same_formula_gives_the_same_rewards_and_no_change(tmp_path):
-    ScoreKeeper(tmp_path / "scores", by_batch=False).keep(ROWS)
+    ScoreKeeper(tmp_path / "scores", by_batch=False, formula=TeacherLogprobKL()).keep(ROWS)
     lines, changes = rescore(tmp_path / "scores", tmp_path / "out")
     assert [line["reward"] for line in lines] == [r.reward for r in ROWS]
     assert [(line["question"], line["explanation"]) for line in lines] == [(r.question, r.explanation) for r in ROWS]
@@ -59,7 +59,7 @@ def test_another_formula_turns_the_ranking_as_worked_out_by_hand(tmp_path):
     # q1 first: r_SS -2.03, KL 4.56, so -6.59; second: -2.02 and -1 for the missing tag, so -3.02: the second is best.
     # Without the KL and the penalty: -2.03 against -2.02, still the second.
     # With the maximum over the solution: -1 against -2: the first is best.
-    ScoreKeeper(tmp_path / "scores", by_batch=False).keep(ROWS)
+    ScoreKeeper(tmp_path / "scores", by_batch=False, formula=TeacherLogprobKL()).keep(ROWS)
     off = ["kl_penalty_reward_coeff=[0,0]", "not_matched_penalty=0"]
     lines, changes = rescore(tmp_path / "scores", tmp_path / "a", *off)
     assert [line["reward"] for line in lines[:2]] == pytest.approx([-2.03, -2.02])
@@ -71,8 +71,20 @@ def test_another_formula_turns_the_ranking_as_worked_out_by_hand(tmp_path):
     assert changes == {"groups": 1, "pairs": 1, "pairs_reversed": 1, "best_changed": 1}
 
 
+def test_what_is_not_set_is_as_it_was_scored(tmp_path):
+    """Without the KL: -2 * 5 - 3 * 0.05 = -10.15; -2 * 5.05 and 2 for the tag; -0.5 * 5.05."""
+    formula = TeacherLogprobKL(answer_log_prob_coeff=[5.0, 0.05], not_matched_penalty=-2.0)
+    ScoreKeeper(tmp_path / "scores", by_batch=False, formula=formula).keep(ROWS)
+    lines, _ = rescore(tmp_path / "scores", tmp_path / "same")
+    assert [line["reward"] for line in lines] == [formula(row.scored)[0] for row in ROWS]
+    lines, _ = rescore(tmp_path / "scores", tmp_path / "out", "kl_penalty_reward_coeff=0")
+    assert [line["reward"] for line in lines] == pytest.approx([-10.15, -12.1, -2.525])
+    with pytest.raises(ConfigError, match="3 coefficients for 2 reductions"):
+        rescore(tmp_path / "scores", tmp_path / "wrong", "answer_log_prob_coeff=[1,2,3]")
+
+
 def test_what_another_policy_wrote_is_ranked_apart(tmp_path):
-    keeper = ScoreKeeper(tmp_path / "scores", by_batch=True)
+    keeper = ScoreKeeper(tmp_path / "scores", by_batch=True, formula=TeacherLogprobKL())
     for _ in range(2):
         keeper.keep(ROWS)
     _, changes = rescore(tmp_path / "scores", tmp_path / "out")
@@ -102,5 +114,5 @@ def test_folder_without_scores_is_refused(tmp_path):
 
 
 def test_options_of_models_are_not_taken():
-    with pytest.raises(ConfigError, match=r"student_temperature=0\.5: used by stage=(rl|score) only"):
+    with pytest.raises(ConfigError, match=r"student_temperature=0\.5: used by stage=rl and stage=score only, this run"):
         load_options(compose_run("rescore", ["scores=x", "student_temperature=0.5"]))

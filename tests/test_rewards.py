@@ -70,6 +70,20 @@ def test_empty_solution_is_an_error_and_not_a_huge_reward():
         TeacherLogprobKL()(scored(solution=()))
 
 
+def test_sides_of_the_kl_that_differ_in_length_are_an_error():
+    for teacher, student in (([-1.0], [-1.0, -2.0]), ([-1.0, -2.0, -3.0], [-1.0, -2.0])):
+        with pytest.raises(ValueError, match="differ in shape"):
+            TeacherLogprobKL()(scored([-1.0], teacher, student))
+
+
+def test_sums_are_taken_in_double_precision():
+    """2**24 + 1 is no fp32."""
+    formula = TeacherLogprobKL(answer_log_prob_coeff=1.0, reduction_log_prob_fn="sum", kl_penalty_reward_coeff=0)
+    assert formula(scored([-16777216.0, -1.0], [], []))[0] == -16777217.0
+    formula = TeacherLogprobKL(answer_log_prob_coeff=0, kl_penalty_reward_coeff=1.0, reduction_kl_fn="sum")
+    assert formula(scored([-1.0], [0.0, 0.0], [-16777216.0, -1.0]))[0] == -16777217.0
+
+
 @pytest.mark.parametrize("coefficient", [0, [0, 0]])
 def test_zero_coefficients_switch_a_term_off(coefficient):
     reduction = "mean" if coefficient == 0 else ["mean", "max"]

@@ -55,6 +55,13 @@ def test_what_data_may_say_of_the_closing_tag(model_dir, tmp_path):
         load_score_rows(options(model_dir, path))
 
 
+def test_a_misspelt_column_of_closing_tags_is_told(model_dir, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "explanation": "2+3=5", "finished": False}])
+    assert load_score_rows(options(model_dir, path, closed_column="finished"))["closed"] == [False]
+    with pytest.raises(ConfigError, match=r"closed_column='finishd'[\s\S]*finished"):
+        load_score_rows(options(model_dir, path, closed_column="finishd"))
+
+
 def test_one_column_may_be_two_things(model_dir, tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS[:1])
     rows = load_score_rows(options(model_dir, path, explanation_column="solution"))
@@ -132,6 +139,16 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(model_dir, tmp_pat
         context.setattr("trainers.judges.load_model", lambda *_, **__: pytest.fail("weights were read"))
         run_score(chosen, tmp_path)
     assert run_score(chosen.model_copy(update={"ignore_memory_plan": True}), tmp_path).exists()
+
+
+def test_a_tokenizer_that_goes_beyond_the_embedding_is_refused(model_dir, tokenizer, tmp_path):
+    short = tmp_path / "student"
+    shutil.copytree(model_dir, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer) - 1}))
+    file = write(tmp_path / "rows.jsonl", [{**ROWS[0], "explanation": "2+3=5"}])
+    with pytest.raises(ConfigError, match=rf"goes up to {len(tokenizer) - 1} .* has {len(tokenizer) - 1} rows"):
+        run_score(options(model_dir, file, student_model=str(short)), tmp_path)
 
 
 def test_missing_explanations_are_named(model_dir, tmp_path):

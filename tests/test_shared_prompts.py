@@ -13,6 +13,7 @@ from trainers.activations import kept_bytes
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.model_shapes import model_shape
+from trainers.models import attention_of
 from trainers.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 from trainers.workload import Workload
 
@@ -22,7 +23,9 @@ KEEP = 10
 def make(family, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **COMMON | FAMILIES[family] | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention_of(None, config)
+    )
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     return model.train()
 

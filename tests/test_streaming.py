@@ -15,6 +15,7 @@ from data.render import Encoded
 from trainers import frozen
 from trainers.errors import ConfigError
 from trainers.frozen import FrozenModel, ResidentBackbone, passes
+from trainers.models import attention_of, load_model
 from trainers.streaming import StreamedBackbone
 from trainers.teacher_grpo import completion_logps
 from trainers.weight_files import HostWeights, WeightFiles
@@ -36,16 +37,31 @@ def save(family, folder, dtype=torch.float32, seed=0, **changes):
     if family == "gpt2":
         values = {k: v for k, v in values.items() if not k.startswith(("hidden", "num", "inter", "max"))}
     config = AutoConfig.for_model(family, **values, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    attention = attention_of(None, config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
     model.save_pretrained(folder)
     return model
 
 
-def stream(folder, in_memory=False, dtype=torch.float32, attention="sdpa"):
+def stream(folder, in_memory=False, dtype=torch.float32, attention=None):
     files = WeightFiles(str(folder), "student_model")
     source = HostWeights(files, dtype, pin=False) if in_memory else files
     config = AutoConfig.from_pretrained(folder)
-    return StreamedBackbone(source, config, CPU, dtype, attention, "student_model")
+    return StreamedBackbone(source, config, CPU, dtype, attention_of(attention, config), "student_model")
+
+
+def test_an_attention_that_leaves_out_a_cap_of_the_scores_is_refused(tmp_path):
+    """transformers' sdpa computes Gemma 2 without it: other log-probabilities than vLLM's, and than it was trained."""
+    texts, _ = make_texts()
+    save("gemma2", tmp_path)
+    with pytest.raises(ConfigError, match="leaves out the cap of 1 "):
+        load_model(str(tmp_path), torch.float32, "sdpa", "student_model", False)
+    capped = load_model(str(tmp_path), torch.float32, None, "student_model", False)
+    without = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="sdpa")
+    pairs = zip(plain(capped, texts, 1.0), plain(without, texts, 1.0), strict=True)
+    assert max((a - b).abs().max() for a, b in pairs) > 0.01
+    other = AutoConfig.for_model("qwen2", **COMMON)
+    assert (attention_of(None, other), attention_of("sdpa", other)) == (None, "sdpa")
 
 
 def make_texts(count=9, seed=1):
@@ -279,8 +295,8 @@ def test_a_model_whose_layers_cannot_be_taken_out_is_refused(tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model("bloom", vocab_size=480, hidden_size=64, n_layer=2, n_head=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"sdpa[\s\S]*attn_implementation=eager"):
-        stream(tmp_path)
+    with pytest.raises(ConfigError, match=r"sdpa[\s\S]*attn_implementation=null or eager"):
+        stream(tmp_path, attention="sdpa")
     with pytest.raises(ConfigError, match=r"cannot be streamed[\s\S]*student_mode=resident"):
         stream(tmp_path, attention="eager")
 

@@ -187,13 +187,40 @@ def with_bytes():
 def test_ends_of_written_and_of_read_tokens_agree_whatever_the_tokenizer_does(make, text):
     tokenizer = make()
     ids, ends = encode_with_ends(tokenizer, text)
-    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    alone, after = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("2", f"2{text}"))
+    assert alone + ids == after  # no space is put between
     assert len(ids) == len(ends) and ends == sorted(ends) and ends[-1] == len(text)
     composed = unicodedata.normalize("NFC", text)
     read, read_ends = token_ends(tokenizer, ids)
     assert read == (composed if make is composing else text)
     if text == composed:
         assert ends == read_ends
+
+
+@pytest.mark.parametrize("explanation", ["a b", " a", "2 × 3 ☕", "\n\nb", ""])
+def test_parts_hold_no_space_that_nobody_wrote(tags, explanation):
+    """Llama 2's tokenizer puts one before whatever it is given; the student would look for ' 2' where 2 is written."""
+    tokenizer = with_bytes()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    reader = Renderer(tokenizer, tags, None, "student_model")
+    parts = reader.student("a b", explanation, "2")
+    encoded = reader.encode(parts)
+    assert [tokenizer.convert_ids_to_tokens(encoded.ids[slice(*encoded.spans["solution"])])] == [["2"]]
+    for part in parts[1:]:
+        assert token_ends(tokenizer, encoded.ids[slice(*encoded.spans[part.name])])[0] == part.text
+    written = encoded.ids[encoded.spans["open"][0] :]
+    assert token_ends(tokenizer, written)[0] == "".join(part.text for part in parts[1:])
+
+
+def test_bytes_that_never_become_a_character_take_no_longer_the_more_there_are(monkeypatch):
+    tokenizer, decoded = with_bytes(), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **kwargs: (decoded.append(len(ids)), decode(ids, **kwargs))[1])
+    byte, letter = tokenizer.convert_tokens_to_ids(["<0xE2>", "a"])
+    text, ends = token_ends(tokenizer, [byte] * 300 + [letter])
+    assert (text, ends[-1]) == ("\ufffd" * 300 + "a", 301) and ends == sorted(ends)
+    assert max(decoded) < 10
 
 
 def test_a_written_explanation_is_read_as_it_stands(renderer):
@@ -207,9 +234,26 @@ def test_a_written_explanation_is_read_as_it_stands(renderer):
 def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
     path = write(tmp_path / "d.jsonl", [{"question": "q", "solution": x} for x in (5, 0.1)])
     assert load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")["solution"] == ["5", "0.1"]
+    lines = ["2024-05-01", 12345678901234567890, 9007199254740993, [1, "x"], True]
+    path = write(tmp_path / "e.jsonl", [{"question": "2024-05-01T10:00:00Z", "solution": x} for x in lines])
+    rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+    expected = ["2024-05-01", "12345678901234567890", "9007199254740993", '[1, "x"]', "true"]
+    assert (rows["solution"][:], set(rows["question"])) == (expected, {"2024-05-01T10:00:00Z"})
+    (tmp_path / "f.json").write_text('[{"question": "q", "solution": 5.0}, {"question": "q", "solution": 1e3}]')
+    rows = load_rows(str(tmp_path / "f.json"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows["solution"][:] == ["5.0", "1e3"]
     (tmp_path / "d.csv").write_text("question,solution\nq,007\nq,NA\n")
     rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert rows["solution"] == ["007", "NA"]
+
+
+def test_a_column_that_comes_late_or_changes_its_type_is_read_whatever_the_size(tmp_path, tags):
+    rows = [{"question": "q" * 3000, "solution": 5}] * 4000 + [{"question": "q", "solution": "five", "closed": False}]
+    path = write(tmp_path / "large.jsonl", rows)
+    assert load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")["solution"][-2:] == ["5", "five"]
+    (tmp_path / "bad.jsonl").write_text('{"question": "q", "solution": "s"}\n7\n')
+    with pytest.raises(ConfigError, match="row 1 is no object but '7'"):
+        load_rows(str(tmp_path / "bad.jsonl"), "train", None, COLUMNS, tags, "dataset_id_or_path")
 
 
 def test_explanation_ends_at_the_first_closing_tag(tokenizer, tags):

@@ -48,7 +48,6 @@ EAGER_SCORES = {4: (8, 12, 4), 2: (10, 12, 6)}
 EAGER_PEAK = {4: 28.5, 2: 18.3}
 EAGER_LORA_PEAK = {4: (25, 12), 2: (20.6, 9)}
 EAGER_FAMILY = 12
-CAPPED = ("gemma2",)  # its scores go through tanh, and the result is kept too
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # a tile of TRL's fused head, in positions and vocabulary entries
 # Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass (12 of an
 # explanation; 13.5 of a solution, which may fill a tile or not), of the backward.
@@ -67,7 +66,7 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
     layer = int(at_once * (each + mask * work.length + ranks))
     held = others = kept_bytes(work)
-    if work.is_eager:
+    if work.is_eager(teacher):
         at_peak, kept_scores = _eager_peak(work, norms, at_once)
         layer = max(layer + kept_scores * at_once, at_peak)
     if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
@@ -112,7 +111,7 @@ def _kept_by_token(work: Workload) -> float:
     each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher)
     each += _family(FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT, work)
     each += rank[0] * work.adapter.rank if rank else 0
-    return each + (_eager_peak(work, 0, 0)[1] if work.is_eager else 0)
+    return each + (_eager_peak(work, 0, 0)[1] if work.is_eager(teacher) else 0)
 
 
 def kept_bytes(work: Workload) -> int:
@@ -140,7 +139,7 @@ def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
     """
     teacher, size = work.teacher, work.itemsize
     scores = teacher.num_heads * work.length  # of each token
-    capped = size if teacher.model_type in CAPPED else 0
+    capped = size if teacher.caps_scores else 0
     _, peak, kept = EAGER_SCORES[size]
     hidden, rank = EAGER_LORA_PEAK[size] if work.use_peft else (EAGER_PEAK[size], 0)
     hidden = hidden * teacher.hidden + min(norms, EAGER_FAMILY * teacher.hidden)
@@ -151,7 +150,7 @@ def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
 def mask_elements(work: Workload, shape: ModelShape) -> int:
     """Elements of the causal mask that a token has where its attention is eager; other kinds need none to read."""
     kinds = 2 if shape.model_type.startswith("gemma") else 1  # a sliding window has its own
-    return kinds * work.length if work.is_eager else 0
+    return kinds * work.length if work.is_eager(shape) else 0
 
 
 def reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float = 0, length: int | None = None) -> int:
@@ -168,7 +167,7 @@ def reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float =
     if work.device == "cpu" and size == 2:  # a product of bf16 has as much beside it there
         widths += widest
     feedforward = tokens * (widths * shape.intermediate + 2.3 * shape.hidden + beside) * size
-    if not work.is_eager:
+    if not work.is_eager(shape):
         return int(feedforward)
     scores = tokens * shape.num_heads * length
     attention = scores * EAGER_SCORES[size][0] + tokens * (3.4 * shape.hidden + beside) * size

@@ -19,7 +19,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.hardware import num_cuda_devices
 from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.options import CommonOptions, admits_none, options_class
-from trainers.reward_specs import reward_faults, uses_student
+from trainers.reward_specs import COEFFICIENTS, formula_faults, reward_faults, uses_student
 
 WITH_MODELS = ("sft", "rl", "score")
 TRAINING = ("sft", "rl")
@@ -318,21 +318,9 @@ def _check_loss(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return [Fault("vllm_importance_sampling_mode", mode, cause, f"vllm_importance_sampling_mode={remedy}")]
 
 
-@check(stages=("rl", "score", "rescore"))
-def _check_reward(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    faults = []
-    pairs = (
-        ("answer_log_prob_coeff", "reduction_log_prob_fn"),
-        ("kl_penalty_reward_coeff", "reduction_kl_fn"),
-    )
-    for coeff_key, reduction_key in pairs:
-        coeff, reduction = getattr(options, coeff_key), getattr(options, reduction_key)
-        num_coeff = len(coeff) if isinstance(coeff, list) else 1
-        num_reduction = len(reduction) if isinstance(reduction, list) else 1
-        if num_coeff != num_reduction and coeff not in (0, [0]):
-            cause = f"{num_coeff} coefficients for {num_reduction} reductions ({reduction_key}={reduction})"
-            faults.append(Fault(coeff_key, coeff, cause, f"give one {coeff_key} for each {reduction_key}"))
-    return faults
+@check(stages=("rl", "score"))
+def _check_formula(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    return formula_faults({name: getattr(options, name) for pair in COEFFICIENTS for name in pair})
 
 
 @check()

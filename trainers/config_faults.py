@@ -17,9 +17,9 @@ STAGES = ("sft", "rl", "score", "rescore", "merge")
 def unknown_fault(key: str, value: Any, stage: str) -> Fault:
     if key in DERIVED and key in set(trl_options("grpo")) | set(trl_options("sft")):
         return Fault(key, value, "this project sets it itself", DERIVED[key])
-    for other in STAGES:
-        if other != stage and key in options_class(other).model_fields:
-            return Fault(key, value, f"used by stage={other} only, this run is stage={stage}", "leave it out")
+    if others := [other for other in STAGES if key in options_class(other).model_fields]:
+        cause = f"used by {' and '.join(f'stage={other}' for other in others)} only, this run is stage={stage}"
+        return Fault(key, value, cause, "leave it out")
     if key in RENAMED:
         return Fault(key, value, "unknown under this name", f"use {RENAMED[key]}")
     near = difflib.get_close_matches(key, options_class(stage).model_fields, n=2, cutoff=0.7)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedTokenizerBase
 
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
@@ -16,6 +17,7 @@ from trainers.frozen import Backbone, FrozenModel, ResidentBackbone
 from trainers.kept_scores import ScoreKeeper
 from trainers.model_shapes import max_positions, model_shape, read_config
 from trainers.models import (
+    attention_of,
     choose_pad_token,
     generation_end_ids,
     load_config,
@@ -47,9 +49,28 @@ def make_renderer(options: Any, path: str, key: str) -> Renderer:
     config = load_config(base, key, trust)
     template = options.chat_template if is_teacher else options.student_chat_template
     tokenizer = load_tokenizer(tokenizer_of(path, key), template, options.eos_token if is_teacher else None, key, trust)
-    choose_pad_token(tokenizer, config.get_text_config().vocab_size, key)
+    attention_of(options.attn_implementation, config)
+    rows = config.get_text_config().vocab_size
+    choose_pad_token(tokenizer, rows, key)
+    check_vocabulary(tokenizer, rows, key)
     kwargs = options.chat_template_kwargs if is_teacher else options.student_chat_template_kwargs
     return Renderer(tokenizer, tag_format(options), kwargs, key, generation_end_ids(base, trust))
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, key: str) -> None:
+    """See that a model has an embedding for each token.
+
+    Args:
+        rows: Of the embedding.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= rows:
+        cause = f"its tokenizer goes up to {last} ({token!r}), and its embedding has {rows} rows"
+        remedy = "save it again with the tokenizer it was trained with, or after model.resize_token_embeddings"
+        raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
 
 
 def check_models(options: Any) -> None:
@@ -101,7 +122,8 @@ def load_frozen(
         source: WeightFiles | HostWeights = WeightFiles(path, key)
         if writable or (device.type == "cuda" and fits_in_memory(source.num_elements() * dtype.itemsize)):
             source = HostWeights(source, dtype, pin=device.type == "cuda")
-        backbone: Backbone = StreamedBackbone(source, config, device, dtype, attention or "sdpa", key, trust)
+        attention = attention_of(attention, config)
+        backbone: Backbone = StreamedBackbone(source, config, device, dtype, attention, key, trust)
     else:
         device = torch.device("cpu") if mode == "cpu" else device
         arguments: dict[str, Any] = {"device_map": {"": device}}
@@ -130,7 +152,8 @@ def make_scorer(
     """
     formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
     # What RL scores at another time another policy has written; what stage=score is given is ranked as a whole.
-    keeper = ScoreKeeper(output_dir / "scores", by_batch=options.stage == "rl") if options.keep_scores else None
+    folder, by_batch = output_dir / "scores", options.stage == "rl"
+    keeper = ScoreKeeper(folder, by_batch, formula) if options.keep_scores else None
 
     def load(quantization: str | None, mode: str | None = None) -> Student:
         temperature = options.student_temperature

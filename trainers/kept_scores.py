@@ -1,6 +1,7 @@
 """Raw scores on disk: per-token log-probabilities of scored batches, and their rewards under another formula."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rewards.teacher_logprob_kl import ScoredExplanation
+from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 
+FORMULA = "formula.json"
 TENSORS = ("solution_logprobs", "teacher_logprobs", "student_logprobs")
 
 
@@ -39,11 +41,13 @@ class ScoreKeeper:
     Args:
         folder: Where to.
         by_batch: Whether each batch is ranked by itself, or all that is kept as a whole.
+        formula: Of the rewards; it is kept beside them.
     """
 
-    def __init__(self, folder: Path, by_batch: bool) -> None:
+    def __init__(self, folder: Path, by_batch: bool, formula: TeacherLogprobKL) -> None:
         self.folder, self.by_batch, self._count = folder, by_batch, len(list(folder.glob("*.safetensors")))
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / FORMULA).write_text(json.dumps(asdict(formula), indent=2) + "\n", encoding="utf-8")
 
     def keep(self, rows: list[KeptRow]) -> None:
         """Write a batch; nothing is written for an empty one."""
@@ -64,6 +68,11 @@ class ScoreKeeper:
         stem = self.folder / f"batch_{self._count:05d}"
         pd.DataFrame(table).to_parquet(stem.with_suffix(".parquet"))
         save_file(tensors, stem.with_suffix(".safetensors"))
+
+
+def load_formula(folder: Path) -> dict[str, Any]:
+    """The options of the formula that the kept rewards were computed with."""
+    return json.loads((folder / FORMULA).read_text(encoding="utf-8"))
 
 
 def load_kept(folder: Path) -> list[KeptRow]:

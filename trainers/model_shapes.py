@@ -6,7 +6,7 @@ transformers); for any other family transformers builds the model without memory
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 128},
     "phi3": {},
-    "gemma2": {"head_dim": 256, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0},
     "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True},
 }
 
@@ -61,6 +61,8 @@ class ModelShape:
         can_stream: Whether its layers can pass the device one by one (trainers/streaming.py), as far as shapes tell.
         adapter: Of an adapter, whose base the other sizes are of.
         can_share_prompts: See the function of that name.
+        caps_scores: Whether its attention scores go through tanh, and the result is kept too.
+        eager_unless_told: Whether its attention is eager where none is asked for (trainers/models.py, attention_of).
     """
 
     name: str
@@ -79,6 +81,8 @@ class ModelShape:
     can_stream: bool = True
     adapter: AdapterShape | None = None
     can_share_prompts: bool = False
+    caps_scores: bool = False
+    eager_unless_told: bool = False
 
     @cached_property
     def num_parameters(self) -> int:
@@ -179,7 +183,9 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
         parameters["lm_head.weight"] = (vocab, hidden)
     positions = given.get("max_position_embeddings", 2**17)
     sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions, 2 * kv_heads * head_dim)
-    return ModelShape(name, family, parameters, prefix, *sizes, can_share_prompts=can_share_prompts(config))
+    capped = bool(given.get("attn_logit_softcapping"))
+    further = {"can_share_prompts": can_share_prompts(config), "caps_scores": capped, "eager_unless_told": capped}
+    return ModelShape(name, family, parameters, prefix, *sizes, **further)
 
 
 def _layer_shapes(
@@ -257,7 +263,9 @@ def _built_shape(model: Any, config: Any, model_type: str, name: str) -> ModelSh
     # Checkpoints hold a mixture's experts apart that the model holds as one; and a model of text and images has more.
     inside = [shape for n, shape in parameters.items() if n.startswith(prefix)]
     can_stream = text is config and all(len(shape) < 3 for shape in inside)
-    return ModelShape(name, model_type, parameters, prefix, *sizes, max_positions(config), kv_width, can_stream)
+    shape = ModelShape(name, model_type, parameters, prefix, *sizes, max_positions(config), kv_width, can_stream)
+    capped = bool(getattr(text, "attn_logit_softcapping", None))
+    return replace(shape, caps_scores=capped, eager_unless_told=capped or config._attn_implementation == "eager")
 
 
 def max_positions(config: Any) -> int:

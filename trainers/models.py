@@ -1,6 +1,7 @@
 """Loading models and tokenizers, and making tiny ones from nothing."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +159,22 @@ def load_config(path: str, key: str, trust: bool) -> Any:
     return config
 
 
+def attention_of(asked: str | None, config: Any) -> str | None:
+    """The attention to load a model with; None leaves it to transformers (sdpa where a model has it, else eager).
+
+    Transformers' sdpa leaves out the cap that Gemma 2 puts on its attention scores, and vLLM does not.
+
+    Raises:
+        ConfigError: If sdpa is asked for with such a model.
+    """
+    if not (cap := getattr(config.get_text_config(), "attn_logit_softcapping", None)):
+        return asked
+    if asked == "sdpa":
+        cause = f"it leaves out the cap of {cap:g} that {config.model_type} puts on its attention scores"
+        raise ConfigError(Fault("attn_implementation", asked, cause, "attn_implementation=eager or flash_attention_2"))
+    return asked or "eager"
+
+
 def _not_loadable(key: str, path: str, error: Exception) -> Fault:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = "give a local folder (is it one?), or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
@@ -168,12 +185,23 @@ def load_model(
     path: str, dtype: torch.dtype, attention: str | None, key: str, trust: bool, **kwargs: Any
 ) -> PreTrainedModel:
     """Load a causal language model in `dtype`, on the CPU unless `kwargs` (of `from_pretrained`) say otherwise."""
+    attention = attention_of(attention, load_config(path, key, trust))
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention or "sdpa", trust_remote_code=trust, **kwargs
+            path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, **kwargs
         )
     except (OSError, ValueError, ImportError) as error:
+        if fault := attention_fault(attention, error):
+            raise ConfigError(fault) from error
         raise ConfigError(_not_loadable(key, path, error)) from error
+
+
+def attention_fault(attention: str | None, error: Exception) -> Fault | None:
+    """Of an attention that a model has not or that is not installed; None where something else is wrong."""
+    cause = str(error).strip().splitlines() or [""]
+    if attention is None or not re.search("attention|attn|scaled_dot_product", cause[0]):
+        return None
+    return Fault("attn_implementation", attention, cause[0], "attn_implementation=null or eager")
 
 
 def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: torch.dtype, attention: str | None) -> Any:
@@ -195,7 +223,7 @@ def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: tor
         raise ConfigError(Fault("model_init", model_init, cause, f"vocab_size of at least {len(tokenizer)}"))
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention or "sdpa")
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(attention, config))
 
 
 def make_tokenizer(texts: Iterable[str], tags: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -59,7 +59,9 @@ class CommonOptions(ModelOptions):
     seed: int = opt(42, "seed of the data order, the fresh weights and every sampled token", ge=0)
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to compute; `cuda` refuses to start without a GPU")
     ignore_memory_plan: bool = opt(False, "start although the plan of memory says that it does not fit")
-    attn_implementation: str | None = opt(None, "attention of the teacher and the student; default: sdpa")
+    attn_implementation: str | None = opt(
+        None, "attention of the teacher and the student; default: transformers' choice (sdpa), eager for Gemma 2"
+    )
     chat_template: str | None = opt(None, "Jinja chat template, or a file with one, for a tokenizer that has none")
     chat_template_kwargs: dict[str, Any] | None = opt(None, "extra variables for the chat template")
     eos_token: str | None = opt(None, "the token that ends a turn, where the tokenizer's own eos_token does not")
@@ -265,7 +267,7 @@ class RLOptions(TrainOptions, RewardOptions):
 class ScoreOptions(CommonOptions, RewardOptions):
     """Options of stage=score: the reward of explanations from anywhere."""
 
-    temperature: float = opt(1.0, "temperature of the teacher's log-probs", gt=0)
+    temperature: float = opt(0.7, "temperature of the teacher's log-probs", gt=0)
     explanation_column: str = opt("explanation", "column with the explanation to score")
     closed_column: str = opt("closed", "column that is false where the closing explanation tag is missing, if any")
 
@@ -277,7 +279,7 @@ class MergeOptions(ModelOptions):
 
 
 class RescoreOptions(BaseOptions, FormulaOptions):
-    """Options of stage=rescore: kept scores under another formula."""
+    """Options of stage=rescore: kept scores under another formula; what of it is not set is as they were scored."""
 
     scores: str | None = opt(None, "folder of kept scores (the scores folder of a run with keep_scores=true)")
 

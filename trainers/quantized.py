@@ -14,6 +14,9 @@ from trainers.student import Student, StudentScore
 
 logger = logging.getLogger(__name__)
 
+# It says of every product of bf16 that its input is cast to fp16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
 SAMPLES = 16  # texts on which the change is measured
 
 

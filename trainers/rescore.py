@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.kept_scores import load_kept
+from trainers.errors import ConfigError
+from trainers.kept_scores import load_formula, load_kept
+from trainers.reward_specs import formula_faults
 
 logger = logging.getLogger(__name__)
 
@@ -19,15 +21,16 @@ def run_rescore(options: Any, output_dir: Path) -> Path:
     Returns:
         The file with the rewards.
     """
-    formula = TeacherLogprobKL(**{name: getattr(options, name) for name in TeacherLogprobKL.__dataclass_fields__})
-    rows = load_kept(Path(options.scores).expanduser())
+    folder = Path(options.scores).expanduser()
+    formula = changed_formula(options, load_formula(folder))
+    rows = load_kept(folder)
     groups: dict[tuple[int, str, str], list[tuple[float, float]]] = defaultdict(list)
     path = output_dir / "rescored.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             reward, parts = formula(row.scored)
             groups[row.batch, row.question, row.solution].append((row.reward, reward))
-            texts = {"question": row.question, "explanation": row.explanation}
+            texts = {"question": row.question, "solution": row.solution, "explanation": row.explanation}
             file.write(json.dumps({"reward": reward, "reward_before": row.reward, **parts, **texts}) + "\n")
     changes = ranking_changes(list(groups.values()))
     (output_dir / "rescore.json").write_text(json.dumps(changes, indent=2) + "\n", encoding="utf-8")
@@ -45,6 +48,21 @@ def run_rescore(options: Any, output_dir: Path) -> Path:
     return path
 
 
+def changed_formula(options: Any, kept: dict[str, Any]) -> TeacherLogprobKL:
+    """The formula that the scores were computed with, but for the options that are set.
+
+    Raises:
+        ConfigError: If they do not go together.
+    """
+    set_ = {name: getattr(options, name) for name in kept.keys() & options.model_fields_set}
+    values = kept | set_
+    if faults := formula_faults(values):
+        raise ConfigError(faults)
+    changes = [f"{name} {kept[name]} -> {value}" for name, value in sorted(set_.items()) if value != kept[name]]
+    logger.info("formula: as scored%s", f", but {', '.join(changes)}" if changes else "")
+    return TeacherLogprobKL(**values)
+
+
 def ranking_changes(groups: list[list[tuple[float, float]]]) -> dict[str, int]:
     """Count how the order within groups differs between two rewards.
 
@@ -56,12 +74,12 @@ def ranking_changes(groups: list[list[tuple[float, float]]]) -> dict[str, int]:
         `best_changed` (none of the best by the new reward was among the best by the old).
     """
     ordered = [group for group in groups if len(group) > 1]
-    pairs = [pair for group in ordered for pair in combinations(group, 2)]
-    reversed_ = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
+    pairs = sum(len(group) * (len(group) - 1) // 2 for group in ordered)
+    reversed_ = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for group in ordered for a, b in combinations(group, 2))
     best_changed = sum((max(old for old, _ in g), max(new for _, new in g)) not in g for g in ordered)
     return {
         "groups": len(ordered),
-        "pairs": len(pairs),
+        "pairs": pairs,
         "pairs_reversed": reversed_,
         "best_changed": best_changed,
     }

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 from collections import Counter
+from collections.abc import Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -51,6 +52,26 @@ def model_keys(options: Any) -> tuple[str, ...]:
 def length_soft_cache(options: Any) -> int:
     """Tokens below max_completion_length over which the length's punishment rises: a fifth of it unless set."""
     return options.length_soft_cache or max(1, options.max_completion_length // 5)
+
+
+# Of the formula: coefficients, and the reductions that they are for.
+COEFFICIENTS = (
+    ("answer_log_prob_coeff", "reduction_log_prob_fn"),
+    ("kl_penalty_reward_coeff", "reduction_kl_fn"),
+)
+
+
+def formula_faults(formula: Mapping[str, Any]) -> list[Fault]:
+    """Every fault of the options of the formula together."""
+    faults = []
+    for coeff_key, reduction_key in COEFFICIENTS:
+        coeff, reduction = formula[coeff_key], formula[reduction_key]
+        num_coeff = len(coeff) if isinstance(coeff, list) else 1
+        num_reduction = len(reduction) if isinstance(reduction, list) else 1
+        if num_coeff != num_reduction and coeff not in (0, [0]):
+            cause = f"{num_coeff} coefficients for {num_reduction} reductions ({reduction_key}={reduction})"
+            faults.append(Fault(coeff_key, coeff, cause, f"give one {coeff_key} for each {reduction_key}"))
+    return faults
 
 
 def reward_faults(options: Any) -> list[Fault]:

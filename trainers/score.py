@@ -58,6 +58,8 @@ def run_score(options: Any, output_dir: Path) -> Path:
                 file.write(json.dumps(_line(result)) + "\n")
                 rewards += [result.reward] if isinstance(result, Scored) else []
             logger.info("scored %d of %d", start + len(batch), len(rows))
+    if not options.keep_scores and (output_dir / "scores").exists():
+        logger.warning("%s holds what an earlier run has kept, not the scores of this one", output_dir / "scores")
     mean = f"mean reward {sum(rewards) / len(rewards):.4f}" if rewards else "none could be scored"
     logger.info("%d of %d explanations scored, %s: %s", len(rewards), len(rows), mean, path)
     return path
@@ -83,6 +85,9 @@ def load_score_rows(options: Any) -> Dataset:
     }
     rows = select_texts(raw, columns, key, path)
     has_closed = options.closed_column in raw.column_names
+    if not has_closed and options.closed_column != type(options).model_fields["closed_column"].default:
+        cause = f"no such column of {path}: {', '.join(raw.column_names)}"
+        raise ConfigError(Fault("closed_column", options.closed_column, cause, "closed_column=<your column>"))
     given = raw[options.closed_column] if has_closed else [None] * len(raw)
     closed = [CLOSED.get(str(value).strip().lower()) for value in given]
     if None in closed:

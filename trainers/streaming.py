@@ -19,6 +19,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from trainers.errors import ConfigError, Fault
+from trainers.models import attention_fault
 from trainers.weight_files import HostWeights, WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class StreamedBackbone:
         config: Its config.
         device: Where to compute.
         dtype: Of the weights and the arithmetic.
-        attention: Attention implementation.
+        attention: Attention implementation; None for transformers' choice.
         key: The option that named the model, for messages.
 
     Raises:
@@ -51,7 +52,7 @@ class StreamedBackbone:
         config: Any,
         device: torch.device,
         dtype: torch.dtype,
-        attention: str,
+        attention: str | None,
         key: str,
         trust: bool = False,
     ) -> None:
@@ -61,9 +62,10 @@ class StreamedBackbone:
                 self.model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
                 )
-        except (ValueError, ImportError) as error:  # an attention that the model has not, or that is not installed
-            cause = str(error).strip().splitlines()[0]
-            raise ConfigError(Fault("attn_implementation", attention, cause, "attn_implementation=eager")) from error
+        except (ValueError, ImportError) as error:
+            if fault := attention_fault(attention, error):
+                raise ConfigError(fault) from error
+            raise
         self.model.eval().requires_grad_(False)
         self.model.tie_weights()
         self.base = self.model.base_model

@@ -81,10 +81,10 @@ class Workload:
         """The weight bridge, if an engine is there to be bridged to."""
         return bridge_name(self.options) if self.has_engine else None
 
-    @property
-    def is_eager(self) -> bool:
-        """Whether attention writes the scores of each head down, `[texts, heads, tokens, tokens]`."""
-        return self.options.attn_implementation == "eager"
+    def is_eager(self, shape: ModelShape) -> bool:
+        """Whether a model's attention writes the scores of each head down, `[texts, heads, tokens, tokens]`."""
+        asked = self.options.attn_implementation
+        return shape.eager_unless_told if asked is None else asked == "eager"
 
     @property
     def micro_batch(self) -> int:
