@@ -2,13 +2,15 @@
 # Sets up .venv beside this repository, once: the CUDA packages where an NVIDIA driver is, the CPU packages elsewhere.
 # Sourced by the launchers; afterwards $PYTHON is the interpreter to use. A change of the lock sets it up anew.
 #   RLT_CPU=1     take the CPU packages although there is a driver
+#   RLT_DRIVER=   the file that tells the driver's version (default: /proc/driver/nvidia/version)
 #   RLT_PYTHON=   the Python to build .venv with (3.11 or newer; default: the first suitable on the PATH)
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$repo/.venv"
 PYTHON="$venv/bin/python"
 lock="$repo/requirements-cpu.txt"
-if [[ -z ${RLT_CPU:-} && -e /proc/driver/nvidia/version ]]; then lock="$repo/requirements.txt"; fi
+driver=${RLT_DRIVER:-/proc/driver/nvidia/version}
+if [[ -z ${RLT_CPU:-} && -e $driver ]]; then lock="$repo/requirements.txt"; fi
 
 find_python() {
   local candidate
@@ -22,10 +24,24 @@ find_python() {
   return 1
 }
 
+# CUDA 13, which the lock is built for, begins with this driver: better told before many GB are downloaded.
+check_driver() {
+  local version
+  version=$(grep -m 1 -oE '[0-9]{3}\.[0-9]+(\.[0-9]+)?' "$driver" | head -n 1)
+  if [[ -n $version && ${version%%.*} -lt 580 ]]; then
+    echo "The NVIDIA driver is $version, and the CUDA packages need 580 or newer: update it," >&2
+    echo "or take the CPU packages, which use no GPU: RLT_CPU=1 $0" >&2
+    return 1
+  fi
+}
+
 install_packages() {
   local python log="$venv/setup.log"
   python=$(find_python) || return 1
-  echo "First use: setting up .venv from ${lock##*/} with $("$python" --version) (about 3 minutes, 4 GB; log: $log)" >&2
+  if [[ $lock == */requirements.txt ]]; then check_driver || return 1; fi
+  local takes="about 3 minutes, 4 GB"
+  if [[ $lock == */requirements.txt ]]; then takes="many GB"; fi
+  echo "First use: setting up .venv from ${lock##*/} with $("$python" --version) ($takes; log: $log)" >&2
   rm -rf "$venv"
   "$python" -m venv "$venv" || return 1
   # The lock is complete, so nothing is resolved. On a CPU it leaves out torchvision, torchaudio and torchcodec, which

@@ -29,9 +29,9 @@ def copy(tmp_path):
     stub.write_text(STUB.format(log=log))
     stub.chmod(0o755)
 
-    def run(script, *arguments, cwd=tmp_path):
+    def run(script, *arguments, cwd=tmp_path, **variables):
         log.write_text("")
-        environment = {**os.environ, "RLT_PYTHON": str(stub), "RLT_CPU": "1"}
+        environment = {**os.environ, "RLT_PYTHON": str(stub), "RLT_CPU": "1", **variables}
         command = [str(tmp_path / script), *arguments]
         done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
         return done, log.read_text()
@@ -48,6 +48,19 @@ def test_first_use_sets_up_and_the_second_does_not(copy, tmp_path):
     done, calls = copy("launch_mono.sh")
     assert "setting up" not in done.stderr
     assert len(calls.splitlines()) == 1  # straight to train.py
+
+
+def test_an_old_driver_is_told_before_anything_is_downloaded(copy, tmp_path):
+    driver = tmp_path / "version"
+    for text, installs in (
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\n", False),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n", True),
+    ):
+        driver.write_text(text + "GCC version:  gcc version 12.3.0\n")
+        done, calls = copy("launch_mono.sh", RLT_CPU="", RLT_DRIVER=str(driver))
+        assert (done.returncode == 0, "pip install" in calls) == (installs, installs), done.stderr
+        assert ("driver is 550.54.14" in done.stderr) is not installs
+    assert "from requirements.txt" in done.stderr
 
 
 def test_changed_lock_sets_up_again(copy, tmp_path):
