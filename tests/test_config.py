@@ -132,6 +132,12 @@ def test_all_faults_are_told_at_once_with_remedies():
         ),
         ("chat_template=nowhere.jinja", "chat_template", "neither", "template"),
         ("temperature=0", "temperature", "greater than 0", "--help"),
+        (
+            "unbias_teacher_log_probs=false temperature=0.7",
+            "unbias_teacher_log_probs",
+            "of the rollout",
+            "temperature=1",
+        ),
         ("overlong=filtre", "overlong", "'filter'", "did you mean filter?"),
         ("gradient_accumulation_steps=2", "gradient_accumulation_steps", "sets it itself", "train_batch_size"),
         ("stage=rll", "stage", "no such stage", "sft, rl"),

@@ -108,6 +108,15 @@ def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path, monkey
         assert line["reasoning_kl_max"] == pytest.approx(kl.max().item(), abs=1e-4)
 
 
+def test_the_teacher_s_log_probs_may_be_those_at_temperature_one(model_dir, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "explanation": "2+3=5"}])
+
+    def score(**values):
+        return run_score(options(model_dir, path, **values), tmp_path).read_text()
+
+    assert score(unbias_teacher_log_probs=False) == score(temperature=1.0) != score()
+
+
 def test_row_that_cannot_be_scored_says_why(model_dir, tmp_path):
     rows = [{**ROWS[0], "explanation": "2+3=5 " * 300}, {**ROWS[0], "explanation": "2+3=5"}]
     path = run_score(options(model_dir, write(tmp_path / "rows.jsonl", rows)), tmp_path)

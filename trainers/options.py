@@ -185,6 +185,9 @@ class RewardOptions(FormulaOptions):
         "reference implementation; that padding is given to the teacher, so RL leaves it out (trainer_cfg/grpo.yaml)",
     )
     student_temperature: float = opt(0.7, "temperature of the student's log-probs", gt=0)
+    unbias_teacher_log_probs: bool = opt(
+        True, "the teacher's log-probs are those at its sampling temperature; false: at 1, where that can be had"
+    )
     keep_scores: bool = opt(
         False, "keep the raw log-probs of every scored batch in output_dir/scores, for stage=rescore"
     )

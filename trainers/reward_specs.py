@@ -94,6 +94,10 @@ def reward_faults(options: Any) -> list[Fault]:
     if "accuracy" in entries and _module_is_missing("math_verify"):
         cause = "accuracy needs the package math-verify, which is not installed"
         faults.append(Fault("reward_funcs", entries, cause, "pip install 'math-verify[antlr4_9_3]'"))
+    if not options.unbias_teacher_log_probs and options.temperature != 1:
+        cause = f"the reward reads the log-probs of the rollout, which are those at temperature {options.temperature:g}"
+        remedy = "unbias_teacher_log_probs=true, or temperature=1; stage=score can do without"
+        faults.append(Fault("unbias_teacher_log_probs", False, cause, remedy))
     if options.keep_scores and not uses_student(options):
         cause = "no reward function asks the student, so there are no scores to keep"
         faults.append(Fault("keep_scores", True, cause, "keep_scores=false, or add teacher_logprob_kl to reward_funcs"))

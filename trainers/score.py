@@ -43,7 +43,8 @@ def run_score(options: Any, output_dir: Path) -> Path:
     teacher_path, student_path = (whole_model(options, key, getattr(options, key), output_dir, dtype) for key in MODELS)
     samples = samples_of(rows)
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
-    teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, options.temperature)
+    temperature = options.temperature if options.unbias_teacher_log_probs else 1.0
+    teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, temperature)
     path = output_dir / "scores.jsonl"
     rewards: list[float] = []
     with path.open("w", encoding="utf-8") as file:
