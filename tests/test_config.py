@@ -9,11 +9,12 @@ import pytest
 import yaml
 from conftest import REPO
 
+from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers import checks
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run, find_run, hydra_arguments
 from trainers.errors import ConfigError
-from trainers.options import MergeOptions, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
+from trainers.options import FormulaOptions, MergeOptions, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
 from trainers.trl_choices import DERIVED
 from trainers.trl_options import trl_options
 
@@ -213,6 +214,15 @@ def test_trl_options_read_from_source_are_trl_s_fields_and_defaults(kind):
             assert read[name].default == field.default, name
 
 
+def test_the_formula_s_file_says_the_defaults():
+    written = compose_run("score", [])
+    of_dataclass = dataclasses.asdict(TeacherLogprobKL())
+    for name in FormulaOptions.model_fields:
+        assert written[name] == FormulaOptions.model_fields[name].default == of_dataclass[name], name
+    for name in ("student_temperature", "unbias_teacher_log_probs"):
+        assert written[name] == ScoreOptions.model_fields[name].default, name
+
+
 def test_every_option_is_read_by_something():
     """TRL's options go to TRL's own configuration class; each of ours must be an attribute read outside options.py."""
     read = set()
@@ -222,8 +232,6 @@ def test_every_option_is_read_by_something():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options":
                 read.add(node.attr)
-    from rewards.teacher_logprob_kl import TeacherLogprobKL
-
     read |= set(TeacherLogprobKL.__dataclass_fields__)  # trainers/rl.py hands each of these to the reward
     refused_only = {"use_ray", "use_vllm_server"}  # promises of the founding documents: must be false
     own = {

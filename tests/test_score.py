@@ -1,5 +1,6 @@
 """stage=score against the formula and a plain forward pass. Run: ./run_tests.sh tests/test_score.py"""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from conftest import REPO, ROWS
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
+from trainers.judges import check_vocabulary
 from trainers.models import load_model
 from trainers.options import options_class
 from trainers.rescore import run_rescore
@@ -148,6 +150,15 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(model_dir, tmp_pat
         context.setattr("trainers.judges.load_model", lambda *_, **__: pytest.fail("weights were read"))
         run_score(chosen, tmp_path)
     assert run_score(chosen.model_copy(update={"ignore_memory_plan": True}), tmp_path).exists()
+
+
+def test_special_tokens_that_no_text_brings_may_lie_beyond_the_embedding(tokenizer):
+    more = copy.deepcopy(tokenizer)
+    more.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    check_vocabulary(more, len(tokenizer), "model_name_or_path")
+    more.pad_token = "<image>"
+    with pytest.raises(ConfigError, match="goes up to"):
+        check_vocabulary(more, len(tokenizer), "model_name_or_path")
 
 
 def test_a_tokenizer_that_goes_beyond_the_embedding_is_refused(model_dir, tokenizer, tmp_path):

@@ -66,7 +66,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, key: str) ->
     Raises:
         ConfigError: If it has not.
     """
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    added = tokenizer.added_tokens_decoder
+    # Special tokens that no text brings (Gemma 3's for images) may lie beyond; what pads a batch may not.
+    harmless = {i for i, token in added.items() if token.special} - {tokenizer.pad_token_id}
+    last, token = max((i, token) for token, i in tokenizer.get_vocab().items() if i not in harmless)
     if last >= rows:
         cause = f"its tokenizer goes up to {last} ({token!r}), and its embedding has {rows} rows"
         remedy = "save it again with the tokenizer it was trained with, or after model.resize_token_embeddings"
@@ -131,7 +134,8 @@ def load_frozen(
             arguments["quantization_config"] = quantization_config(quantization, dtype)
         model = load_model(path, dtype, attention, key, trust, **arguments)
         backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
-    logger.info("%s: %s on %s", "student" if key == "student_model" else "reference", mode, device)
+    name = "student" if key == "student_model" else "teacher" if options.stage == "score" else "reference"
+    logger.info("%s: %s on %s", name, mode, device)
     return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
 
 
