@@ -13,7 +13,7 @@ from trainers import checks, models
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
-from trainers.models import resolve_dtype, resolve_place
+from trainers.models import load_model, resolve_dtype, resolve_place
 from trainers.rl import grpo_config
 from trainers.sft import sft_config
 from trainers.warmup import warmup_options
@@ -132,3 +132,15 @@ def test_offloading_activations_needs_a_gpu_and_has_one_key_in_both_stages(card,
         assert sft_config(checked("device=cpu", run=run), tmp_path, 1, torch.float32).activation_offloading is False
         monkeypatch.setattr(models, "num_cuda_devices", lambda: 0)
         assert sft_config(chosen, tmp_path, 1, torch.float32).activation_offloading is True
+
+
+def test_a_package_or_an_attention_that_is_missing_is_named(model_dir, monkeypatch):
+    with pytest.raises(ConfigError, match=r"attn_implementation='flash_attention_2': FlashAttention2.*\s+-> .*null or eager"):
+        load_model(str(model_dir), torch.float32, "flash_attention_2", "student_model", False)
+
+    def fail(*_, **__):
+        raise ImportError("bitsandbytes is not installed")
+
+    monkeypatch.setattr("trainers.models.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(ConfigError, match=r"student_model=.*bitsandbytes is not installed\s+-> install the package"):
+        load_model(str(model_dir), torch.float32, None, "student_model", False)

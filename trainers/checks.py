@@ -87,7 +87,7 @@ def load_options(
     """
     stage = composed.get("stage", "rl")
     if stage not in STAGES:
-        raise ConfigError(Fault("stage", stage, "there is no such stage", f"one of: {', '.join(STAGES)}"))
+        raise ConfigError(Fault("stage", stage, "there is no such stage", f"one of: {', '.join(STAGES)}, plan"))
     cls = options_class(stage)
     known = {k: v for k, v in composed.items() if k in cls.model_fields}
     faults = [unknown_fault(key, composed[key], stage) for key in composed if key not in known]

@@ -193,13 +193,16 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         if fault := attention_fault(attention, error):
             raise ConfigError(fault) from error
+        if isinstance(error, ImportError):
+            cause = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+            raise ConfigError(Fault(key, path, cause, "install the package that it names")) from error
         raise ConfigError(_not_loadable(key, path, error)) from error
 
 
 def attention_fault(attention: str | None, error: Exception) -> Fault | None:
     """Of an attention that a model has not or that is not installed; None where something else is wrong."""
     cause = str(error).strip().splitlines() or [""]
-    if attention is None or not re.search("attention|attn|scaled_dot_product", cause[0]):
+    if attention is None or not re.search("attention|attn|scaled_dot_product", cause[0], re.IGNORECASE):
         return None
     return Fault("attn_implementation", attention, cause[0], "attn_implementation=null or eager")
 
