@@ -135,7 +135,7 @@ def test_offloading_activations_needs_a_gpu_and_has_one_key_in_both_stages(card,
 
 
 def test_a_package_or_an_attention_that_is_missing_is_named(model_dir, monkeypatch):
-    with pytest.raises(ConfigError, match=r"attn_implementation='flash_attention_2': FlashAttention2.*\s+-> .*null or eager"):
+    with pytest.raises(ConfigError, match=r"'flash_attention_2': FlashAttention2.*\s+-> .*null or eager"):
         load_model(str(model_dir), torch.float32, "flash_attention_2", "student_model", False)
 
     def fail(*_, **__):
