@@ -6,8 +6,13 @@ One engine serves all tests of this file: vLLM allows one in a process at a time
 import pytest
 import torch
 from conftest import ROWS
+from families import COMMON
+from small_run import small_options
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainers import rl
 from trainers.engine import Engine, engine_arguments, request_seed
+from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
 
@@ -169,6 +174,20 @@ def test_cuda_graphs_are_an_option_on_a_gpu(eager):
     assert arguments["enforce_eager"] is eager
     assert arguments["dtype"] == "bfloat16"
     assert arguments["max_model_len"] == 16
+
+
+@pytest.mark.parametrize("family", ["smollm3", "helium"])  # vLLM lists the first as its own, and has no class for it
+def test_model_without_a_class_of_vllm_s_own_is_refused_before_it_is_loaded(
+    tokenizer, rows_file, tmp_path, monkeypatch, family
+):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path)
+    chosen = {"model_name_or_path": str(tmp_path), "dataset_id_or_path": str(rows_file), "reward_funcs": ["format"]}
+    options = small_options(**chosen, device="cpu", reference_mode="cpu")
+    monkeypatch.setattr(rl, "load_teacher", lambda *_: pytest.fail("the weights are loaded"))
+    with pytest.raises(ConfigError, match=f"(?i)no class of its own for {family}ForCausalLM.*\n.*use_vllm=false"):
+        rl.run_rl(options, tmp_path / "out")
 
 
 def test_request_seed_depends_on_every_part():

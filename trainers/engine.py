@@ -18,6 +18,7 @@ from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
 from trainers.engine_specs import CPU_KV_CACHE, MAX_BATCHED_TOKENS, bridge_name
+from trainers.errors import ConfigError, Fault
 from trainers.rollouts import Ended, Rollout
 from trainers.shared_weights import held_bytes
 
@@ -322,6 +323,29 @@ def engine_arguments(options: Any, model_path: str, device: torch.device, dtype:
         arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks
         arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
     return arguments
+
+
+def check_architecture(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> None:
+    """See that vLLM has a class of its own for a model, before any weights are loaded.
+
+    Its Transformers backend decorates transformers' own classes, for the whole process: the trainer's forward pass then
+    asks the trainer's model for what only vLLM's has.
+
+    Raises:
+        ConfigError: If it would fall back on that backend.
+    """
+    prepare_environment(device)
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = engine_arguments(options, model_path, device, dtype) | options.vllm_kwargs
+    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    with _kept_random_state():
+        config = EngineArgs(**known).create_model_config()
+    if config.using_transformers_backend():
+        cause = f"vLLM has no class of its own for {', '.join(config.architectures)}, and its Transformers backend "
+        cause += "alters the classes that the trainer computes with"
+        remedy = "use_vllm=false, or a model of another architecture"
+        raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
 
 
 def next_token_params(tokens: list[int], temperature: float) -> Any:

@@ -29,6 +29,7 @@ SET_HERE = {
     "max_loras": "use_peft",
     "max_lora_rank": "lora_r",
     "lora_target_modules": "lora_target_modules",
+    "kv_cache_memory_bytes": "kv_cache_gib",
     "enable_sleep_mode": None,
     "enable_cumem_allocator": None,
     "logprobs_mode": None,
@@ -54,6 +55,11 @@ def bridge_name(options: Any) -> str:
     if options.weight_bridge is None:
         return "lora" if options.use_peft else "shared"
     return ATROPOS.get(options.weight_bridge, options.weight_bridge)
+
+
+def has_engine(options: Any) -> bool:
+    """Whether vLLM generates in this run."""
+    return options.use_vllm and options.replay_rollouts is None
 
 
 @cache
@@ -198,6 +204,9 @@ def _kwargs_faults(options: Any) -> list[Fault]:
         elif name in SET_HERE:
             remedy = f"use the option {SET_HERE[name]}" if SET_HERE[name] else "leave it out"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", "this project sets it itself", remedy))
+        elif name == "model_impl":
+            cause = "vLLM's Transformers backend alters transformers' own classes, and the trainer computes with them"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "leave it out"))
         elif name == "quantization" and value is not None and bridge_name(options) != "restart":
             cause = "vLLM packs quantized weights its own way, so the trainer's cannot be put in their place"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "weight_bridge=restart, or no quantization"))
@@ -222,7 +231,7 @@ def _rollout_faults(options: Any) -> list[Fault]:
     if options.overlap_scoring and options.student_mode == "streamed":
         cause = "a streamed student reads its weights once for a whole batch, not for each group"
         faults.append(Fault("overlap_scoring", True, cause, "student_mode=cpu or resident, or overlap_scoring=false"))
-    if options.overlap_scoring and (not options.use_vllm or replay is not None):
+    if options.overlap_scoring and not has_engine(options):
         cause = "without the engine there is no generation to overlap with"
         faults.append(Fault("overlap_scoring", True, cause, "overlap_scoring=false"))
     return faults
