@@ -43,7 +43,8 @@ SAMPLING_SET_HERE = ("n", "seed", "logprobs", "prompt_logprobs", "logprob_token_
 SAMPLING_SET_HERE += ("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "output_kind")
 # What changes the distribution that is sampled from, and what leaves it as it is.
 RESHAPING = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-RESHAPING_KWARGS = ("presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words")
+RESHAPING_KWARGS = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "bad_words": [], "min_tokens": 0}
+RESHAPING_KWARGS |= {"allowed_token_ids": None, "structured_outputs": None, "thinking_token_budget": -1}
 MAX_BATCHED_TOKENS = 8192  # that vLLM computes at once: what the plan of memory counts on
 CPU_KV_CACHE = 2**30  # bytes
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
@@ -114,14 +115,15 @@ def _sampling_faults(options: Any) -> list[Fault]:
         faults.append(Fault("generation_kwargs", f"{name}={value}", cause, remedy))
     coefficients = options.kl_penalty_reward_coeff
     has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
-    if options.use_vllm and has_kl and "teacher_logprob_kl" in options.reward_funcs:
+    reads_teacher = has_kl and options.include_teacher_think_entropy and "teacher_logprob_kl" in options.reward_funcs
+    if options.use_vllm and reads_teacher:
         cause = (
             "vLLM tells log-probabilities of what it makes of the distribution, and the reward's KL needs the teacher's"
         )
-        remedy = "leave it out, or use_vllm=false, or kl_penalty_reward_coeff=0"
+        remedy = "leave it out, or use_vllm=false, kl_penalty_reward_coeff=0 or include_teacher_think_entropy=false"
         reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
         faults += [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
-        named = [name for name in RESHAPING_KWARGS if given.get(name)]
+        named = [name for name, neutral in RESHAPING_KWARGS.items() if given.get(name) not in (None, neutral)]
         faults += [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
     return faults
 
