@@ -11,7 +11,7 @@ from small_run import small_options
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers import rl
-from trainers.engine import Engine, engine_arguments, request_seed
+from trainers.engine import Engine, engine_arguments, next_token_params, request_seed
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
@@ -140,6 +140,42 @@ def test_cached_blocks_are_those_that_vllm_uses_again(engine_and_model):
     engine.next_logprobs([prompt], [[1]], 1.0)
     engine.llm.llm_engine.step = step
     assert used_again == [0, 64, 0]
+
+
+def test_a_sync_walks_through_the_pool_only_where_something_is_cached(engine_and_model, monkeypatch):
+    engine, _, _ = engine_and_model
+    engine.sync_weights()
+    (pool,) = engine._pools()
+    walks = []
+
+    class Blocks(list):
+        def __iter__(self):
+            walks.append(len(self))
+            return super().__iter__()
+
+    monkeypatch.setattr(pool, "blocks", Blocks(pool.blocks))
+    engine.next_logprobs([(5, 6, 7)], [[1]], 1.0)  # not a whole block
+    engine.sync_weights()
+    assert walks == []
+    engine.next_logprobs([tuple(range(5, 75))], [[1]], 1.0)
+    assert engine.cached_blocks() == 2
+    engine.sync_weights()
+    assert walks == [pool.num_gpu_blocks] and engine.cached_blocks() == 0
+
+
+def test_a_sync_amid_running_requests_is_refused_though_nothing_is_cached(engine_and_model):
+    from vllm import SamplingParams
+
+    engine, _, _ = engine_and_model
+    engine.sync_weights()
+    running = engine._run([((5, 6, 7), next_token_params([1], 1.0)), ((8, 9), SamplingParams(max_tokens=5))])
+    next(running)
+    assert engine.cached_blocks() == 0
+    with pytest.raises(RuntimeError, match="requests are still running"):
+        engine.sync_weights()
+    running.close()
+    engine.release_cache()  # what is left of them is forgotten by a further step
+    engine.sync_weights()
 
 
 def test_completions_of_one_prompt_differ(engine_and_model, prompts):

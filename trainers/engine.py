@@ -152,17 +152,25 @@ class Engine:
             self._build()
             return
         self.bridge.sync()
-        if not self.llm.reset_prefix_cache():
+        # vLLM's reset walks through every block there is. A pool without running requests has all but its null block.
+        is_idle = all(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 for pool in self._pools())
+        if not (is_idle and self.cached_blocks() == 0) and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
 
     def cached_blocks(self) -> int:
         """Blocks of keys and values that vLLM would use again for a prompt that begins as an earlier one."""
-        return len(self._core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+        return sum(len(pool.cached_block_hash_to_block) for pool in self._pools())
+
+    def _pools(self) -> dict[Any, None]:
+        """vLLM's pools of KV blocks, those that its reset goes through."""
+        managers = self._core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return dict.fromkeys(manager.block_pool for manager in managers)
 
     def release_cache(self) -> None:
         """Give the memory of the KV cache back to the device, until the next request.
 
-        vLLM's CPU build cannot, and an engine that will be rebuilt need not: these are only paused.
+        vLLM's CPU build cannot: it is only paused. So is an engine that will be rebuilt (weight_bridge=restart): its
+        cache stays on the device until the next `sync_weights`, and the plan of memory counts it there.
         """
         if self._released:
             return
