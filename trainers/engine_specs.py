@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import Fault
-from trainers.trl_options import class_body
+from trainers.trl_options import class_body, trl_options
 
 # Names of the Atropos trainer for the same things.
 ATROPOS = {"shared_vllm": "shared", "lora_only": "lora", "none": "restart"}
@@ -41,6 +41,16 @@ SAMPLING_OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "mi
 SAMPLING_OPTIONS |= {"max_tokens": "max_completion_length", "max_new_tokens": "max_completion_length"}
 SAMPLING_SET_HERE = ("n", "seed", "logprobs", "prompt_logprobs", "logprob_token_ids", "flat_logprobs", "detokenize")
 SAMPLING_SET_HERE += ("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "output_kind")
+# Of transformers.GenerationConfig: what TRL and this project set, and what makes other completions than samples.
+GENERATE_SET_HERE = ("do_sample", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "stop_strings")
+GENERATE_SET_HERE += ("num_return_sequences", "return_dict_in_generate", "disable_compile", "token_healing")
+GENERATE_SET_HERE += ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+GENERATE_SET_HERE += ("num_beams", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids")
+GENERATE_SET_HERE += ("penalty_alpha", "dola_layers", "low_memory")
+# What only the engine reads, and what stands where nobody has set it.
+ENGINE_ONLY = {"weight_bridge": (None,), "vllm_kwargs": ({},), "max_num_seqs": (None,), "kv_cache_gib": (None,)}
+ENGINE_ONLY |= {"vllm_max_model_length": (None,), "enforce_eager": (False,), "enable_prefix_caching": (True,)}
+ENGINE_ONLY |= {"vllm_gpu_memory_utilization": ("auto", trl_options("grpo")["vllm_gpu_memory_utilization"].default)}
 # What changes the distribution that is sampled from, and what leaves it as it is.
 RESHAPING = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 RESHAPING_KWARGS = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "bad_words": [], "min_tokens": 0}
@@ -80,8 +90,8 @@ def engine_faults(options: Any) -> list[Fault]:
     faults = _bridge_faults(options) + _kwargs_faults(options) + _rollout_faults(options)
     if not options.use_vllm:
         cause = "use_vllm=false generates with transformers, without an engine"
-        for key, empty in (("weight_bridge", None), ("vllm_kwargs", {}), ("max_num_seqs", None)):
-            if getattr(options, key) != empty:
+        for key, unset in ENGINE_ONLY.items():
+            if getattr(options, key) not in unset:
                 faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
     faults += _sampling_faults(options)
     if options.use_peft and options.reference_mode != "auto":
@@ -98,21 +108,39 @@ def sampling_arguments() -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("_"))
 
 
-def _sampling_faults(options: Any) -> list[Fault]:
+@cache
+def generate_arguments() -> frozenset[str]:
+    """The parameters of transformers.GenerationConfig, which takes any name: those that its source asks for."""
+    body = class_body("transformers", "generation/configuration_utils.py", "GenerationConfig")
+    init = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    pops = (node for node in ast.walk(init) if isinstance(node, ast.Call) and ast.unparse(node.func) == "kwargs.pop")
+    names = {node.args[0].value for node in pops} - {"transformers_version"}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def _generation_kwargs_faults(options: Any) -> list[Fault]:
     faults = []
-    given = options.generation_kwargs or {}
-    for name, value in given.items():
+    if options.use_vllm:
+        set_here, known, where = SAMPLING_SET_HERE, sampling_arguments, "vllm.SamplingParams"
+    else:
+        set_here, known, where = GENERATE_SET_HERE, generate_arguments, "transformers.GenerationConfig"
+    for name, value in (options.generation_kwargs or {}).items():
         if name in SAMPLING_OPTIONS:
             cause, remedy = "there is an option for it", f"use the option {SAMPLING_OPTIONS[name]}"
-        elif name in SAMPLING_SET_HERE:
-            cause, remedy = "this project sets it itself for each request", "leave it out"
-        elif options.use_vllm and name not in sampling_arguments():
-            near = difflib.get_close_matches(name, sampling_arguments(), n=2)
-            cause = "vLLM has no such sampling parameter"
-            remedy = f"did you mean {' or '.join(near)}?" if near else "see the arguments of vllm.SamplingParams"
+        elif name in set_here:
+            cause, remedy = "this project sets it itself: one sample for each prompt of a batch", "leave it out"
+        elif name not in known():
+            near = difflib.get_close_matches(name, known(), n=2)
+            cause = f"{where} has no such parameter"
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"see the arguments of {where}"
         else:
             continue
         faults.append(Fault("generation_kwargs", f"{name}={value}", cause, remedy))
+    return faults
+
+
+def _sampling_faults(options: Any) -> list[Fault]:
+    faults, given = _generation_kwargs_faults(options), options.generation_kwargs or {}
     coefficients = options.kl_penalty_reward_coeff
     has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
     reads_teacher = has_kl and options.include_teacher_think_entropy and "teacher_logprob_kl" in options.reward_funcs
