@@ -237,6 +237,7 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     further = {"optim": setup.arguments.optim, "overlap_scoring": way == "score-overlap"}
     if way.startswith("score"):
         further |= {"student_model": setup.folder, "student_mode": "cpu", "student_tokens_per_pass": 16384}
+        further |= {"include_teacher_think_entropy": False}  # with min_tokens, see preset_run.py
     options = our_options(setup, "shared" if way.startswith("score") else way, **further)
     renderer, rows = prompts_of(options, setup.folder, setup.arguments.full_prompts)
     model = load_teacher(options, setup.folder, setup.dtype)

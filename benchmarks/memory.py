@@ -58,7 +58,9 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}
     overrides |= {"student_model": folder / "model", "output_dir": folder / "out", "num_probes": 0, "logging_steps": 1}
     overrides |= {"stop_at_closing_tag": False, "report_to": "none", "device": "cpu", "seed": 0}
-    overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}  # of full length
+    # Completions of full length; the KL then goes without the teacher's log-probabilities, see preset_run.py.
+    overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}
+    overrides |= {"include_teacher_think_entropy": False}
     arguments = [f"{key}={value}" for key, value in overrides.items()]
     options = load_options(compose_run("teacher_rlt_tiny", arguments))
     solved = solve(problem_of(options))

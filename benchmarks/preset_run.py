@@ -76,9 +76,10 @@ def compose(config: str, overrides: list[str], folder: Path, models: Path, shape
     write_rows(folder / "rows.jsonl", words=composed["max_prompt_length"])
     here |= {"dataset_id_or_path": folder / "rows.jsonl", "output_dir": folder / "out", "report_to": "none"}
     here |= {"overlong": "truncate_left", "save_strategy": "no", "logging_steps": 1, "num_completions_to_print": 0}
-    # Completions of full length: for vLLM, and for transformers.
+    # Completions of full length: for vLLM, and for transformers. What vLLM then tells is of a distribution without the
+    # end, so the KL leaves the teacher's log-probabilities out: the same work, and its numbers mean nothing here.
     least = "min_tokens" if composed.get("use_vllm", True) else "min_new_tokens"
-    here |= {"stop_at_closing_tag": False}
+    here |= {"stop_at_closing_tag": False, "include_teacher_think_entropy": False}
     here |= {"generation_kwargs": f"{{{least}: {composed['max_completion_length']}}}"}
     if not any(override.startswith("max_steps=") for override in overrides):
         here["max_steps"] = 2

@@ -6,8 +6,13 @@ One engine serves all tests of this file: vLLM allows one in a process at a time
 import pytest
 import torch
 from conftest import ROWS
+from families import COMMON
+from small_run import small_options
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainers.engine import Engine, engine_arguments, request_seed
+from trainers import rl
+from trainers.engine import Engine, engine_arguments, next_token_params, request_seed
+from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
 
@@ -137,6 +142,42 @@ def test_cached_blocks_are_those_that_vllm_uses_again(engine_and_model):
     assert used_again == [0, 64, 0]
 
 
+def test_a_sync_walks_through_the_pool_only_where_something_is_cached(engine_and_model, monkeypatch):
+    engine, _, _ = engine_and_model
+    engine.sync_weights()
+    (pool,) = engine._pools()
+    walks = []
+
+    class Blocks(list):
+        def __iter__(self):
+            walks.append(len(self))
+            return super().__iter__()
+
+    monkeypatch.setattr(pool, "blocks", Blocks(pool.blocks))
+    engine.next_logprobs([(5, 6, 7)], [[1]], 1.0)  # not a whole block
+    engine.sync_weights()
+    assert walks == []
+    engine.next_logprobs([tuple(range(5, 75))], [[1]], 1.0)
+    assert engine.cached_blocks() == 2
+    engine.sync_weights()
+    assert walks == [pool.num_gpu_blocks] and engine.cached_blocks() == 0
+
+
+def test_a_sync_amid_running_requests_is_refused_though_nothing_is_cached(engine_and_model):
+    from vllm import SamplingParams
+
+    engine, _, _ = engine_and_model
+    engine.sync_weights()
+    running = engine._run([((5, 6, 7), next_token_params([1], 1.0)), ((8, 9), SamplingParams(max_tokens=5))])
+    next(running)
+    assert engine.cached_blocks() == 0
+    with pytest.raises(RuntimeError, match="requests are still running"):
+        engine.sync_weights()
+    running.close()
+    engine.release_cache()  # what is left of them is forgotten by a further step
+    engine.sync_weights()
+
+
 def test_completions_of_one_prompt_differ(engine_and_model, prompts):
     engine, _, _ = engine_and_model
     completions = engine.generate(prompts[:4], SAMPLING, step=0).completion_ids
@@ -169,6 +210,20 @@ def test_cuda_graphs_are_an_option_on_a_gpu(eager):
     assert arguments["enforce_eager"] is eager
     assert arguments["dtype"] == "bfloat16"
     assert arguments["max_model_len"] == 16
+
+
+@pytest.mark.parametrize("family", ["smollm3", "helium"])  # vLLM lists the first as its own, and has no class for it
+def test_model_without_a_class_of_vllm_s_own_is_refused_before_it_is_loaded(
+    tokenizer, rows_file, tmp_path, monkeypatch, family
+):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path)
+    chosen = {"model_name_or_path": str(tmp_path), "dataset_id_or_path": str(rows_file), "reward_funcs": ["format"]}
+    options = small_options(**chosen, device="cpu", reference_mode="cpu")
+    monkeypatch.setattr(rl, "load_teacher", lambda *_: pytest.fail("the weights are loaded"))
+    with pytest.raises(ConfigError, match=f"(?i)no class of its own for {family}ForCausalLM.*\n.*use_vllm=false"):
+        rl.run_rl(options, tmp_path / "out")
 
 
 def test_request_seed_depends_on_every_part():

@@ -8,7 +8,7 @@ from conftest import REPO
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.engine_specs import bridge_name, device_faults, vllm_arguments
+from trainers.engine_specs import GENERATE_SET_HERE, bridge_name, device_faults, generate_arguments, vllm_arguments
 from trainers.errors import ConfigError
 
 
@@ -50,9 +50,40 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
         (["vllm_kwargs={max_num_seqs: 4}"], "vllm_kwargs", "sets it itself", "use the option max_num_seqs"),
         (["vllm_kwargs={dtype: bfloat16}"], "vllm_kwargs", "sets it itself", "use the option precision"),
         (["vllm_kwargs={logprobs_mode: raw_logits}"], "vllm_kwargs", "sets it itself", "leave it out"),
+        (["vllm_kwargs={kv_cache_memory_bytes: 1000}"], "vllm_kwargs", "sets it itself", "use the option kv_cache_gib"),
+        (["vllm_kwargs={model_impl: transformers}"], "vllm_kwargs", "the trainer computes with them", "leave it out"),
+        (["vllm_model_impl=transformers"], "vllm_model_impl", "sets it itself", "vLLM's own classes"),
         (["vllm_kwargs={blocksize: 4}"], "vllm_kwargs", "no such argument", "block_size"),
         (["use_vllm=false", "weight_bridge=copy"], "weight_bridge", "without an engine", "use_vllm=true"),
         (["use_vllm=false", "max_num_seqs=4"], "max_num_seqs", "without an engine", "use_vllm=true"),
+        (["use_vllm=false", "enforce_eager=true"], "enforce_eager", "without an engine", "use_vllm=true"),
+        (
+            ["use_vllm=false", "enable_prefix_caching=false"],
+            "enable_prefix_caching",
+            "without an engine",
+            "leave it out",
+        ),
+        (["use_vllm=false", "kv_cache_gib=2"], "kv_cache_gib", "without an engine", "leave it out"),
+        (["use_vllm=false", "vllm_max_model_length=512"], "vllm_max_model_length", "without an engine", "leave it out"),
+        (
+            ["use_vllm=false", "vllm_gpu_memory_utilization=0.5"],
+            "vllm_gpu_memory_utilization",
+            "without an engine",
+            "leave it out",
+        ),
+        (
+            ["use_vllm=false", "generation_kwargs={min_new_token: 2}"],
+            "generation_kwargs",
+            "GenerationConfig has no such",
+            "min_new_tokens",
+        ),
+        (["use_vllm=false", "generation_kwargs={n: 2}"], "generation_kwargs", "GenerationConfig has no such", "see"),
+        (
+            ["use_vllm=false", "generation_kwargs={max_new_tokens: 2}"],
+            "generation_kwargs",
+            "an option",
+            "max_completion",
+        ),
         (["use_vllm=false", "overlap_scoring=true"], "overlap_scoring", "no generation", "overlap_scoring=false"),
         (["overlap_scoring=true", "student_mode=streamed"], "overlap_scoring", "whole batch", "student_mode=cpu"),
         (["replay_rollouts=nowhere"], "replay_rollouts", "no recorded rollouts", "record_rollouts"),
@@ -62,14 +93,32 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
         (["adapter_start=merged"], "adapter_start", "'merge'", "did you mean merge?"),
         (["load_in_4bit=true"], "load_in_4bit", "unknown under this name", "bitsandbytes"),
         (["use_peft=true", "lora_target_modules=[q_proj,lm_head]"], "lora_target_modules", "the head", "all-linear"),
-        (["generation_kwargs={n: 2}"], "generation_kwargs", "for each request", "leave it out"),
-        (["generation_kwargs={stop_token_ids: [5]}"], "generation_kwargs", "for each request", "leave it out"),
+        (["generation_kwargs={n: 2}"], "generation_kwargs", "one sample for each prompt", "leave it out"),
+        (
+            ["generation_kwargs={stop_token_ids: [5]}"],
+            "generation_kwargs",
+            "one sample for each prompt",
+            "leave it out",
+        ),
         (["generation_kwargs={min_p: 0.1}"], "generation_kwargs", "an option for it", "min_p"),
         (["generation_kwargs={max_new_tokens: 5}"], "generation_kwargs", "an option", "max_completion_length"),
-        (["generation_kwargs={min_token: 5}"], "generation_kwargs", "no such sampling parameter", "min_tokens"),
+        (["generation_kwargs={min_token: 5}"], "generation_kwargs", "SamplingParams has no such", "min_tokens"),
         (["top_p=0.9"], "top_p", "the reward's KL", "kl_penalty_reward_coeff=0"),
         (["top_k=20"], "top_k", "the reward's KL", "use_vllm=false"),
         (["generation_kwargs={presence_penalty: 0.5}"], "generation_kwargs", "the reward's KL", "use_vllm=false"),
+        (
+            ["generation_kwargs={min_tokens: 2}"],
+            "generation_kwargs",
+            "the reward's KL",
+            "include_teacher_think_entropy",
+        ),
+        (["generation_kwargs={thinking_token_budget: 0}"], "generation_kwargs", "the reward's KL", "leave it out"),
+        (
+            ["generation_kwargs={structured_outputs: {regex: a}}"],
+            "generation_kwargs",
+            "the reward's KL",
+            "leave it out",
+        ),
         (["vllm_kwargs={prefill_context_parallel_size: 2}"], "vllm_kwargs", "its one GPU", "leave"),
         (["vllm_kwargs={distributed_executor_backend: mp}"], "vllm_kwargs", "sets it itself", "leave it out"),
         (["lora_r=0"], "lora_r", "greater than or equal to 1", "--help"),
@@ -82,13 +131,29 @@ def test_fault_has_cause_and_remedy(words, key, cause, remedy):
     assert f"{key}=" in message and cause in message and remedy in message, message
 
 
+@pytest.mark.parametrize("name", GENERATE_SET_HERE)
+def test_what_makes_other_completions_than_samples_is_refused_without_vllm(name):
+    assert name in generate_arguments()
+    with pytest.raises(ConfigError, match=f"generation_kwargs='{name}=1': this project sets it itself"):
+        options("use_vllm=false", f"generation_kwargs={{{name}: 1}}")
+
+
+def test_every_preset_runs_without_vllm_too():
+    for run in (REPO / "cfgs/run_cfg").glob("teacher_rlt*.yaml"):
+        assert not load_options(compose_run(run.stem, ["use_vllm=false"]), repo=REPO, needs_device=False).use_vllm
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["top_p=0.9", "kl_penalty_reward_coeff=0"],
         ["top_p=0.9", "use_vllm=false"],
         ["top_k=20", "reward_funcs=[student_answer]"],
-        ["generation_kwargs={min_tokens: 2, presence_penalty: 0}"],
+        ["generation_kwargs={min_tokens: 0, presence_penalty: 0, thinking_token_budget: -1, bad_words: []}"],
+        ["generation_kwargs={min_tokens: 2}", "kl_penalty_reward_coeff=0"],
+        ["generation_kwargs={min_tokens: 2}", "include_teacher_think_entropy=false"],
+        ["generation_kwargs={ignore_eos: true}"],
+        ["generation_kwargs={min_new_tokens: 2, typical_p: 0.9}", "use_vllm=false"],
         ["vllm_kwargs={quantization: null}"],
     ],
 )
@@ -139,9 +204,18 @@ def test_arguments_are_those_of_the_installed_vllm():
     assert "cpu_offload_gb" in vllm_arguments()
 
 
+def test_generation_parameters_are_those_of_the_installed_transformers():
+    from transformers import GenerationConfig
+
+    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    assert generate_arguments() == fields
+
+
 def test_checking_imports_neither_torch_nor_vllm():
     code = "import sys, train; from trainers.checks import load_options; from trainers.config import compose_run\n"
     code += "load_options(compose_run('teacher_rlt_tiny', ['device=cpu', 'vllm_kwargs={block_size: 32}']))\n"
+    code += "load_options(compose_run('teacher_rlt_tiny', ['device=cpu', 'use_vllm=false',"
+    code += " 'generation_kwargs={typical_p: 0.9}']))\n"
     code += "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
 

@@ -99,6 +99,50 @@ def test_peak_of_a_phase_without_a_gpu_is_what_was_resident_at_most_in_it():
     assert phases["score_peak"] - phases["score"] < 0.1 * size
 
 
+class Card:
+    """A GPU of 80 GiB in made-up figures, in GiB: torch's pool, and the rest (1: the driver's, and vLLM's KV cache)."""
+
+    def __init__(self, monkeypatch, reserved, rest):
+        self.reserved = self.most = reserved
+        self.rest, self.peak = rest, reserved + rest
+        found = {
+            "mem_get_info": lambda device: ((80 - self.reserved - self.rest) * GIB, 80 * GIB),
+            "memory_reserved": lambda device: self.reserved * GIB,
+            "max_memory_reserved": lambda device: self.most * GIB,
+            "reset_peak_memory_stats": lambda device: setattr(self, "most", self.reserved),
+        }
+        for name, function in found.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def becomes(self, reserved, rest):
+        self.reserved, self.rest = reserved, rest
+        self.most, self.peak = max(self.most, reserved), max(self.peak, reserved + rest)
+
+
+@pytest.mark.parametrize(
+    ("begin", "course", "expected"),
+    [
+        ((60, 1), [(32, 1), (32, 18)], 61),  # torch gives back, then the KV cache is mapped: 78 were never in use
+        ((32, 18), [(32, 1), (45, 1)], 50),  # the KV cache goes, then torch grows
+        ((32, 18), [(45, 18), (32, 18)], 63),  # torch alone rises and falls
+        ((32, 1), [(32, 18)], 50),  # the KV cache alone
+        ((40, 1), [(32, 1)], 41),
+    ],
+)
+def test_peak_on_a_gpu_is_no_more_than_was_in_use_together(monkeypatch, begin, course, expected):
+    card = Card(monkeypatch, 70, 1)
+    card.becomes(*begin)
+    watch = MemoryWatch(torch.device("cuda"))  # what was before is not asked for
+    card.peak = sum(begin)
+    for figures in course:
+        card.becomes(*figures)
+    watch.note("kv_cache")
+    assert watch.take() == {"memory/kv_cache": sum(course[-1]), "memory/kv_cache_peak": expected}
+    assert expected == card.peak
+    watch.note("sync")
+    assert watch.take()["memory/sync_peak"] == sum(course[-1])
+
+
 def test_resident_set_is_what_is_read_without_a_gpu():
     watch = MemoryWatch(torch.device("cpu"))
     before = watch.used()

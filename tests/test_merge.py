@@ -275,3 +275,52 @@ def test_adapter_that_the_engine_has_no_place_for_is_merged_not_continued(copy, 
     fault = faults(f"model_name_or_path={folder}", "use_peft=true")["model_name_or_path"]
     assert "cannot be trained on" in fault.cause and "stage=merge" in fault.remedy
     assert checked(f"model_name_or_path={folder}", "use_peft=true", "adapter_start=merge")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["model.embed_tokens"]},
+        {"target_modules": ".*(q_proj|lm_head)"},
+        {"target_modules": r".*\.(q_proj|embed_tokens)"},
+        {"target_modules": ".*", "exclude_modules": ["embed_tokens"]},
+    ],
+)
+def test_adapter_on_head_or_embedding_is_merged_not_continued(copy, targets):
+    folder = copy(**targets)
+    fault = faults(f"model_name_or_path={folder}", "use_peft=true")["model_name_or_path"]
+    assert "cannot be trained on: TRL computes" in fault.cause and fault.remedy == "adapter_start=merge"
+    assert ("lm_head" in fault.cause) != ("embed_tokens" in fault.cause)
+    assert checked(f"model_name_or_path={folder}", "use_peft=true", "adapter_start=merge")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ".*(q_proj|v_proj)"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["embed", "head"]},
+        {"target_modules": ".*", "exclude_modules": "lm_head|.*embed_tokens"},
+    ],
+)
+def test_adapter_on_layers_is_continued_however_it_names_them(copy, targets):
+    assert checked(f"model_name_or_path={copy(**targets)}", "use_peft=true")
+
+
+@pytest.mark.parametrize(
+    ("targets", "cause"),
+    [
+        (".*(q_proj|lm_head)", "the head's weight"),
+        (r".*\.embed_tokens", "the head's weight"),
+        ("embed_tokens", "the head's weight"),
+        ("(q_proj", "nor a regular expression"),
+    ],
+)
+def test_pattern_for_fresh_adapters_is_read_as_peft_reads_it(targets, cause):
+    words = compose_run("teacher_rlt_tiny", ["device=cpu", "use_peft=true"])
+    with pytest.raises(ConfigError, match=cause) as error:
+        load_options(words | {"lora_target_modules": targets}, 1, REPO)
+    assert all("all-linear" in fault.remedy for fault in error.value.faults)
+    assert load_options(words | {"lora_target_modules": ".*(q_proj|v_proj)"}, 1, REPO)

@@ -60,9 +60,9 @@ class CountingScorer(ExplanationScorer):
 
     asked = 0
 
-    def score(self, *args):
+    def score(self, *args, **named):
         self.asked += 1
-        return super().score(*args)
+        return super().score(*args, **named)
 
 
 def make_scorer(model_dir, renderer):

@@ -69,3 +69,23 @@ def test_fault_while_scoring_ahead_reaches_the_run():
     ahead.submit([0], values=[0])
     with pytest.raises(FloatingPointError, match="explanation 0 is nan"):
         ahead.take()
+
+
+def test_what_is_cancelled_is_not_scored_and_the_next_batch_is():
+    begun, go, scored = threading.Event(), threading.Event(), []
+
+    def score(values):
+        begun.set()
+        assert go.wait(60)
+        scored.extend(values)
+        return values
+
+    ahead = ScoreAhead(score, torch.device("cpu"))
+    for value in range(3):
+        ahead.submit([value], values=[value])
+    assert begun.wait(60)
+    ahead.cancel()
+    go.set()
+    ahead.submit([0], values=[7])
+    assert ahead.take() == [7]
+    assert scored == [0, 7]

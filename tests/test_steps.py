@@ -1,7 +1,11 @@
 """What a training step asks of the engine, and when. Run: ./run_tests.sh tests/test_steps.py"""
 
+import threading
+
 import pytest
-from small_run import make_trainer
+from small_run import CPU, make_trainer
+
+from trainers.overlap import ScoreAhead
 
 
 @pytest.fixture
@@ -58,3 +62,28 @@ def test_each_group_is_handed_on_while_others_are_still_written(trainer):
         assert len(places) == 4 and len(set(group["question"])) == 1
         assert [len(ids) for ids in group["completion_ids"]] == [len(lp) for lp in group["teacher_logprobs"]]
     assert len(groups) == 2 and not unfinished[-1]
+
+
+def test_where_sampling_fails_no_group_is_scored_any_more(trainer):
+    begun, go, scored = threading.Event(), threading.Event(), []
+
+    def score(question, **group):
+        scored.append(question[0])
+        begun.set()
+        assert go.wait(60)
+        return question
+
+    trainer.ahead = ScoreAhead(score, CPU)
+    generate = trainer.engine.generate
+
+    def interrupted(*args):
+        generate(*args)
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    trainer.engine.generate = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    go.set()
+    trainer.ahead._thread.shutdown()  # all that is queued is done
+    assert len(scored) == 1

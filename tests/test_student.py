@@ -10,8 +10,10 @@ from conftest import ROWS
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.judges import load_frozen
+from trainers.kept_scores import TENSORS, ScoreKeeper, load_kept
 from trainers.models import load_model
 from trainers.options import options_class
+from trainers.overlap import ScoreAhead
 from trainers.reward_funcs import StudentReward
 from trainers.scoring import ExplanationScorer
 from trainers.student import Student
@@ -95,6 +97,37 @@ def test_reward_of_a_completion_by_hand(model_dir, renderer):
     assert reward == pytest.approx(expected.item(), abs=1e-5)
     assert metrics["explanation_length"] == 5
     assert metrics["match_reward"] == 0
+
+
+def test_kept_scores_are_those_of_the_whole_rollout_scored_ahead_or_not(model_dir, renderer, tmp_path):
+    student = make_student(model_dir, renderer)
+    rows = [row for row in ROWS for _ in range(2)]
+    completions = [renderer.encode_text(f"{i} {row['reasoning_trace']}") for i, row in enumerate(rows)]
+    completions[5] = renderer.encode_text("too long" * 200)
+    logprobs = [[-0.1 * i] * (len(renderer.padding_ids) + len(ids)) for i, ids in enumerate(completions)]
+    for way in ("at once", "ahead"):
+        reward = make_reward(student, renderer)
+        reward.scorer.keeper = ScoreKeeper(tmp_path / way, by_batch=True)
+        for _ in range(2):
+            if way == "ahead":
+                reward.ahead = reward.ahead or ScoreAhead(reward.score, torch.device("cpu"))
+                for places in ([4, 5], [0, 1], [6, 7], [2, 3]):  # as the engine happens to finish them
+                    reward.ahead.submit(
+                        places,
+                        completion_ids=[completions[i] for i in places],
+                        question=[rows[i]["question"] for i in places],
+                        solution=[rows[i]["solution"] for i in places],
+                        teacher_logprobs=[logprobs[i] for i in places],
+                    )
+            rewards, _ = call(reward, [*completions], logprobs, rows)
+            assert [i for i, value in enumerate(rewards) if value is None] == [5]
+    at_once, ahead = (load_kept(tmp_path / way) for way in ("at once", "ahead"))
+    assert [row.batch for row in at_once] == [1] * 7 + [2] * 7
+    for ours, theirs in zip(at_once, ahead, strict=True):
+        assert (ours.question, ours.explanation, ours.batch) == (theirs.question, theirs.explanation, theirs.batch)
+        assert ours.reward == pytest.approx(theirs.reward, abs=1e-5)
+        for name in TENSORS:
+            assert torch.allclose(getattr(ours.scored, name), getattr(theirs.scored, name), atol=1e-5)
 
 
 def test_without_the_padding_the_kl_covers_what_was_sampled(model_dir, renderer):

@@ -4,6 +4,7 @@ Imports neither torch nor peft: a fault here is told before anything is loaded.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ BEYOND_PLAIN_LORA = (
     "use_dora",
     "lora_bias",
 )
+# What takes no adapter, by the names of its modules in a transformers model.
+OUTER = {"lm_head": ("lm_head",), "embed_tokens": ("embed_tokens", "model.embed_tokens")}
+NO_ADAPTER = "TRL computes log-probabilities from the head's weight, and vLLM takes adapters of linear layers"
 
 
 @dataclass(frozen=True)
@@ -172,11 +176,36 @@ def adapter_faults(options: Any, num_devices: int, trains: bool) -> list[Fault]:
     return faults
 
 
+def _is_target(targets: str | list[str] | None, module: str) -> bool:
+    """Whether peft finds a module with these `target_modules`: a regular expression for all of its name, or ends of it.
+
+    Raises:
+        re.error: If it is neither.
+    """
+    if isinstance(targets, str):
+        return targets != "all-linear" and re.fullmatch(targets, module) is not None  # all-linear leaves the head out
+    return any(module == name or module.endswith(f".{name}") for name in targets or ())
+
+
+def _outer_targets(targets: str | list[str] | None, excluded: str | list[str] | None = None) -> list[str]:
+    """Head and embedding, where they are among these targets."""
+
+    def adapted(module: str) -> bool:
+        return _is_target(targets, module) and not _is_target(excluded, module)
+
+    return [name for name, modules in OUTER.items() if any(map(adapted, modules))]
+
+
 def _fresh_faults(options: Any) -> Iterator[Fault]:
     targets = options.lora_target_modules
-    for name in {"lm_head", "embed_tokens"} & set(targets if isinstance(targets, list) else [targets]):
-        cause = "TRL computes log-probabilities from the head's weight, and vLLM takes adapters of linear layers"
-        yield Fault("lora_target_modules", name, cause, "lora_target_modules=all-linear")
+    try:
+        outer = _outer_targets(targets)
+    except re.error as error:
+        cause = f"it is neither all-linear, a list of names nor a regular expression: {error}"
+        yield Fault("lora_target_modules", targets, cause, "lora_target_modules=all-linear, or e.g. [q_proj, v_proj]")
+        outer = []
+    for name in outer:
+        yield Fault("lora_target_modules", name, NO_ADAPTER, "lora_target_modules=all-linear")
     if options.use_peft and getattr(options, "model_init", None) is not None:
         cause = "a model of fresh random weights has nothing to keep: adapters are for a trained one"
         yield Fault("use_peft", True, cause, "use_peft=false, or model_name_or_path with model_init=null")
@@ -190,6 +219,10 @@ def _continue_faults(options: Any, adapter: AdapterFiles) -> Iterator[Fault]:
         cause = f"an adapter with {', '.join(beyond)}" if beyond else f"an adapter of type {config.get('peft_type')}"
         remedy = f"adapter_start=merge, or {merge_command(path)}"
         yield Fault("model_name_or_path", path, f"{cause} cannot be trained on: the engine takes plain LoRA", remedy)
+        return
+    if outer := _outer_targets(config.get("target_modules"), config.get("exclude_modules")):
+        cause = f"an adapter on {' and '.join(outer)} cannot be trained on: {NO_ADAPTER}"
+        yield Fault("model_name_or_path", path, cause, "adapter_start=merge")
         return
     for key, name in LORA_OPTIONS.items():
         ours, theirs = getattr(options, key), config.get(name)

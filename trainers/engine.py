@@ -18,6 +18,7 @@ from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
 from trainers.engine_specs import CPU_KV_CACHE, MAX_BATCHED_TOKENS, bridge_name
+from trainers.errors import ConfigError, Fault
 from trainers.rollouts import Ended, Rollout
 from trainers.shared_weights import held_bytes
 
@@ -151,17 +152,25 @@ class Engine:
             self._build()
             return
         self.bridge.sync()
-        if not self.llm.reset_prefix_cache():
+        # vLLM's reset walks through every block there is. A pool without running requests has all but its null block.
+        is_idle = all(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 for pool in self._pools())
+        if not (is_idle and self.cached_blocks() == 0) and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
 
     def cached_blocks(self) -> int:
         """Blocks of keys and values that vLLM would use again for a prompt that begins as an earlier one."""
-        return len(self._core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+        return sum(len(pool.cached_block_hash_to_block) for pool in self._pools())
+
+    def _pools(self) -> dict[Any, None]:
+        """vLLM's pools of KV blocks, those that its reset goes through."""
+        managers = self._core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return dict.fromkeys(manager.block_pool for manager in managers)
 
     def release_cache(self) -> None:
         """Give the memory of the KV cache back to the device, until the next request.
 
-        vLLM's CPU build cannot, and an engine that will be rebuilt need not: these are only paused.
+        vLLM's CPU build cannot: it is only paused. So is an engine that will be rebuilt (weight_bridge=restart): its
+        cache stays on the device until the next `sync_weights`, and the plan of memory counts it there.
         """
         if self._released:
             return
@@ -322,6 +331,29 @@ def engine_arguments(options: Any, model_path: str, device: torch.device, dtype:
         arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks
         arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
     return arguments
+
+
+def check_architecture(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> None:
+    """See that vLLM has a class of its own for a model, before any weights are loaded.
+
+    Its Transformers backend decorates transformers' own classes, for the whole process: the trainer's forward pass then
+    asks the trainer's model for what only vLLM's has.
+
+    Raises:
+        ConfigError: If it would fall back on that backend.
+    """
+    prepare_environment(device)
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = engine_arguments(options, model_path, device, dtype) | options.vllm_kwargs
+    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    with _kept_random_state():
+        config = EngineArgs(**known).create_model_config()
+    if config.using_transformers_backend():
+        cause = f"vLLM has no class of its own for {', '.join(config.architectures)}, and its Transformers backend "
+        cause += "alters the classes that the trainer computes with"
+        remedy = "use_vllm=false, or a model of another architecture"
+        raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
 
 
 def next_token_params(tokens: list[int], temperature: float) -> Any:

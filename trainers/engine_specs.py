@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import Fault
-from trainers.trl_options import class_body
+from trainers.trl_options import class_body, trl_options
 
 # Names of the Atropos trainer for the same things.
 ATROPOS = {"shared_vllm": "shared", "lora_only": "lora", "none": "restart"}
@@ -29,6 +29,7 @@ SET_HERE = {
     "max_loras": "use_peft",
     "max_lora_rank": "lora_r",
     "lora_target_modules": "lora_target_modules",
+    "kv_cache_memory_bytes": "kv_cache_gib",
     "enable_sleep_mode": None,
     "enable_cumem_allocator": None,
     "logprobs_mode": None,
@@ -40,9 +41,20 @@ SAMPLING_OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "mi
 SAMPLING_OPTIONS |= {"max_tokens": "max_completion_length", "max_new_tokens": "max_completion_length"}
 SAMPLING_SET_HERE = ("n", "seed", "logprobs", "prompt_logprobs", "logprob_token_ids", "flat_logprobs", "detokenize")
 SAMPLING_SET_HERE += ("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "output_kind")
+# Of transformers.GenerationConfig: what TRL and this project set, and what makes other completions than samples.
+GENERATE_SET_HERE = ("do_sample", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "stop_strings")
+GENERATE_SET_HERE += ("num_return_sequences", "return_dict_in_generate", "disable_compile", "token_healing")
+GENERATE_SET_HERE += ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+GENERATE_SET_HERE += ("num_beams", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids")
+GENERATE_SET_HERE += ("penalty_alpha", "dola_layers", "low_memory")
+# What only the engine reads, and what stands where nobody has set it.
+ENGINE_ONLY = {"weight_bridge": (None,), "vllm_kwargs": ({},), "max_num_seqs": (None,), "kv_cache_gib": (None,)}
+ENGINE_ONLY |= {"vllm_max_model_length": (None,), "enforce_eager": (False,), "enable_prefix_caching": (True,)}
+ENGINE_ONLY |= {"vllm_gpu_memory_utilization": ("auto", trl_options("grpo")["vllm_gpu_memory_utilization"].default)}
 # What changes the distribution that is sampled from, and what leaves it as it is.
 RESHAPING = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-RESHAPING_KWARGS = ("presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words")
+RESHAPING_KWARGS = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "bad_words": [], "min_tokens": 0}
+RESHAPING_KWARGS |= {"allowed_token_ids": None, "structured_outputs": None, "thinking_token_budget": -1}
 MAX_BATCHED_TOKENS = 8192  # that vLLM computes at once: what the plan of memory counts on
 CPU_KV_CACHE = 2**30  # bytes
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
@@ -54,6 +66,11 @@ def bridge_name(options: Any) -> str:
     if options.weight_bridge is None:
         return "lora" if options.use_peft else "shared"
     return ATROPOS.get(options.weight_bridge, options.weight_bridge)
+
+
+def has_engine(options: Any) -> bool:
+    """Whether vLLM generates in this run."""
+    return options.use_vllm and options.replay_rollouts is None
 
 
 @cache
@@ -73,8 +90,8 @@ def engine_faults(options: Any) -> list[Fault]:
     faults = _bridge_faults(options) + _kwargs_faults(options) + _rollout_faults(options)
     if not options.use_vllm:
         cause = "use_vllm=false generates with transformers, without an engine"
-        for key, empty in (("weight_bridge", None), ("vllm_kwargs", {}), ("max_num_seqs", None)):
-            if getattr(options, key) != empty:
+        for key, unset in ENGINE_ONLY.items():
+            if getattr(options, key) not in unset:
                 faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
     faults += _sampling_faults(options)
     if options.use_peft and options.reference_mode != "auto":
@@ -91,31 +108,50 @@ def sampling_arguments() -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("_"))
 
 
-def _sampling_faults(options: Any) -> list[Fault]:
+@cache
+def generate_arguments() -> frozenset[str]:
+    """The parameters of transformers.GenerationConfig, which takes any name: those that its source asks for."""
+    body = class_body("transformers", "generation/configuration_utils.py", "GenerationConfig")
+    init = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    pops = (node for node in ast.walk(init) if isinstance(node, ast.Call) and ast.unparse(node.func) == "kwargs.pop")
+    names = {node.args[0].value for node in pops} - {"transformers_version"}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def _generation_kwargs_faults(options: Any) -> list[Fault]:
     faults = []
-    given = options.generation_kwargs or {}
-    for name, value in given.items():
+    if options.use_vllm:
+        set_here, known, where = SAMPLING_SET_HERE, sampling_arguments, "vllm.SamplingParams"
+    else:
+        set_here, known, where = GENERATE_SET_HERE, generate_arguments, "transformers.GenerationConfig"
+    for name, value in (options.generation_kwargs or {}).items():
         if name in SAMPLING_OPTIONS:
             cause, remedy = "there is an option for it", f"use the option {SAMPLING_OPTIONS[name]}"
-        elif name in SAMPLING_SET_HERE:
-            cause, remedy = "this project sets it itself for each request", "leave it out"
-        elif options.use_vllm and name not in sampling_arguments():
-            near = difflib.get_close_matches(name, sampling_arguments(), n=2)
-            cause = "vLLM has no such sampling parameter"
-            remedy = f"did you mean {' or '.join(near)}?" if near else "see the arguments of vllm.SamplingParams"
+        elif name in set_here:
+            cause, remedy = "this project sets it itself: one sample for each prompt of a batch", "leave it out"
+        elif name not in known():
+            near = difflib.get_close_matches(name, known(), n=2)
+            cause = f"{where} has no such parameter"
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"see the arguments of {where}"
         else:
             continue
         faults.append(Fault("generation_kwargs", f"{name}={value}", cause, remedy))
+    return faults
+
+
+def _sampling_faults(options: Any) -> list[Fault]:
+    faults, given = _generation_kwargs_faults(options), options.generation_kwargs or {}
     coefficients = options.kl_penalty_reward_coeff
     has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
-    if options.use_vllm and has_kl and "teacher_logprob_kl" in options.reward_funcs:
+    reads_teacher = has_kl and options.include_teacher_think_entropy and "teacher_logprob_kl" in options.reward_funcs
+    if options.use_vllm and reads_teacher:
         cause = (
             "vLLM tells log-probabilities of what it makes of the distribution, and the reward's KL needs the teacher's"
         )
-        remedy = "leave it out, or use_vllm=false, or kl_penalty_reward_coeff=0"
+        remedy = "leave it out, or use_vllm=false, kl_penalty_reward_coeff=0 or include_teacher_think_entropy=false"
         reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
         faults += [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
-        named = [name for name in RESHAPING_KWARGS if given.get(name)]
+        named = [name for name, neutral in RESHAPING_KWARGS.items() if given.get(name) not in (None, neutral)]
         faults += [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
     return faults
 
@@ -198,6 +234,9 @@ def _kwargs_faults(options: Any) -> list[Fault]:
         elif name in SET_HERE:
             remedy = f"use the option {SET_HERE[name]}" if SET_HERE[name] else "leave it out"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", "this project sets it itself", remedy))
+        elif name == "model_impl":
+            cause = "vLLM's Transformers backend alters transformers' own classes, and the trainer computes with them"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "leave it out"))
         elif name == "quantization" and value is not None and bridge_name(options) != "restart":
             cause = "vLLM packs quantized weights its own way, so the trainer's cannot be put in their place"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "weight_bridge=restart, or no quantization"))
@@ -222,7 +261,7 @@ def _rollout_faults(options: Any) -> list[Fault]:
     if options.overlap_scoring and options.student_mode == "streamed":
         cause = "a streamed student reads its weights once for a whole batch, not for each group"
         faults.append(Fault("overlap_scoring", True, cause, "student_mode=cpu or resident, or overlap_scoring=false"))
-    if options.overlap_scoring and (not options.use_vllm or replay is not None):
+    if options.overlap_scoring and not has_engine(options):
         cause = "without the engine there is no generation to overlap with"
         faults.append(Fault("overlap_scoring", True, cause, "overlap_scoring=false"))
     return faults

@@ -37,6 +37,8 @@ class MemoryWatch:
         self._step_peak = 0
         self._peaks: list[int] = []
         self._warned: set[str] = set()
+        if device.type == "cuda":
+            self._since = self._mark()
 
     def used(self) -> int:
         """Bytes in use now. On a GPU all of it that is taken, by whomever: vLLM's pools are not in torch's figures."""
@@ -46,15 +48,27 @@ class MemoryWatch:
         return psutil.Process().memory_info().rss
 
     def peak(self) -> int:
-        """Bytes in use at most since this was last asked: on a GPU what torch had reserved above what it holds now;
-        without one, the largest resident set that the kernel has seen."""
+        """Bytes in use at most since this was last asked. Without a GPU the largest resident set that the kernel saw.
+
+        On a GPU the larger of what was in use then and what is now; or torch's largest reservation in between, beside
+        the rest at its smaller: vLLM maps its KV cache anew after torch has given back what it had reserved, so
+        the two need never have been there together.
+        """
         if self.device.type == "cuda":
-            most = self.used() + torch.cuda.max_memory_reserved(self.device) - torch.cuda.memory_reserved(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return most
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            then, now = self._since, self._mark()
+            self._since = now
+            rest = min(used - of_torch for used, of_torch in (then, now))
+            return max(then[0], now[0], rest + reserved)
         most = resident_peak()
         Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak
         return most
+
+    def _mark(self) -> tuple[int, int]:
+        """Bytes of the GPU in use, and those that torch has reserved, whose peak is looked for from now on."""
+        used = self.used()  # it starts CUDA where nothing has yet
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return used, torch.cuda.memory_reserved(self.device)
 
     def note(self, phase: str) -> None:
         """A phase has ended."""

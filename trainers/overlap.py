@@ -40,6 +40,16 @@ class ScoreAhead:
             try:
                 found |= zip(places, future.result(), strict=True)
             except BaseException:
-                self._thread.shutdown(wait=False, cancel_futures=True)
+                _cancel(pending)
                 raise
         return [found[place] for place in range(len(found))]
+
+    def cancel(self) -> None:
+        """Forget all groups since the last `take`; at most the one in work is still scored."""
+        pending, self._pending = self._pending, []
+        _cancel(pending)
+
+
+def _cancel(pending: list[tuple[list[int], Future]]) -> None:
+    for _, future in pending:
+        future.cancel()

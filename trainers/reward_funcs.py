@@ -84,13 +84,16 @@ class StudentReward:
         solution: list[str],
         teacher_logprobs: list[list[float]],
     ) -> list[tuple[Scored | str, Explanation]]:
-        """Read the explanations out of completions and score them; the arguments are those of `ask`."""
+        """Read the explanations out of completions and score them; the arguments are those of `ask`, which keeps what
+        is to be kept of a whole batch."""
         tag = self.scorer.student.renderer.tags.explanation[1]
         tokenizer = self.scorer.teacher.tokenizer
         padding = len(self.scorer.teacher.padding_ids) if self.scorer.padding_in_kl else 0
         explanations = [read_explanation(tokenizer, ids, tag, self.end_ids) for ids in completion_ids]
-        kept = [torch.tensor(lp[: padding + len(e.ids)]) for lp, e in zip(teacher_logprobs, explanations, strict=True)]
-        return list(zip(self.scorer.score(question, explanations, solution, kept), explanations, strict=True))
+        pairs = zip(teacher_logprobs, explanations, strict=True)
+        logprobs = [torch.tensor(values[: padding + len(e.ids)]) for values, e in pairs]
+        results = self.scorer.score(question, explanations, solution, logprobs, keep=False)
+        return list(zip(results, explanations, strict=True))
 
     def answers(self, **batch: Any) -> list[float | None]:
         """Return 1.0 where the student, decoding greedily, writes the solution; None where it cannot be asked."""
@@ -121,6 +124,7 @@ class StudentReward:
         if found is None:
             found = self.score(completion_ids, question, solution, teacher_logprobs)
         results = [result for result, _ in found]
+        self.scorer.keep(results)
         scored = [(r, e) for r, e in found if isinstance(r, Scored)]
         for name in scored[0][0].parts if scored else ():
             log_metric(name, sum(r.parts[name] for r, _ in scored) / len(scored))

@@ -10,7 +10,8 @@ from trl import GRPOConfig
 
 from data.render import Renderer
 from trainers.batch import batch_plan
-from trainers.engine import Engine
+from trainers.engine import Engine, check_architecture
+from trainers.engine_specs import has_engine
 from trainers.errors import ConfigError, Fault
 from trainers.frozen import FrozenModel
 from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
@@ -61,9 +62,11 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
     use_tensorboard_dir(output_dir)
+    if has_engine(options):
+        check_architecture(options, start.path, device, dtype)
     model = load_teacher(options, start.path, dtype, start.adapter)
     engine = sentinel = judge = probes = None
-    if options.use_vllm and options.replay_rollouts is None:
+    if has_engine(options):
         # First on the device: the weights go straight to where the engine keeps them.
         engine = start_engine(options, model, teacher, start.path, device, dtype, output_dir)
         prompt = teacher.encode_prompt(train_set[0]["prompt"])

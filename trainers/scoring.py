@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,11 +23,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scored:
-    """The reward of one explanation, its named parts, and whether the student solves the question with it."""
+    """The reward of one explanation, its named parts, and whether the student solves the question with it.
+
+    Attributes:
+        row: What `keep` writes, where scores are kept.
+    """
 
     reward: float
     parts: dict[str, float]
     solves: bool
+    row: KeptRow | None = field(default=None, repr=False, compare=False)
 
 
 class ExplanationScorer:
@@ -69,7 +74,7 @@ class ExplanationScorer:
         Args:
             teacher_logprobs: Of each explanation, with `padding_in_kl` after that of the padding, `[tokens]`; or why
                 there are none.
-            keep: Whether these scores belong to what `keep_scores` keeps.
+            keep: Whether to `keep` these scores.
 
         Returns:
             For each explanation its score, or why it cannot be scored.
@@ -86,22 +91,26 @@ class ExplanationScorer:
             lp if isinstance(lp, str) else self.student.why_not(text)
             for lp, text in zip(teacher_logprobs, texts, strict=True)
         ]
-        kept = [i for i, reason in enumerate(results) if reason is None]
-        kept_rows: list[KeptRow] = []
-        for i, score in zip(kept, self.student.score([texts[i] for i in kept]), strict=True):
+        read = [i for i, reason in enumerate(results) if reason is None]
+        for i, score in zip(read, self.student.score([texts[i] for i in read]), strict=True):
             compared = self._compared(explanations[i], teacher_logprobs[i], score)
             reward, parts = self.reward(compared)
             if bad := _not_finite(score, teacher_logprobs[i], parts | {"reward": reward}):
                 _stop(bad, questions[i], explanations[i])
             logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
-            results[i] = Scored(reward, parts, score.solves)
-            kept_rows.append(KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared))
-        if keep and self.keeper is not None:
-            self.keeper.keep(kept_rows)
+            row = KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared) if self.keeper else None
+            results[i] = Scored(reward, parts, score.solves, row)
+        if keep:
+            self.keep(results)
         reasons = Counter(result for result in results if isinstance(result, str))
         for reason, count in reasons.items():
             logger.warning("%d of %d explanations cannot be scored: %s", count, len(texts), reason)
         return results
+
+    def keep(self, results: list[Scored | str]) -> None:
+        """Keep the raw scores of a batch, where scores are kept."""
+        if self.keeper is not None:
+            self.keeper.keep([result.row for result in results if isinstance(result, Scored)])
 
     def _encode(self, question: str, explanation: Explanation, solution: str) -> Encoded:
         """The student reads the teacher's tokens themselves where it has the same tokenizer."""

@@ -196,6 +196,10 @@ class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
         self.vllm_importance_sampling_correction = correction and not one_step
         try:
             return super()._generate_and_score_completions(inputs)
+        except BaseException:
+            if self.ahead is not None:
+                self.ahead.cancel()  # nobody will ask for what is still to be scored
+            raise
         finally:
             self.vllm_importance_sampling_correction = correction
 

@@ -50,7 +50,7 @@ DERIVED = {
     "vllm_group_port": "there is no vLLM server",
     "vllm_tensor_parallel_size": "the engine runs on one GPU",
     "vllm_enable_sleep_mode": "the weights are shared with the trainer and cannot sleep",
-    "vllm_model_impl": "use vllm_kwargs={model_impl: ...}",
+    "vllm_model_impl": "the engine computes with vLLM's own classes",
     "model_init_kwargs": "use precision, attn_implementation and trust_remote_code",
     "auto_find_batch_size": "a smaller batch would tear prompt groups apart",
     "remove_unused_columns": "the reward needs every column",
