@@ -107,7 +107,7 @@ def test_kept_scores_are_those_of_the_whole_rollout_scored_ahead_or_not(model_di
     logprobs = [[-0.1 * i] * (len(renderer.padding_ids) + len(ids)) for i, ids in enumerate(completions)]
     for way in ("at once", "ahead"):
         reward = make_reward(student, renderer)
-        reward.scorer.keeper = ScoreKeeper(tmp_path / way, by_batch=True)
+        reward.scorer.keeper = ScoreKeeper(tmp_path / way, by_batch=True, formula=TeacherLogprobKL())
         for _ in range(2):
             if way == "ahead":
                 reward.ahead = reward.ahead or ScoreAhead(reward.score, torch.device("cpu"))

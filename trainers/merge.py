@@ -108,7 +108,14 @@ def _merged(model: Any, adapter: AdapterFiles, key: str) -> PreTrainedModel:
     change = (_logprobs(merged, ids) - before).abs().max().item()
     if not change < LARGEST_CHANGE:  # NaN too
         cause = f"merging it into {adapter.base} changes log-probabilities by {change:.3g}"
-        raise ConfigError(Fault(key, str(adapter.folder), cause, "use it as it is, with use_peft=true"))
+        raise ConfigError(
+            Fault(
+                key,
+                str(adapter.folder),
+                cause,
+                "use it as it is (use_peft=true), or, where it adapts a tied head, train one that does not",
+            )
+        )
     logger.info("log-probabilities of base + adapter and of the merged model differ by at most %.1e", change)
     return merged
 
