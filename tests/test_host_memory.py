@@ -12,7 +12,8 @@ from trainers.errors import ConfigError
 from trainers.machine import Machine, planned_card
 from trainers.plan_table import plan_text
 from trainers.planning import memory_faults, planned_options
-from trainers.solve import nearest_fit, solve
+from trainers.remedies import nearest_fit
+from trainers.solve import solve
 from trainers.workload import GIB
 
 SEVEN = 2 * 7_615_616_512  # bytes of the teacher, and of the student, in bf16

@@ -13,8 +13,9 @@ from trainers.machine import Machine, read_machine
 from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.plan_table import knobs_text, plan_text
+from trainers.remedies import Change, knobs, nearest_fit, refuse
 from trainers.reward_specs import uses_student
-from trainers.solve import Change, Problem, Solved, device_of, knobs, nearest_fit, refuse, solve
+from trainers.solve import Problem, Solved, device_of, solve
 from trainers.warmup import warmup_options
 from trainers.workload import GIB
 
