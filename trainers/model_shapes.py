@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.errors import ConfigError, Fault
+from trainers.hub import asked_config, cached_file
 from trainers.known_models import KNOWN_MODELS
 
 Shape = tuple[int, ...]
@@ -122,21 +123,15 @@ def read_config(path: str, key: str) -> dict[str, Any]:
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        kept = try_to_load_from_cache(path, "config.json")
-        if isinstance(kept, str):
-            return json.loads(Path(kept).read_text(encoding="utf-8"))
-        if path in KNOWN_MODELS:
-            return KNOWN_MODELS[path]
-        fetched = hf_hub_download(path, "config.json", etag_timeout=2)
-    except (OSError, ValueError, HFValidationError) as error:  # the hub's errors are OSErrors
-        cause = f"its config cannot be had: {str(error).strip().splitlines()[0]}"
+    if kept := cached_file(path, "config.json"):
+        return json.loads(Path(kept).read_text(encoding="utf-8"))
+    if path in KNOWN_MODELS:
+        return KNOWN_MODELS[path]
+    config, reason = asked_config(path)
+    if config is None:
         remedy = "give a local folder, or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
-        raise ConfigError(Fault(key, path, cause, remedy)) from error
-    return json.loads(Path(fetched).read_text(encoding="utf-8"))
+        raise ConfigError(Fault(key, path, f"its config cannot be had: {reason}", remedy))
+    return config
 
 
 @cache

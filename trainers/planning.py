@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainers.adapter_files import base_of, is_adapter, is_continued, open_adapter
+from trainers.adapter_files import base_of, is_adapter, is_continued, looks_local, open_adapter
 from trainers.config import named_run
 from trainers.engine_specs import device_faults, position_faults, quantized_teacher_faults
 from trainers.errors import ConfigError, Fault
+from trainers.hub import download_config
+from trainers.known_models import KNOWN_MODELS
 from trainers.machine import Machine, read_machine
 from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.plan_table import knobs_text, plan_text
 from trainers.remedies import Change, knobs, nearest_fit, refuse
-from trainers.reward_specs import uses_student
+from trainers.reward_specs import model_keys
 from trainers.solve import Problem, Solved, device_of, solve
 from trainers.warmup import warmup_options
 from trainers.workload import GIB
@@ -48,15 +50,23 @@ def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
     """The sizes of the teacher and of the student, if one is asked.
 
     Raises:
-        ConfigError: If the config of one cannot be had.
+        ConfigError: If the config of one cannot be had, or of both.
     """
-    if options.model_name_or_path is None:
-        teacher = _named(options.model_init, "model_init", options)
-    else:
-        teacher = _with_adapter(options.model_name_or_path, "model_name_or_path", options)
-    if not uses_student(options):
-        return teacher, None
-    return teacher, _with_adapter(options.student_model, "student_model", options)
+    shapes: list[ModelShape | None] = []
+    faults = []
+    for key in model_keys(options):
+        path = getattr(options, key)
+        try:
+            fresh = path is None
+            shapes.append(
+                _named(options.model_init, "model_init", options) if fresh else _with_adapter(path, key, options)
+            )
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    teacher, student = (*shapes, None)[:2]
+    return teacher, student
 
 
 def _with_adapter(path: str, key: str, options: Any) -> ModelShape:
@@ -136,6 +146,9 @@ def planned_options(options: Any, devices: int = 1, longest: int | None = None) 
     Raises:
         ConfigError: If it does not fit, with the nearest settings that do, or could not start.
     """
+    for path in (getattr(options, key) for key in model_keys(options)):
+        if path is not None and not (named_run(path) or looks_local(path) or path in KNOWN_MODELS):
+            download_config(path)
     found = assess(problem_of(options, devices=devices, longest=longest))
     logger.info("%s", found.text(full=found.solved.plan.work.device == "cuda"))
     faults = found.start + ([] if options.ignore_memory_plan else found.memory)
