@@ -37,6 +37,12 @@ def cached_file(path: str, name: str) -> str | None:
     return None
 
 
+def is_downloaded(path: str) -> bool:
+    """Whether an earlier download left the weights of a model."""
+    names = (f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+    return any(cached_file(path, name) for name in names)
+
+
 def download_config(path: str) -> None:
     """Leave the config of a model among the downloads, as a run that loads it would; where that fails, what reads it
     tells why."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
-from trainers.hub import asked_config, cached_file
+from trainers.hub import asked_config, is_downloaded
 from trainers.machine import GB, Machine
 from trainers.planning import Assessment, assess, check_planned, machine_for, shapes_of
 from trainers.reward_specs import model_keys
@@ -217,13 +217,32 @@ def _memory(assessed: Assessment) -> list[Finding]:
     for key, level, need, free, unit in (
         ("memory", "error", plan.peak, plan.available, spare),
         ("host memory", rest, plan.host_need, machine.host_free, "GiB free"),
-        ("disk", rest, sum(plan.disk.values()), machine.disk_free, "GiB free"),
     ):
         if key in faults:
             findings.append(Finding(key, level, faults[key].cause, faults[key].remedy))
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
+    for name, warmup in assessed.warmups.items():
+        findings += _warmup(name, warmup, rest)
+    for written in assessed.written:
+        if fault := written.faults:
+            findings.append(Finding(written.kind, rest, fault[0].cause, fault[0].remedy))
+        elif written.size or written.kind == "disk":
+            message = f"{written.size / GIB:.1f} of {written.free / GIB:.1f} GiB free"
+            findings.append(Finding(written.kind, "ok", message + f" in {written.folder}"))
     return findings
+
+
+def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
+    """Of a model that is trained first."""
+    findings = _configuration(warmup.start)
+    for fault in warmup.memory:
+        level = "error" if fault.key == "memory" else rest
+        findings.append(Finding(fault.key, level, fault.cause, fault.remedy))
+    plan = warmup.solved.plan
+    message = f"trained first: {plan.peak / GIB:.1f} of {plan.available / GIB:.1f} GiB ({plan.peak_phase})"
+    findings = [replace(f, check=f"run:{name}", message=f"{f.check}: {f.message}") for f in findings]
+    return findings or [Finding(f"run:{name}", "ok", message)]
 
 
 def _unplanned(options: Any, machine: Machine | None) -> list[Finding]:
@@ -263,8 +282,7 @@ def _model(key: str, path: str) -> Finding:
         return Finding(key, "ok", f"{path} is trained when it is first needed")
     if Path(path).expanduser().exists():
         return Finding(key, "ok", f"{path} is here")
-    weights = (f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
-    if any(cached_file(path, name) for name in weights):
+    if is_downloaded(path):
         return Finding(key, "ok", f"{path} was downloaded before")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         remedy = "HF_HUB_OFFLINE=0, or give a local folder"
