@@ -81,7 +81,8 @@ def test_run_that_fits_neither_is_told_both(monkeypatch):
 
 def test_settings_on_offer_hold_nothing_that_is_needless():
     """On the way to LoRA shorter completions helped; with it they need not be shorter."""
-    assert nearest(22, 512).settings == {"use_peft": True, "sync_ref_model": False}
+    change, lora = nearest(22, 512), {"use_peft": True, "sync_ref_model": False}
+    assert change.settings == lora | {"activation_offloading": True} and change.tighter.settings == lora
 
 
 def test_streamed_student_is_read_from_disk_where_the_host_has_no_room():

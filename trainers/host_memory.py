@@ -1,7 +1,5 @@
 """Host memory and disk of a run, as the plan of memory counts them."""
 
-from math import prod
-
 from trainers.workload import GIB, Workload
 
 # The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
@@ -60,8 +58,8 @@ def _saved_at_once(work: Workload) -> int:
     larger than what it belongs to."""
     if work.use_peft and work.bridge != "restart":  # which writes the merged model
         return work.trained_bytes
-    sizes = [prod(shape) * work.itemsize for shape in work.teacher.parameters.values()]
-    return min(sum(sizes), max(SHARD, *sizes))
+    teacher, size = work.teacher, work.itemsize
+    return min(teacher.num_parameters * size, max(SHARD, teacher.largest_parameter * size))
 
 
 def _pinned(size: int) -> int:

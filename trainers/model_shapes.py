@@ -86,6 +86,11 @@ class ModelShape:
         return sum(prod(shape) for shape in self.parameters.values())
 
     @cached_property
+    def largest_parameter(self) -> int:
+        """Elements of it."""
+        return max(map(prod, self.parameters.values()))
+
+    @cached_property
     def largest_layer(self) -> int:
         """Elements of the layer with the most, each tensor rounded up to 64 as a streamed layer's are."""
         sizes: dict[str, int] = {}

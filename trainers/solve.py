@@ -23,6 +23,7 @@ SPARE = 0.08  # of the memory: what the solver keeps free
 MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
 TOKENS_PER_PASS = (262144, 131072, 65536, 32768, 16384)
 CPU_TOKENS_PER_PASS = 16384
+BESIDE_SCORING = ("load", "update", "save")  # phases that tokens per pass are nothing to
 DECIDED = (  # what a plan shows of its decisions
     "precision",
     "optim",
@@ -110,13 +111,21 @@ def solve(problem: Problem) -> Solved:
     total = machine.card.total if machine.card is not None else available
     host_free = machine.host_free if machine.is_here else None
     last, short_of_host = None, []
+    candidates = list(_candidates(problem))
     for enough in (0.25, 0.0):  # a KV cache too small for a quarter of the completions is the last resort
-        for work in _candidates(problem):
+        hopeless = None
+        for work in candidates:
+            micro_batch = getattr(work.options, "per_device_train_batch_size", None)
+            but_tokens = (work.optimizer, work.student_mode, work.reference_mode, micro_batch)
+            if but_tokens == hopeless and work is not candidates[-1]:
+                continue  # fewer tokens per pass are no help
             last = _with_cache(work, budget, available, host_free, total, enough)
             if last.plan.peak <= budget:
                 if last.plan.fits_host:
                     return last
                 short_of_host.append(last)
+            elif max(last.plan.total(phase) for phase in last.plan.phases if phase in BESIDE_SCORING) > budget:
+                hopeless = but_tokens
     assert last is not None, "there is always a candidate"
     return min(short_of_host, key=lambda solved: round(solved.plan.host_need / GIB, 1), default=last)
 
