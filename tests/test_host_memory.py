@@ -150,3 +150,21 @@ def test_a_weight_larger_than_a_shard_is_saved_alone():
     """The embedding of 152064 x 3584 in fp32."""
     plan = planned(140, 512, "precision=fp32", "student_mode=streamed", "optim=adamw_8bit").plan
     assert plan.host["saving"] == 4 * 152064 * 3584 > 2 * 10**9
+
+
+def test_without_checkpointing_every_tensor_that_a_layer_keeps_goes_to_the_host():
+    """Of 3072 tokens in bf16: 4 of the inner width (111 MiB, pinned as 128), 8 of the hidden width and 5 of the width
+    of the queries (21 MiB, pinned as 32): 928 MiB in each of 28 layers."""
+    lengths = ("max_prompt_length=1024", "max_completion_length=2048", "per_device_train_batch_size=1")
+    solved = planned(80, 512, *lengths, "activation_offloading=true", "gradient_checkpointing=false")
+    assert solved.plan.host["activations"] == 28 * 928 * 2**20
+
+
+def test_prompts_that_are_read_once_are_offloaded_once():
+    """Two completions of 2048 tokens (inner 256 MiB, hidden and queries 32) after a prompt of 1024 (64 and 8), whose
+    last layer keeps nothing; its keys and values go to both, 2 x 16 MiB in each layer."""
+    lengths = ("max_prompt_length=1024", "max_completion_length=2048", "per_device_train_batch_size=2")
+    words = (*lengths, "activation_offloading=true", "gradient_checkpointing=false", "generation_aggregation_steps=4")
+    plan = planned(140, 512, *words).plan
+    assert plan.work.shared_prompts == 1
+    assert plan.host["activations"] == 2**20 * (28 * (4 * 256 + 13 * 32) + 27 * (4 * 64 + 13 * 8) + 28 * 2 * 16)

@@ -1,5 +1,6 @@
 """Host memory and disk of a run, as the plan of memory counts them."""
 
+from trainers.activations import offloaded_bytes
 from trainers.workload import GIB, Workload
 
 # The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
@@ -34,8 +35,7 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
                 left = None if left is None else left - held
     if on_gpu and work.trains:
         if getattr(work.options, "activation_offloading", False):
-            layer = work.micro_batch * work.length * work.teacher.hidden * size
-            host["activations"] = _pinned(layer) * work.teacher.num_layers
+            host["activations"] = offloaded_bytes(work)
         reading = work.teacher.num_parameters * size
         # An engine that shares it takes the teacher before these come; else the trainer does, and only the optimizer
         # comes after that, and what is there in the update.
@@ -60,11 +60,6 @@ def _saved_at_once(work: Workload) -> int:
         return work.trained_bytes
     teacher, size = work.teacher, work.itemsize
     return min(teacher.num_parameters * size, max(SHARD, teacher.largest_parameter * size))
-
-
-def _pinned(size: int) -> int:
-    """What torch's allocator of pinned memory takes for a tensor: the next power of two."""
-    return 1 << (size - 1).bit_length()
 
 
 def disk_space(work: Workload) -> dict[str, int]:
