@@ -55,7 +55,7 @@ def test_settings_on_offer_fit_the_host_too():
     assert solved.plan.fits_device and not solved.plan.fits_host and not solved.plan.fits
     change = nearest(40, 64)
     assert change.settings == {"use_peft": True, "sync_ref_model": False} and change.solved.plan.fits
-    (fault,) = memory_faults(solved, machine(40, 64), change)
+    (fault,) = memory_faults(problem(checked(), machine(40, 64)), solved, change)
     needs = "process 4.0, optimizer on the host 85.5, student 14.2, reference 14.2, saving 1.9"
     assert fault.key == "host memory" and fault.cause.startswith(f"it needs 119.7 GiB ({needs}) and 64.0 GiB are free")
     assert fault.remedy.startswith("use_peft=true sync_ref_model=false   (peak")

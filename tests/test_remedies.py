@@ -10,7 +10,7 @@ from planned import problem
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.machine import Machine, planned_card
-from trainers.remedies import nearest_fit
+from trainers.remedies import host_remedy, nearest_fit
 from trainers.solve import solve
 from trainers.workload import GIB
 
@@ -86,3 +86,26 @@ def test_nothing_that_fits_is_found_in_a_second():
     started = time.process_time()
     assert nearest_fit(there) is None
     assert time.process_time() - started < 1.5
+
+
+FULL = ["optim=cpu_offload", "activation_offloading=true"]
+LESS = ["activation_offloading=false", "optim=adamw_8bit", "reference_mode=resident", "beta=0.0 sync_ref_model=false"]
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "offered"),
+    [
+        ("teacher_sft", [], []),  # the model is read on the host, whatever is trained of it
+        ("teacher_rlt_mono_24gb", ["student_mode=cpu"], ["student_mode=resident", "student_mode=streamed"]),
+        ("teacher_rlt_mono_24gb", ["student_mode=resident"], []),
+        ("teacher_rlt_mono", FULL, [*LESS, "use_peft=true optim=auto sync_ref_model=false"]),
+    ],
+)
+def test_a_host_that_is_too_small_is_told_what_takes_less_of_it(run, words, offered):
+    there = asked(run, machine(200, 2), *words)
+    solved = solve(there)
+    *told, last = host_remedy(there, solved).split(", ")
+    assert [text.partition(" (it then needs")[0] for text in told] == offered
+    assert last.endswith("a machine with more memory")
+    for text in offered:
+        assert solve(asked(run, machine(200, 2), *words, *text.split())).plan.host_need < solved.plan.host_need

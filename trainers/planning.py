@@ -16,7 +16,7 @@ from trainers.machine import Machine, read_machine
 from trainers.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.plan_table import knobs_text, plan_text
-from trainers.remedies import Change, knobs, nearest_fit, refuse
+from trainers.remedies import Change, host_remedy, knobs, nearest_fit, refuse
 from trainers.reward_specs import model_keys
 from trainers.solve import Problem, Solved, device_of, solve
 from trainers.warmup import WARMUPS, waiting, warmup_options
@@ -185,7 +185,7 @@ def assess(problem: Problem) -> Assessment:
 def _assess_alone(problem: Problem) -> Assessment:
     solved = solve(problem)
     nearest = None if solved.plan.fits else nearest_fit(problem)
-    return Assessment(problem, solved, nearest, memory_faults(solved, problem.machine, nearest), start_faults(solved))
+    return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start_faults(solved))
 
 
 def planned_options(options: Any, devices: int = 1, longest: int | None = None) -> Any:
@@ -226,25 +226,21 @@ def start_faults(solved: Solved) -> list[Fault]:
     return faults
 
 
-def memory_faults(solved: Solved, machine: Machine, nearest: Change | None) -> list[Fault]:
+def memory_faults(problem: Problem, solved: Solved, nearest: Change | None) -> list[Fault]:
     """What does not fit onto the device or into host memory.
 
     Args:
         nearest: Settings that fit, if any were found.
     """
     faults = [] if solved.plan.fits_device else list(refuse(solved, nearest).faults)
-    host = solved.plan.host_need
+    host, machine = solved.plan.host_need, problem.machine
     needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in solved.plan.host.items())
     if host > machine.host_free:
         cause = f"it needs {host / GIB:.1f} GiB ({needs}) and {machine.host_free / GIB:.1f} GiB are free"
-        faults.append(Fault("host memory", ..., cause, nearest.as_remedy() if nearest else _host_remedy(solved)))
+        faults.append(
+            Fault("host memory", ..., cause, nearest.as_remedy() if nearest else host_remedy(problem, solved))
+        )
     return faults
-
-
-def _host_remedy(solved: Solved) -> str:
-    if solved.plan.work.optimizer == "cpu_offload":
-        return "use_peft=true, or a machine with more memory"
-    return "beta=0 sync_ref_model=false (no reference), student_mode=resident, or a machine with more memory"
 
 
 def run_plan(options: Any, vram_gb: float | None = None) -> bool:

@@ -268,6 +268,29 @@ def _without_needless(
     return best
 
 
+# By item of the host plan: what takes it away, or some of it.
+OF_HOST: dict[str, tuple[Settings, ...]] = {
+    "activations": ({"activation_offloading": False},),
+    "optimizer on the host": ({"optim": "adamw_8bit"},),
+    "reference": ({"reference_mode": "resident"}, {"beta": 0.0, "sync_ref_model": False}),
+    "student": ({"student_mode": "resident"}, {"student_mode": "streamed"}),  # from disk, where the host has no room
+}
+
+
+def host_remedy(problem: Problem, solved: Solved) -> str:
+    """What takes less of the host than this plan, each by itself, where nothing was found that fits."""
+    now, found = solved.plan.host_need, []
+    knobs = [knob for item, knobs in OF_HOST.items() if item in solved.plan.host for knob in knobs]
+    for knob in (*knobs, LORA):
+        settings = _changed(problem.options, knob)
+        if not settings or not _applies(problem, settings):
+            continue
+        change = Change(settings, solve(problem.changed(settings)))
+        if change.solved.plan.host_need < now:
+            found.append(f"{change} (it then needs {change.solved.plan.host_need / GIB:.1f} GiB)")
+    return ", ".join([*found, "or a machine with more memory"]) if found else "a machine with more memory"
+
+
 def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
     """What a user reads whose run does not fit the device."""
     plan = solved.plan
