@@ -19,16 +19,30 @@ from trainers.known_models import KNOWN_MODELS
 Shape = tuple[int, ...]
 
 SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
-# What a config that leaves a key out means, where that is not what Llama's means.
+# What a config that leaves a key out means, as transformers has it; where num_key_value_heads is null, or is in neither,
+# there are as many as heads.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},
-    "phi3": {},
-    "gemma2": {"head_dim": 256, "tie_word_embeddings": True},
-    "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "phi3": {"max_position_embeddings": 4096},
+    "gemma2": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2**17,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
 }
+# Families whose layers have biases where the config says so; the others ignore it.
+ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text")
+MLP_BIAS = ("llama",)
 
 
 def can_share_prompts(config: dict[str, Any]) -> bool:
@@ -166,7 +180,8 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
     given = FAMILY_DEFAULTS[family] | {k: v for k, v in config.items() if v is not None}
     hidden, inner = given["hidden_size"], given["intermediate_size"]
     heads = given["num_attention_heads"]
-    kv_heads = given.get("num_key_value_heads", heads)
+    is_null = config.get("num_key_value_heads", ...) is None
+    kv_heads = heads if is_null else given.get("num_key_value_heads", heads)
     head_dim = given.get("head_dim") or hidden // heads
     layers, vocab = given["num_hidden_layers"], given["vocab_size"]
     prefix = "model.layers."
@@ -177,7 +192,7 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
     parameters["model.norm.weight"] = (hidden,)
     if not given.get("tie_word_embeddings", False):
         parameters["lm_head.weight"] = (vocab, hidden)
-    positions = given.get("max_position_embeddings", 2**17)
+    positions = given["max_position_embeddings"]
     sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions, 2 * kv_heads * head_dim)
     return ModelShape(name, family, parameters, prefix, *sizes, can_share_prompts=can_share_prompts(config))
 
@@ -198,11 +213,12 @@ def _layer_shapes(
         shapes["self_attn.o_proj.weight"] = (hidden, q)
         shapes |= {f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
         shapes["mlp.down_proj.weight"] = (hidden, inner)
-        if family == "qwen2" or given.get("attention_bias"):
+        has_bias = family in ATTENTION_BIAS and given.get("attention_bias")
+        if family == "qwen2" or has_bias:
             shapes |= {f"self_attn.{n}_proj.bias": (w,) for n, w in (("q", q), ("k", kv), ("v", kv))}
-        if given.get("attention_bias") and family != "qwen2":
+        if has_bias:
             shapes["self_attn.o_proj.bias"] = (hidden,)
-        if given.get("mlp_bias"):
+        if family in MLP_BIAS and given.get("mlp_bias"):
             shapes |= {f"mlp.{n}_proj.bias": (inner,) for n in ("gate", "up")} | {"mlp.down_proj.bias": (hidden,)}
     norms = ["input_layernorm", "post_attention_layernorm"]
     if family.startswith("gemma"):
