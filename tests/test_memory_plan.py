@@ -1,5 +1,6 @@
 """The plan of memory. Run: ./run_tests.sh tests/test_memory_plan.py"""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,10 +47,25 @@ def test_header_of_a_preset_tells_what_is_planned(run):
     solved, _ = planned(run)
     header = (CONFIG_DIR / "run_cfg" / f"{run}.yaml").read_text().splitlines()
     phases = ", ".join(f"{phase} {solved.plan.total(phase) / GIB:.1f}" for phase in PHASES)
-    host, disk = sum(solved.plan.host.values()) / GIB, sum(solved.plan.disk.values()) / GIB
+    host, disk = host_and_disk(solved.plan)
     assert header[1].endswith(f":  ./launch_mono.sh {run}.yaml")
     assert f"# Planned GiB: {phases}." in header
-    assert f"# Host memory {host:.0f} GiB, disk {disk:.0f} GiB." in header
+    assert f"# Host memory {host} GiB, disk {disk} GiB." in header
+
+
+def host_and_disk(plan):
+    """Whole GiB, as presets and README_MONO_GPU.md tell them: a disk is never said to need less than it does."""
+    return round(plan.host_need / GIB), math.ceil(sum(plan.disk.values()) / GIB)
+
+
+@pytest.mark.parametrize("run", CARDS)
+def test_table_of_presets_tells_what_is_planned(run):
+    plan = planned(run)[0].plan
+    rows = (REPO / "README_MONO_GPU.md").read_text().splitlines()
+    (row,) = (line for line in rows if line.startswith(f"| `{run}`"))
+    *_, peak, need, _ = (cell.strip() for cell in row.split("|"))
+    assert peak == f"{plan.peak / GIB:.1f} of {plan.available / GIB:.1f} ({plan.peak_phase})"
+    assert need == "{}, {}".format(*host_and_disk(plan))
 
 
 def test_weights_gradients_and_states_of_seven_billion_by_hand():

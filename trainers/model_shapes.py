@@ -19,8 +19,8 @@ from trainers.known_models import KNOWN_MODELS
 Shape = tuple[int, ...]
 
 SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
-# What a config that leaves a key out means, as transformers has it; where num_key_value_heads is null, or is in neither,
-# there are as many as heads.
+# What a config that leaves a key out means, as transformers has it; where num_key_value_heads is null, or is in neither
+# of the two, there are as many as heads.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
