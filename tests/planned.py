@@ -6,7 +6,8 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.machine import Machine, planned_card
 from trainers.planning import shapes_of
-from trainers.solve import Problem, nearest_fit, solve
+from trainers.remedies import nearest_fit
+from trainers.solve import Problem, solve
 from trainers.workload import GIB
 
 

@@ -1,5 +1,6 @@
 """The plan of memory. Run: ./run_tests.sh tests/test_memory_plan.py"""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,13 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run
 from trainers.errors import ConfigError
 from trainers.machine import Holder, Machine, planned_card
+from trainers.memory import cache_share
 from trainers.model_shapes import AdapterShape
 from trainers.options import options_class
-from trainers.plan_table import plan_text
+from trainers.plan_table import knobs_text, plan_text
 from trainers.planning import machine_for, planned_options, run_plan, shapes_of
-from trainers.solve import Problem, knobs, micro_batch_choices, nearest_fit, refuse, solve
+from trainers.remedies import Change, knobs, nearest_fit, refuse
+from trainers.solve import Problem, micro_batch_choices, solve
 from trainers.workload import GIB, PHASES
 
 CARDS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("teacher_rlt_mono*.yaml"))
@@ -44,10 +47,25 @@ def test_header_of_a_preset_tells_what_is_planned(run):
     solved, _ = planned(run)
     header = (CONFIG_DIR / "run_cfg" / f"{run}.yaml").read_text().splitlines()
     phases = ", ".join(f"{phase} {solved.plan.total(phase) / GIB:.1f}" for phase in PHASES)
-    host, disk = sum(solved.plan.host.values()) / GIB, sum(solved.plan.disk.values()) / GIB
+    host, disk = host_and_disk(solved.plan)
     assert header[1].endswith(f":  ./launch_mono.sh {run}.yaml")
     assert f"# Planned GiB: {phases}." in header
-    assert f"# Host memory {host:.0f} GiB, disk {disk:.0f} GiB." in header
+    assert f"# Host memory {host} GiB, disk {disk} GiB." in header
+
+
+def host_and_disk(plan):
+    """Whole GiB, as presets and README_MONO_GPU.md tell them: a disk is never said to need less than it does."""
+    return round(plan.host_need / GIB), math.ceil(sum(plan.disk.values()) / GIB)
+
+
+@pytest.mark.parametrize("run", CARDS)
+def test_table_of_presets_tells_what_is_planned(run):
+    plan = planned(run)[0].plan
+    rows = (REPO / "README_MONO_GPU.md").read_text().splitlines()
+    (row,) = (line for line in rows if line.startswith(f"| `{run}`"))
+    *_, peak, need, _ = (cell.strip() for cell in row.split("|"))
+    assert peak == f"{plan.peak / GIB:.1f} of {plan.available / GIB:.1f} ({plan.peak_phase})"
+    assert need == "{}, {}".format(*host_and_disk(plan))
 
 
 def test_weights_gradients_and_states_of_seven_billion_by_hand():
@@ -340,3 +358,30 @@ def test_checkpoints_without_a_limit_all_stay():
         for limit in (1, "null")
     )
     assert all_of_them == pytest.approx(11 / 2 * limited)
+
+
+def test_a_cache_that_the_user_made_too_large_is_taken_back():
+    change = nearest("teacher_rlt_mono_24gb", "kv_cache_gib=8", gb=24)
+    assert change.settings == {"kv_cache_gib": None} and change.solved.plan.fits
+    assert nearest("teacher_rlt_mono_24gb", "vllm_gpu_memory_utilization=0.99", gb=24).settings == {
+        "vllm_gpu_memory_utilization": "auto"
+    }
+
+
+def test_changes_that_leave_the_peak_where_it_is_are_told_by_what_else_they_change():
+    """The KV cache of the 24 GB preset takes what is left, so that its peak is the solver's budget whatever changes;
+    32 completions of 2048 tokens and 4 prompts of 2048 take 75776 x 57344 bytes, and of 4096 tokens 141312."""
+    options = load_options(compose_run("teacher_rlt_mono_24gb"), repo=REPO, needs_device=False)
+    there = problem(options, machine(24))
+    now, changes = solve(there), {str(change): change for change in knobs(there)}
+    shorter = changes["max_completion_length=2048"]
+    cache = now.options.kv_cache_gib * GIB
+    assert shorter.solved.plan.peak == now.plan.peak and shorter.solved.options.kv_cache_gib == cache / GIB
+    assert f"(cache for {cache / (75776 * 57344):.0%} of the completions)" in knobs_text(now, [shorter])
+    assert cache_share(now.plan.work) == pytest.approx(cache / (141312 * 57344))
+
+
+def test_a_setting_of_zero_is_written_as_a_number():
+    assert str(Change({"beta": 0.0, "sync_ref_model": False, "kv_cache_gib": None}, None)) == (
+        "beta=0.0 sync_ref_model=false kv_cache_gib=null"
+    )

@@ -39,6 +39,31 @@ def test_biases_and_ties_of_the_config_count(extra):
     assert model_shape(config).parameters == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_leaves_out_what_it_may_means_what_transformers_takes_it_for(family):
+    """Sizes alone; 64 heads, so that no family's own number of key heads is that of the heads."""
+    config = {"model_type": family, "hidden_size": 512, "intermediate_size": 128, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 64, "vocab_size": 480, "pad_token_id": 0, "eos_token_id": 1}
+    model, shape = transformers_model(config), model_shape(config)
+    assert shape.parameters == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shape.max_positions == model.config.max_position_embeddings
+    key_heads = model.config.num_key_value_heads
+    assert (shape.num_kv_heads, shape.kv_width) == (key_heads, 2 * key_heads * shape.head_dim)
+
+
+def test_key_heads_that_are_null_are_as_many_as_heads():
+    config = {"model_type": "qwen2"} | COMMON | {"num_key_value_heads": None}
+    assert model_shape(config).num_kv_heads == COMMON["num_attention_heads"]
+    assert transformers_model(config).config.num_key_value_heads == COMMON["num_attention_heads"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_that_a_family_ignores_do_not_count(family):
+    config = {"model_type": family} | COMMON | FAMILIES[family] | {"attention_bias": True, "mlp_bias": True}
+    expected = {name: tuple(p.shape) for name, p in transformers_model(config).named_parameters()}
+    assert model_shape(config).parameters == expected
+
+
 @pytest.mark.parametrize("family", UNKNOWN)
 def test_any_other_decoder_is_built_by_transformers_without_memory(family):
     config = {"model_type": family} | ({} if family == "gpt2" else COMMON) | UNKNOWN[family]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import REPO
@@ -303,3 +304,39 @@ def test_memory_without_a_limit_is_the_machines(tmp_path):
     used = {"memory.limit_in_bytes": "4096", "memory.usage_in_bytes": "8192"}
     control_groups(tmp_path, "4:memory:/a", mounts, {"memory/a": used, "memory": {"memory.usage_in_bytes": "1"}})
     assert host_room(tmp_path) == (4096, 0)
+
+
+def test_what_needs_no_config_is_told_where_two_cannot_be_had_and_nobody_waits():
+    """Neither model is known, and the hub's name cannot be resolved (that is what .invalid is for, RFC 6761)."""
+    models = ["model_name_or_path=nobody/nothing", "student_model=nobody/none"]
+    network = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "https://hub.invalid"}
+    started = time.monotonic()
+    done = run("--config", "teacher_rlt_mono_24gb", "--json", "--vram-gb", "24", "report_to=wandb", *models, **network)
+    seconds = time.monotonic() - started
+    found = json.loads(done.stdout)["findings"]
+    assert done.returncode == 1 and "retry" not in done.stderr.lower()
+    levels = {finding["check"]: finding["level"] for finding in found if finding["check"] != "configuration"}
+    assert {"GPU", "memory", "host memory", "disk", "wandb", "model_name_or_path", "student_model"} <= levels.keys()
+    named = [f["message"].split(":")[0] for f in found if f["check"] == "configuration"]
+    assert named == ["model_name_or_path", "student_model"]
+    assert seconds < 15  # five tries of the library take 24; on a quiet machine it is under 3
+
+
+def test_the_hub_is_asked_once_for_each_model(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    class Session:
+        def get(self, url, **request):
+            asked.append((url.rsplit("/resolve")[0].rsplit("/", 2)[1:], request["timeout"]))
+            raise OSError("the line is dead")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    words = ["model_name_or_path=nobody/a", "student_model=nobody/b"]
+    found = preflight.preflight("teacher_rlt_mono_24gb", words, 24)
+    assert asked == [(["nobody", "a"], 1.0), (["nobody", "b"], 1.0)]
+    for key in ("model_name_or_path", "student_model"):
+        (told,) = (finding for finding in found.findings if finding.check == key)
+        assert told.message.endswith("cannot be had: the line is dead")

@@ -11,7 +11,8 @@ from trainers.config import compose_run
 from trainers.machine import Machine
 from trainers.options import options_class
 from trainers.planning import start_faults
-from trainers.solve import nearest_fit, refuse, solve
+from trainers.remedies import nearest_fit, refuse
+from trainers.solve import solve
 from trainers.workload import GIB
 
 

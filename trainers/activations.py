@@ -104,14 +104,44 @@ def _update_tokens(work: Workload) -> tuple[int, int]:
     return work.micro_batch * o.max_completion_length, shared * o.max_prompt_length
 
 
-def _kept_by_token(work: Workload) -> float:
-    """Bytes that a layer keeps of a token for the backward pass, where nothing is computed again."""
+def _kept_widths(work: Workload) -> list[tuple[float, int]]:
+    """What a layer keeps of a token for the backward pass, where nothing is computed again: bytes for each element of a
+    width, and that width."""
     teacher, size = work.teacher, work.itemsize
     inner, hidden, queries, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
-    each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher)
-    each += _family(FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT, work)
-    each += rank[0] * work.adapter.rank if rank else 0
-    return each + (_eager_peak(work, 0, 0)[1] if work.is_eager(teacher) else 0)
+    family = (FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT).get(teacher.model_type, {}).get(size, (0, 0))
+    widths = [(inner, teacher.intermediate), (hidden + family[0], teacher.hidden)]
+    widths += [(queries + family[1], _queries(teacher)), (family[1], teacher.num_kv_heads * teacher.head_dim)]
+    widths += [(rank[0], work.adapter.rank)] if rank else []
+    return widths + ([(_eager_peak(work, 0, 0)[1], 1)] if work.is_eager(teacher) else [])
+
+
+def _kept_by_token(work: Workload) -> float:
+    """Bytes of all that."""
+    return sum(each * width for each, width in _kept_widths(work))
+
+
+def offloaded_bytes(work: Workload) -> int:
+    """Pinned memory of the host for what all layers keep: every tensor moves there by itself."""
+    teacher, size, o = work.teacher, work.itemsize, work.options
+    completions, prompts = _update_tokens(work)
+    if o.gradient_checkpointing is not False:
+        return _pinned(completions * teacher.hidden * size) * teacher.num_layers
+
+    def layer(tokens: int) -> int:
+        # As if each width's bytes were those of tensors of the weights' type; one of fp32 is as much as two.
+        return sum(int(each / size * _pinned(tokens * width * size)) for each, width in _kept_widths(work))
+
+    own = layer(completions) * teacher.num_layers
+    if not prompts:
+        return own
+    handed_out = 2 * _pinned(work.micro_batch * o.max_prompt_length * _queries(teacher) * size)  # see kept_bytes
+    return own + layer(prompts) * (teacher.num_layers - 1) + handed_out * teacher.num_layers
+
+
+def _pinned(size: int) -> int:
+    """What torch's allocator of pinned memory takes for a tensor: the next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def kept_bytes(work: Workload) -> int:

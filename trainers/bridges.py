@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainers.adapters import ADAPTER, base_model
 from trainers.errors import ConfigError, Fault
+from trainers.host_memory import SHARD
 from trainers.shared_weights import base_parameters, fused_parts, held_bytes, share_weights
 
 LOAD_FORMAT = "trainer"
@@ -149,7 +150,8 @@ class RestartBridge(CopyBridge):
     def save(self, folder: str) -> None:
         """Write the weights, adapters merged, as a checkpoint without a tokenizer."""
         with torch.no_grad():
-            base_model(self.model).save_pretrained(folder, state_dict=dict(merged_weights(self.model)))
+            weights = dict(merged_weights(self.model))
+            base_model(self.model).save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
 
 
 def make_bridge(name: str, model: nn.Module) -> CopyBridge:

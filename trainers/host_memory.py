@@ -1,11 +1,14 @@
 """Host memory and disk of a run, as the plan of memory counts them."""
 
+from trainers.activations import offloaded_bytes
 from trainers.workload import GIB, Workload
 
 # The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
 PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}
 # Of what is free when it is loaded: a streamed model that takes more is read from disk at every pass.
 STREAMED_SHARE = 0.8
+# Of a file that a trained model is written to: safetensors holds a copy of each on the host (saving.py).
+SHARD = 2 * 10**9
 
 
 def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
@@ -31,26 +34,32 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
                 host[name] = held
                 left = None if left is None else left - held
     if on_gpu and work.trains:
+        if getattr(work.options, "activation_offloading", False):
+            host["activations"] = offloaded_bytes(work)
         reading = work.teacher.num_parameters * size
         # An engine that shares it takes the teacher before these come; else the trainer does, and only the optimizer
-        # comes after that.
+        # comes after that, and what is there in the update.
         is_taken = work.has_engine and work.bridge in ("shared", "lora")
-        coming = ("student", "reference", "optimizer on the host")[0 if is_taken else 2 :]
+        coming = ("student", "reference", "optimizer on the host", "activations")[0 if is_taken else 2 :]
         host["reading the teacher"] = max(0, reading - sum(host.get(name, 0) for name in coming))
-        if getattr(work.options, "activation_offloading", False):
-            layer = work.micro_batch * work.length * work.teacher.hidden * size
-            host["activations"] = _pinned(layer) * work.teacher.num_layers
     elif work.bridge in ("shared", "lora"):
         host["reading the teacher"] = work.teacher.num_parameters * size  # beside the engine's, until it is shared
+    host = {name: bytes_ * work.devices for name, bytes_ in host.items()}
+    if on_gpu and work.trains:  # the first process, in the room where the teacher was read
+        host["saving"] = max(0, _saved_at_once(work) - host["reading the teacher"])
     # In fp32, one after the other, and before anything else is loaded (merge.py).
-    merging = 4 * max(work.merged.values(), default=0)
+    merging = 4 * max(work.merged.values(), default=0) * work.devices
     host["merging an adapter"] = max(0, merging - sum(host.values())) if on_gpu else merging
-    return {name: bytes_ * work.devices for name, bytes_ in host.items() if bytes_ >= 2**20}
+    return {name: bytes_ for name, bytes_ in host.items() if bytes_ >= 2**20}
 
 
-def _pinned(size: int) -> int:
-    """What torch's allocator of pinned memory takes for a tensor: the next power of two."""
-    return 1 << (size - 1).bit_length()
+def _saved_at_once(work: Workload) -> int:
+    """Bytes of the largest file that a trained model is written to; optimizer states follow one by one, and none is
+    larger than what it belongs to."""
+    if work.use_peft and work.bridge != "restart":  # which writes the merged model
+        return work.trained_bytes
+    teacher, size = work.teacher, work.itemsize
+    return min(teacher.num_parameters * size, max(SHARD, teacher.largest_parameter * size))
 
 
 def disk_space(work: Workload) -> dict[str, int]:

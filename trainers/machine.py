@@ -78,10 +78,15 @@ def read_machine(folder: Path, vram_gb: float | None = None) -> Machine:
         folder: Where the run will write; its disk is the one that counts.
         vram_gb: Plan for a card of so many GB instead of the one that is here.
     """
+    card = read_card() if vram_gb is None else planned_card(vram_gb)
+    return Machine(card, *host_room(), shutil.disk_usage(existing(folder)).free)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
     while not folder.exists():
         folder = folder.parent
-    card = read_card() if vram_gb is None else planned_card(vram_gb)
-    return Machine(card, *host_room(), shutil.disk_usage(folder).free)
+    return folder
 
 
 def host_room(root: Path = Path("/")) -> tuple[int, int]:

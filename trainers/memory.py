@@ -143,6 +143,13 @@ def kv_needed(options: Any, teacher: ModelShape, itemsize: int, device: str) -> 
     return tokens * teacher.kv_bytes(itemsize)
 
 
+def cache_share(work: Workload) -> float | None:
+    """Of the completions that are written at once, how many the KV cache holds at their full length; None without."""
+    if not work.has_engine:
+        return None
+    return min(1, work.kv_cache / kv_needed(work.options, work.teacher, work.itemsize, work.device))
+
+
 def kv_least(options: Any, teacher: ModelShape, itemsize: int) -> int:
     """Bytes below which vLLM does not start: one sequence of the greatest length."""
     length = options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length

@@ -13,21 +13,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.errors import ConfigError, Fault
+from trainers.hub import asked_config, cached_file
 from trainers.known_models import KNOWN_MODELS
 
 Shape = tuple[int, ...]
 
 SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
-# What a config that leaves a key out means, where that is not what Llama's means.
+# What a config that leaves a key out means, as transformers has it; where num_key_value_heads is null, or is in neither
+# of the two, there are as many as heads.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},
-    "phi3": {},
-    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0},
-    "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 2**17},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "phi3": {"max_position_embeddings": 4096},
+    "gemma2": {
+        "attn_logit_softcapping": 50.0,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2**17,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
 }
+# Families whose layers have biases where the config says so; the others ignore it.
+ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text")
+MLP_BIAS = ("llama",)
 
 
 def can_share_prompts(config: dict[str, Any]) -> bool:
@@ -89,6 +105,11 @@ class ModelShape:
         return sum(prod(shape) for shape in self.parameters.values())
 
     @cached_property
+    def largest_parameter(self) -> int:
+        """Elements of it."""
+        return max(map(prod, self.parameters.values()))
+
+    @cached_property
     def largest_layer(self) -> int:
         """Elements of the layer with the most, each tensor rounded up to 64 as a streamed layer's are."""
         sizes: dict[str, int] = {}
@@ -126,21 +147,15 @@ def read_config(path: str, key: str) -> dict[str, Any]:
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        kept = try_to_load_from_cache(path, "config.json")
-        if isinstance(kept, str):
-            return json.loads(Path(kept).read_text(encoding="utf-8"))
-        if path in KNOWN_MODELS:
-            return KNOWN_MODELS[path]
-        fetched = hf_hub_download(path, "config.json", etag_timeout=2)
-    except (OSError, ValueError, HFValidationError) as error:  # the hub's errors are OSErrors
-        cause = f"its config cannot be had: {str(error).strip().splitlines()[0]}"
+    if kept := cached_file(path, "config.json"):
+        return json.loads(Path(kept).read_text(encoding="utf-8"))
+    if path in KNOWN_MODELS:
+        return KNOWN_MODELS[path]
+    config, reason = asked_config(path)
+    if config is None:
         remedy = "give a local folder, or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
-        raise ConfigError(Fault(key, path, cause, remedy)) from error
-    return json.loads(Path(fetched).read_text(encoding="utf-8"))
+        raise ConfigError(Fault(key, path, f"its config cannot be had: {reason}", remedy))
+    return config
 
 
 @cache
@@ -170,7 +185,8 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
     given = FAMILY_DEFAULTS[family] | {k: v for k, v in config.items() if v is not None}
     hidden, inner = given["hidden_size"], given["intermediate_size"]
     heads = given["num_attention_heads"]
-    kv_heads = given.get("num_key_value_heads", heads)
+    is_null = config.get("num_key_value_heads", ...) is None
+    kv_heads = heads if is_null else given.get("num_key_value_heads", heads)
     head_dim = given.get("head_dim") or hidden // heads
     layers, vocab = given["num_hidden_layers"], given["vocab_size"]
     prefix = "model.layers."
@@ -181,7 +197,7 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
     parameters["model.norm.weight"] = (hidden,)
     if not given.get("tie_word_embeddings", False):
         parameters["lm_head.weight"] = (vocab, hidden)
-    positions = given.get("max_position_embeddings", 2**17)
+    positions = given["max_position_embeddings"]
     sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions, 2 * kv_heads * head_dim)
     capped = bool(given.get("attn_logit_softcapping"))
     further = {"can_share_prompts": can_share_prompts(config), "caps_scores": capped, "eager_unless_told": capped}
@@ -204,11 +220,12 @@ def _layer_shapes(
         shapes["self_attn.o_proj.weight"] = (hidden, q)
         shapes |= {f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
         shapes["mlp.down_proj.weight"] = (hidden, inner)
-        if family == "qwen2" or given.get("attention_bias"):
+        has_bias = family in ATTENTION_BIAS and given.get("attention_bias")
+        if family == "qwen2" or has_bias:
             shapes |= {f"self_attn.{n}_proj.bias": (w,) for n, w in (("q", q), ("k", kv), ("v", kv))}
-        if given.get("attention_bias") and family != "qwen2":
+        if has_bias:
             shapes["self_attn.o_proj.bias"] = (hidden,)
-        if given.get("mlp_bias"):
+        if family in MLP_BIAS and given.get("mlp_bias"):
             shapes |= {f"mlp.{n}_proj.bias": (inner,) for n in ("gate", "up")} | {"mlp.down_proj.bias": (hidden,)}
     norms = ["input_layernorm", "post_attention_layernorm"]
     if family.startswith("gemma"):

@@ -7,21 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers.machine import Machine
+from trainers.memory import cache_share
 from trainers.model_shapes import ModelShape
-from trainers.solve import Change, Solved
+from trainers.remedies import Change
+from trainers.solve import DECIDED, Solved
 from trainers.workload import GIB, Plan
 
 WIDTH = 40  # of a bar that fills the memory
-DECIDED = (
-    "precision",
-    "optim",
-    "per_device_train_batch_size",
-    "student_mode",
-    "reference_mode",
-    "student_tokens_per_pass",
-    "max_num_seqs",
-    "kv_cache_gib",
-)
 
 
 def plan_text(solved: Solved, machine: Machine, full: bool = False) -> str:
@@ -121,6 +113,9 @@ def _also(solved: Solved, change: Change) -> str:
         if before != after and key not in change.settings and after is not None:
             found.append(f"{key}={after:.3g}" if isinstance(after, float) else f"{key}={after}")
     plan = change.solved.plan
+    before, after = cache_share(solved.plan.work), cache_share(plan.work)
+    if after is not None and before != after:
+        found.append(f"(cache for {after:.0%} of the completions)")
     if not plan.fits_host:
         found.append(f"host memory of {_gib(plan.host_need)} GiB, which is not free")
     return " ".join(found)

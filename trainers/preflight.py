@@ -16,15 +16,15 @@ from typing import Any, Literal
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
+from trainers.hub import asked_config, is_downloaded
 from trainers.machine import GB, Machine
-from trainers.planning import Assessment, assess, check_planned, problem_of
+from trainers.planning import Assessment, assess, check_planned, machine_for, shapes_of
 from trainers.reward_specs import model_keys
-from trainers.solve import Solved, device_of
+from trainers.solve import Problem, Solved, device_of
 from trainers.workload import GIB
 
 Level = Literal["error", "warning", "ok"]
 CUDA_DRIVER = 580  # the first driver branch for CUDA 13, which the lock is built for
-HUB_TIMEOUT = 1.0  # seconds for each model
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,22 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
     try:
         options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
         check_planned(options)
-        problem = problem_of(options, vram_gb)
-        machine = problem.machine
-        findings += _card(options, machine, vram_gb)
-        if device_of(options, machine) == "cuda" and machine.card is None:
-            return Preflight(findings, None, machine)
-        found = assess(problem)
     except ConfigError as error:
         return Preflight(findings + _configuration(error.faults), None, None)
-    findings += _configuration(found.start) + _memory(found)
-    # What the machine that has the card can reach is not known here.
+    machine = solved = None
+    try:
+        machine = machine_for(options, vram_gb)
+        findings += _card(options, machine, vram_gb)
+        if device_of(options, machine) == "cpu" or machine.card is not None:
+            found = assess(Problem(options, *shapes_of(options), machine))
+            findings += _configuration(found.start) + _memory(found)
+            solved = found.solved
+    except ConfigError as error:  # there is no plan, and the rest is looked at all the same
+        findings += _configuration(error.faults) + _unplanned(options, machine)
     there = [_wandb(options), *_models(options)]
-    findings += [replace(f, level="warning") if not machine.is_here and f.level == "error" else f for f in there]
-    return Preflight(findings, found.solved, machine)
+    if machine is not None and not machine.is_here:  # what the machine that has the card can reach is not known here
+        there = [replace(f, level="warning") if f.level == "error" else f for f in there]
+    return Preflight(findings + there, solved, machine)
 
 
 def _configuration(faults: Sequence[Fault]) -> list[Finding]:
@@ -214,13 +217,43 @@ def _memory(assessed: Assessment) -> list[Finding]:
     for key, level, need, free, unit in (
         ("memory", "error", plan.peak, plan.available, spare),
         ("host memory", rest, plan.host_need, machine.host_free, "GiB free"),
-        ("disk", rest, sum(plan.disk.values()), machine.disk_free, "GiB free"),
     ):
         if key in faults:
             findings.append(Finding(key, level, faults[key].cause, faults[key].remedy))
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
+    for name, warmup in assessed.warmups.items():
+        findings += _warmup(name, warmup, rest)
+    for written in assessed.written:
+        if fault := written.faults:
+            findings.append(Finding(written.kind, rest, fault[0].cause, fault[0].remedy))
+        elif written.size or written.kind == "disk":
+            message = f"{written.size / GIB:.1f} of {written.free / GIB:.1f} GiB free"
+            findings.append(Finding(written.kind, "ok", message + f" in {written.folder}"))
     return findings
+
+
+def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
+    """Of a model that is trained first."""
+    findings = _configuration(warmup.start)
+    for fault in warmup.memory:
+        level = "error" if fault.key == "memory" else rest
+        findings.append(Finding(fault.key, level, fault.cause, fault.remedy))
+    plan = warmup.solved.plan
+    message = f"trained first: {plan.peak / GIB:.1f} of {plan.available / GIB:.1f} GiB ({plan.peak_phase})"
+    findings = [replace(f, check=f"run:{name}", message=f"{f.check}: {f.message}") for f in findings]
+    return findings or [Finding(f"run:{name}", "ok", message)]
+
+
+def _unplanned(options: Any, machine: Machine | None) -> list[Finding]:
+    """What is free, where there is no plan to compare it with."""
+    if machine is None:
+        return []
+    free = {"host memory": machine.host_free, "disk": machine.disk_free}
+    if device_of(options, machine) == "cuda":
+        free = {"memory": machine.card.free} | free
+    unknown = "what the run needs is not known, see configuration"
+    return [Finding(key, "warning", f"{size / GIB:.1f} GiB are free; {unknown}") for key, size in free.items()]
 
 
 def _wandb(options: Any) -> Finding:
@@ -249,18 +282,12 @@ def _model(key: str, path: str) -> Finding:
         return Finding(key, "ok", f"{path} is trained when it is first needed")
     if Path(path).expanduser().exists():
         return Finding(key, "ok", f"{path} is here")
-    from httpx import HTTPError
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    weights = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
-    if any(isinstance(try_to_load_from_cache(path, name), str) for name in weights):
+    if is_downloaded(path):
         return Finding(key, "ok", f"{path} was downloaded before")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         remedy = "HF_HUB_OFFLINE=0, or give a local folder"
         return Finding(key, "error", f"{path} is not here, and HF_HUB_OFFLINE=1", remedy)
-    try:
-        HfApi().model_info(path, timeout=HUB_TIMEOUT)
-    except (OSError, ValueError, HTTPError) as error:  # the hub's, and the network's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    config, reason = asked_config(path)
+    if config is None:
         return Finding(key, "error", f"{path} cannot be had: {reason}", "connect, huggingface-cli login, or a folder")
     return Finding(key, "ok", f"{path} is on the hub")

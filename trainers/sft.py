@@ -23,12 +23,13 @@ from trainers.optimizers import OwnOptimizer
 from trainers.options import trl_arguments
 from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.phases import PhaseTimer
+from trainers.saving import SmallShards
 from trainers.starts import load_teacher, resolve_start
 from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.trl_config import precision_arguments
 
 
-class WarmupTrainer(OwnOptimizer, SFTTrainer):
+class WarmupTrainer(OwnOptimizer, SmallShards, SFTTrainer):
     """TRL's trainer with the optimizer of our options."""
 
     def __init__(self, options: Any, **kwargs: Any) -> None:

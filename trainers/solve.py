@@ -1,4 +1,4 @@
-"""From options with `auto` in them to a plan of memory for this machine, and to the nearest settings that fit.
+"""From options with `auto` in them to a plan of memory for this machine.
 
 Only what belongs to the machine is solved: micro-batch, KV cache, where student and reference rest, tokens per pass and
 the optimizer. The effective batch and the group size are part of the method and are never changed.
@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from trainers.batch import batch_plan, micro_batch_choices
-from trainers.checks import option_faults
-from trainers.config import REPO
-from trainers.engine_specs import CPU_KV_CACHE, device_faults
+from trainers.batch import micro_batch_choices
+from trainers.engine_specs import CPU_KV_CACHE
 from trainers.errors import ConfigError, Fault
 from trainers.machine import Machine
 from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
@@ -25,6 +23,17 @@ SPARE = 0.08  # of the memory: what the solver keeps free
 MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
 TOKENS_PER_PASS = (262144, 131072, 65536, 32768, 16384)
 CPU_TOKENS_PER_PASS = 16384
+BESIDE_SCORING = ("load", "update", "save")  # phases that tokens per pass are nothing to
+DECIDED = (  # what a plan shows of its decisions
+    "precision",
+    "optim",
+    "per_device_train_batch_size",
+    "student_mode",
+    "reference_mode",
+    "student_tokens_per_pass",
+    "max_num_seqs",
+    "kv_cache_gib",
+)
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,21 @@ def solve(problem: Problem) -> Solved:
     total = machine.card.total if machine.card is not None else available
     host_free = machine.host_free if machine.is_here else None
     last, short_of_host = None, []
+    candidates = list(_candidates(problem))
     for enough in (0.25, 0.0):  # a KV cache too small for a quarter of the completions is the last resort
-        for work in _candidates(problem):
+        hopeless = None
+        for work in candidates:
+            micro_batch = getattr(work.options, "per_device_train_batch_size", None)
+            but_tokens = (work.optimizer, work.student_mode, work.reference_mode, micro_batch)
+            if but_tokens == hopeless and work is not candidates[-1]:
+                continue  # fewer tokens per pass are no help
             last = _with_cache(work, budget, available, host_free, total, enough)
             if last.plan.peak <= budget:
                 if last.plan.fits_host:
                     return last
                 short_of_host.append(last)
+            elif max(last.plan.total(phase) for phase in last.plan.phases if phase in BESIDE_SCORING) > budget:
+                hopeless = but_tokens
     assert last is not None, "there is always a candidate"
     return min(short_of_host, key=lambda solved: round(solved.plan.host_need / GIB, 1), default=last)
 
@@ -228,148 +245,3 @@ def _with_cache(
         update["kv_cache_gib"] = size / GIB
     work = replace(work, kv_cache=size, options=options.model_copy(update=update))
     return Solved(work.options, make_plan(work, available, host_free))
-
-
-# What takes less memory, the least painful first: option, value, and where it applies.
-FRUGAL: tuple[dict[str, Any], ...] = (
-    {"gradient_checkpointing": True},
-    {"precision": "bf16"},
-    {"per_device_train_batch_size": "auto", "generation_aggregation_steps": None},
-    {"vllm_gpu_memory_utilization": "auto", "kv_cache_gib": None},
-    {"weight_bridge": None},
-    {"student_mode": "streamed", "student_quantization": None},
-    {"reference_mode": "streamed"},
-    {"student_tokens_per_pass": "auto"},
-    {"optim": "adamw_8bit"},
-    {"optim": "cpu_offload"},
-    # These three take less of the host.
-    {"activation_offloading": False},
-    {"reference_mode": "resident"},
-    {"student_mode": "resident"},
-    {"max_completion_length": 0.5},
-    {"max_prompt_length": 0.5},
-    {"max_length": 0.5},
-    {"use_peft": True, "optim": "auto", "sync_ref_model": False, "reference_mode": "auto", "weight_bridge": None},
-)
-
-
-OTHERS: tuple[dict[str, Any], ...] = (
-    {"max_completion_length": 2.0},
-    {"beta": 0.0, "sync_ref_model": False},
-)
-
-
-@dataclass(frozen=True)
-class Change:
-    """Other settings, and the plan with them."""
-
-    settings: dict[str, Any]
-    solved: Solved
-
-    def as_remedy(self) -> str:
-        """To be pasted, and what it leads to."""
-        return f"{self}   (peak {self.solved.plan.peak / GIB:.1f} GiB)"
-
-    def __str__(self) -> str:
-        return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
-
-
-def _written(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, str) else value
-
-
-def _changed(options: Any, knob: dict[str, Any]) -> dict[str, Any]:
-    """What a knob changes of these options; empty where it changes nothing or does not apply."""
-    settings = {}
-    for key, value in knob.items():
-        if not hasattr(options, key):
-            continue
-        now = getattr(options, key)
-        if isinstance(value, float) and isinstance(now, int):
-            value = max(16, int(now * value))
-        if value != now and not (key == "precision" and now != "fp32"):
-            settings[key] = value
-    leads = next(iter(knob))
-    return settings if leads in settings else {}
-
-
-def knobs(problem: Problem) -> list[Change]:
-    """Each single change that takes another amount of memory, with the plan it leads to."""
-    changes = []
-    now = solve(problem).plan.peak
-    for knob in (*FRUGAL, *OTHERS):
-        settings = _changed(problem.options, knob)
-        if settings and _applies(problem, settings):
-            change = Change(settings, solve(problem.changed(settings)))
-            if change.solved.plan.peak != now:
-                changes.append(change)
-    return changes
-
-
-def _applies(problem: Problem, settings: dict[str, Any]) -> bool:
-    """Whether a change makes sense with the rest of the options, and would be taken."""
-    options, machine = problem.options, problem.machine
-    if not _makes_sense(options, settings, machine):
-        return False
-    changed = options.model_copy(update=settings)
-    faults = option_faults(changed, problem.devices, REPO, needs_device=False)
-    if options.stage == "rl":
-        mode = "resident" if changed.student_mode == "auto" else changed.student_mode
-        dtype = TORCH_DTYPES[precision_of(changed, machine)]
-        faults += device_faults(changed, device_of(changed, machine), dtype, mode)
-    return not faults
-
-
-def _makes_sense(options: Any, settings: dict[str, Any], machine: Machine) -> bool:
-    """Whether a change can take less memory with the rest of the options."""
-    if settings.keys() & {"max_prompt_length"} and options.stage == "sft":
-        return False  # max_length is what counts
-    device, adapters = device_of(options, machine), getattr(options, "use_peft", False)
-    if settings.get("optim") in ("adamw_8bit", "cpu_offload"):
-        return not adapters and precision_of(options, machine) == "bf16"
-    if {"student_mode", "reference_mode"} & settings.keys() and "use_peft" not in settings:
-        streams_at_all = device == "cuda" or "streamed" in settings.values()
-        return streams_at_all and ("student_mode" in settings or reads_teacher(options))
-    return settings.get("precision") != "bf16" or device == "cuda"
-
-
-def nearest_fit(problem: Problem) -> Change | None:
-    """Settings that fit device and host: one change after another, the least painful first, and then none of them that
-    the others make needless; None if nothing fits."""
-    steps: list[dict[str, Any]] = []
-
-    def with_steps(steps: list[dict[str, Any]]) -> Change:
-        settings = {k: v for step in steps for k, v in step.items()}
-        settings = {k: v for k, v in settings.items() if v != getattr(problem.options, k)}
-        return Change(settings, solve(problem.changed(settings)))
-
-    best = with_steps(steps)
-    for knob in (*FRUGAL, {"max_completion_length": 0.5}, {"max_completion_length": 0.5}):
-        current = problem.changed(best.settings)
-        settings = _changed(current.options, knob)
-        if not settings or not _applies(current, settings):
-            continue
-        change = with_steps([*steps, settings])
-        if change.solved.plan.missing < best.solved.plan.missing:
-            steps, best = [*steps, settings], change
-        if best.solved.plan.fits:
-            break
-    else:
-        return None
-    for step in reversed(steps):
-        fewer = [kept for kept in steps if kept is not step]
-        change = with_steps(fewer)
-        if change.solved.plan.fits:
-            steps, best = fewer, change
-    return best
-
-
-def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
-    """What a user reads whose run does not fit the device."""
-    plan = solved.plan
-    stage = solved.options.stage
-    work = batch_plan(solved.options).equation() if stage == "rl" else f"stage={stage}"
-    need, free = plan.peak / GIB, plan.available / GIB
-    cause = f"the {plan.peak_phase} phase needs {need:.1f} GiB and {free:.1f} GiB are free ({work})"
-    remedy = nearest.as_remedy() if nearest else "a smaller model"
-    return ConfigError(Fault("memory", ..., cause, f"{remedy}; ignore_memory_plan=true starts it all the same"))

@@ -24,6 +24,7 @@ from trainers.overlap import ScoreAhead
 from trainers.phases import PhaseTimer
 from trainers.probes import Evaluated, Probes
 from trainers.rollouts import Rollout, RolloutFiles
+from trainers.saving import SmallShards
 from trainers.sentinel import Sentinel
 from trainers.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 
@@ -60,7 +61,7 @@ def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]
     }
 
 
-class TeacherGRPOTrainer(OwnOptimizer, GRPOTrainer):
+class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     """TRL's trainer, generating with an engine in this process.
 
     TRL's `rollout_func` is the seam: it hands over prompts and takes back token ids and log-probabilities; TRL's

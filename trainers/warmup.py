@@ -8,7 +8,7 @@ import os
 import shutil
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainers.adapter_files import is_adapter
 from trainers.checks import load_options
@@ -42,6 +42,7 @@ CODE = (
     "trainers/merge.py",
     "trainers/starts.py",
 )
+WARMUPS = REPO / "results" / "warmup"  # where they are kept
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "peft")
 
 
@@ -59,7 +60,8 @@ def warmup_options(name: str, options: Any, needs_device: bool = True) -> tuple[
     if checked.stage != "sft":
         cause = f"cfgs/run_cfg/{name}.yaml has stage={checked.stage}"
         raise ConfigError(Fault(f"run:{name}", ..., cause, "name a run with stage=sft"))
-    return composed, checked
+    asked = {"ignore_memory_plan": options.ignore_memory_plan}  # the result does not depend on it
+    return composed, checked.model_copy(update=asked)
 
 
 def _composed(name: str, inherited: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +92,30 @@ def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
     return root / "results" / "warmup" / f"{name}-{digest.hexdigest()[:12]}"
 
 
+class Waiting(NamedTuple):
+    """A warm-up that is still to be trained, its options, and the folder that it will be kept in."""
+
+    name: str
+    options: Any
+    folder: Path
+
+
+def waiting(path: str | None, options: Any, root: Path = REPO) -> list[Waiting]:
+    """The warm-ups that a model takes before it is there, the first to be trained first."""
+    name = named_run(path)
+    if name is None:
+        return []
+    composed, checked = warmup_options(name, options, needs_device=False)
+    folder = cached_path(name, composed, root)
+    if _is_kept(folder):
+        return []
+    return [*waiting(checked.model_name_or_path, checked, root), Waiting(name, checked, folder)]
+
+
+def _is_kept(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or is_adapter(str(folder))
+
+
 def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | None:
     """Return the folder of a model: `run:NAME` is trained if it is not in the cache; anything else stays as it is."""
     name = named_run(path)
@@ -97,7 +123,7 @@ def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | No
         return path
     composed, checked = warmup_options(name, options)
     folder = cached_path(name, composed, root)
-    if (folder / "config.json").is_file() or is_adapter(str(folder)):
+    if _is_kept(folder):
         logger.info("%s: kept from an earlier run in %s", path, folder)
         return str(folder)
     start = resolve_model(checked.model_name_or_path, checked, root)

@@ -1,0 +1,111 @@
+"""Warm-ups, downloads and disks of a run that is planned. Run: ./run_tests.sh tests/test_planning.py"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from planned import machine, problem
+
+from trainers import disks, planning, preflight
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.disks import downloads, in_turn
+from trainers.errors import ConfigError
+from trainers.machine import Machine
+from trainers.planning import assess, planned_options, shapes_of
+from trainers.warmup import cached_path, waiting, warmup_options
+from trainers.workload import GIB
+
+SEVEN = 2 * 7_615_616_512  # bytes of a model in bf16
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch, tmp_path):
+    """No warm-up of an earlier run; every model of the hub was downloaded."""
+    monkeypatch.setattr(planning, "waiting", partial(waiting, root=tmp_path))
+    monkeypatch.setattr(disks, "is_downloaded", lambda path: True)
+
+
+def checked(run, *overrides):
+    return load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+
+
+def test_warm_ups_that_a_run_would_train_first_are_planned_with_it():
+    found = assess(problem(checked("teacher_rlt_tiny"), Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)))
+    assert list(found.warmups) == ["student_sft_tiny", "teacher_sft_tiny"]  # in turn, that of both models once
+    assert found.with_warmups("memory") == [] and found.disk == []
+    kept = sum(sum(warmup.solved.plan.disk.values()) for warmup in found.warmups.values())
+    assert {written.kind: written.size for written in found.written}["warm-ups"] == kept >= 2 * 4 * 804_480
+    assert "run:student_sft_tiny is trained first: peak" in found.text(full=False)
+
+
+def test_a_warm_up_that_is_kept_from_an_earlier_run_is_not_planned(tmp_path):
+    options = checked("teacher_rlt_tiny")
+    composed, _ = warmup_options("teacher_sft_tiny", options)
+    folder = cached_path("teacher_sft_tiny", composed, tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert waiting(options.model_name_or_path, options, tmp_path) == []
+    assert [warmup.name for warmup in waiting(options.student_model, options, tmp_path)] == ["student_sft_tiny"]
+
+
+def test_a_warm_up_that_does_not_fit_is_told_by_name_before_anything_starts(monkeypatch):
+    """LoRA of 7B fits 24 GB; all weights of its student's warm-up, at 16384 tokens, do not."""
+    options = checked("teacher_rlt_mono_24gb", "student_model=run:teacher_sft")
+    monkeypatch.setattr(planning, "machine_for", lambda *_: machine(24))
+    with pytest.raises(ConfigError) as refused:
+        planned_options(options)
+    (fault,) = refused.value.faults
+    assert fault.key == "run:teacher_sft: memory" and fault.cause.startswith("the update phase needs")
+    assert fault.remedy.startswith("train it by itself (./launch_mono.sh teacher_sft.yaml ...) and name its folder: ")
+    found = preflight.preflight("teacher_rlt_mono_24gb", ["student_model=run:teacher_sft"], 24)
+    (finding,) = (f for f in found.findings if f.check == "run:teacher_sft" and f.level == "error")
+    assert finding.message.startswith("memory: the update phase needs") and not found.works
+
+
+def test_who_ignores_the_plan_ignores_that_of_warm_ups():
+    options = checked("teacher_rlt_tiny")
+    composed, warmup = warmup_options("teacher_sft_tiny", options)
+    ignoring = options.model_copy(update={"ignore_memory_plan": True})
+    assert not warmup.ignore_memory_plan and warmup_options("teacher_sft_tiny", ignoring)[1].ignore_memory_plan
+    assert warmup_options("teacher_sft_tiny", ignoring)[0] == composed  # the result is kept under the same name
+
+
+def test_models_that_are_not_here_are_downloaded_first(monkeypatch):
+    monkeypatch.setattr(disks, "is_downloaded", lambda path: False)
+    options = checked("teacher_rlt_mono_24gb")  # Qwen2.5-7B-Instruct and Bespoke-Stratos-7B
+    sizes = {"Qwen/Qwen2.5-7B-Instruct": SEVEN, "bespokelabs/Bespoke-Stratos-7B": SEVEN}
+    assert downloads(options, shapes_of(options)) == sizes
+    both = checked("teacher_rlt_mono_24gb", "student_model=Qwen/Qwen2.5-7B-Instruct")
+    assert downloads(both, shapes_of(both)) == {"Qwen/Qwen2.5-7B-Instruct": SEVEN}
+    there = problem(options, replace(machine(24), disk_free=30 * GIB))
+    found = assess(there)
+    (written,) = (w for w in found.written if w.kind == "downloads")
+    assert written.size == 2 * SEVEN and written.folder == disks.download_folder()
+
+
+def test_models_that_are_here_are_not_downloaded(model_dir):
+    options = checked("teacher_rlt_tiny", f"model_name_or_path={model_dir}")
+    assert downloads(options, shapes_of(options)) == {}  # a folder, and a warm-up
+    hub = checked("teacher_rlt_mono_24gb")
+    assert downloads(hub, shapes_of(hub)) == {}
+
+
+def test_what_goes_to_one_disk_takes_room_in_turn(tmp_path, monkeypatch):
+    own, other = tmp_path / "not" / "yet", Path("/elsewhere")
+    sizes = [("downloads", tmp_path, 28), ("warm-ups", other, 7), ("disk", own, 71)]
+    real = disks.existing
+    monkeypatch.setattr(disks, "existing", lambda folder: Path("/proc") if folder == other else real(folder))
+    monkeypatch.setattr(disks.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5}))
+    found = in_turn(sizes, own, 90)
+    assert [(w.kind, w.before, w.free) for w in found] == [("downloads", 0, 90), ("warm-ups", 0, 5), ("disk", 28, 62)]
+    assert [len(w.faults) for w in found] == [0, 1, 1]
+    assert "its checkpoints take up to 71.0 GiB and 62.0 GiB are free beside 28.0 of what comes before" in str(
+        replace_sizes(found[2], GIB).faults[0]
+    )
+
+
+def replace_sizes(written, unit):
+    return written._replace(size=written.size * unit, before=written.before * unit, free=written.free * unit)

@@ -1,0 +1,111 @@
+"""What is offered where a run does not fit. Run: ./run_tests.sh tests/test_remedies.py"""
+
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import REPO
+from planned import problem
+
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.machine import Machine, planned_card
+from trainers.remedies import host_remedy, nearest_fit
+from trainers.solve import solve
+from trainers.workload import GIB
+
+
+def machine(gb, host, **card):
+    """A card of `gb` GB that is here, beside `host` GiB of free host memory."""
+    return Machine(replace(planned_card(gb), is_here=True, **card), 512 * GIB, host * GIB, 1000 * GIB)
+
+
+def asked(run, there, *overrides):
+    options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+    return problem(options, there)
+
+
+def test_a_smaller_micro_batch_and_a_resident_reference_are_found_together():
+    """By itself the one leaves the host short, and the other the card."""
+    there = asked("teacher_rlt_mono_96gb", machine(96, 24), "per_device_train_batch_size=4", "optim=adamw_8bit")
+    change = nearest_fit(there)
+    assert change.settings == {"per_device_train_batch_size": "auto", "reference_mode": "resident"}
+    for key, value in change.settings.items():
+        assert not solve(there.changed({key: value})).plan.fits
+    plan = change.solved.plan
+    assert plan.fits and plan.peak <= 0.92 * plan.available
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["lora_r=512"], {"lora_r": 16}),
+        (["attn_implementation=eager"], {"attn_implementation": None}),
+        (["use_vllm=false", "per_device_train_batch_size=1"], {"use_vllm": True}),
+        (["kv_cache_gib=8"], {"kv_cache_gib": None}),
+    ],
+)
+def test_what_was_set_and_costs_too_much_goes_back_to_its_default_before_texts_are_shortened(words, offered):
+    there = asked("teacher_rlt_mono_24gb", machine(24, 64), *words)
+    assert not solve(there).plan.fits
+    change = nearest_fit(there)
+    assert change.settings == offered and change.solved.plan.fits
+
+
+def test_graphs_and_activations_are_given_up_before_texts_are_shortened():
+    tight = nearest_fit(asked("teacher_rlt_mono_24gb", machine(20, 64)))
+    assert tight.settings == {"enforce_eager": True, "activation_offloading": True}
+
+
+def test_what_fits_with_less_to_spare_than_the_solver_keeps_says_so():
+    """An update of 20.0 GiB with CUDA graphs of 0.56, on a card of 21 GB, which are 19.56 GiB."""
+    change = nearest_fit(asked("teacher_rlt_mono_24gb", machine(21, 64)))
+    plan = change.solved.plan
+    assert plan.peak <= 0.92 * plan.available and change.tighter.settings == {"enforce_eager": True}
+    spare = 100 * change.tighter.solved.plan.spare
+    assert 0 < spare < 8
+    assert f", or enforce_eager=true   (peak 19.4 GiB, only {spare:.1f} % to spare)" in change.as_remedy()
+
+
+@pytest.mark.parametrize(("compute", "precision"), [(7.5, "fp16"), (8.0, "bf16")])
+def test_a_card_without_bf16_is_offered_fp16_for_adapters(compute, precision):
+    there = asked("teacher_rlt_mono_24gb", machine(24, 64, compute=compute), "precision=fp32", "weight_bridge=copy")
+    change = nearest_fit(there)
+    assert change.settings == {"precision": precision, "weight_bridge": None}
+
+
+def test_a_card_without_bf16_is_offered_no_half_precision_for_all_weights():
+    """The adapters that it is offered in the end are fp32 beside fp16 weights, as `auto` has it there."""
+    change = nearest_fit(asked("teacher_rlt_mono", machine(48, 64, compute=7.5), "precision=fp32"))
+    assert change.settings["use_peft"] is True and change.settings["precision"] == "auto"
+    assert change.solved.plan.work.precision == "fp16"
+
+
+def test_nothing_that_fits_is_found_in_a_second():
+    there = asked("teacher_rlt_mono_80gb", machine(12, 8), "offload_untrained_models=false", "student_mode=cpu")
+    started = time.process_time()
+    assert nearest_fit(there) is None
+    assert time.process_time() - started < 1.5
+
+
+FULL = ["optim=cpu_offload", "activation_offloading=true"]
+LESS = ["activation_offloading=false", "optim=adamw_8bit", "reference_mode=resident", "beta=0.0 sync_ref_model=false"]
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "offered"),
+    [
+        ("teacher_sft", [], []),  # the model is read on the host, whatever is trained of it
+        ("teacher_rlt_mono_24gb", ["student_mode=cpu"], ["student_mode=resident", "student_mode=streamed"]),
+        ("teacher_rlt_mono_24gb", ["student_mode=resident"], []),
+        ("teacher_rlt_mono", FULL, [*LESS, "use_peft=true optim=auto sync_ref_model=false"]),
+    ],
+)
+def test_a_host_that_is_too_small_is_told_what_takes_less_of_it(run, words, offered):
+    there = asked(run, machine(200, 2), *words)
+    solved = solve(there)
+    *told, last = host_remedy(there, solved).split(", ")
+    assert [text.partition(" (it then needs")[0] for text in told] == offered
+    assert last.endswith("a machine with more memory")
+    for text in offered:
+        assert solve(asked(run, machine(200, 2), *words, *text.split())).plan.host_need < solved.plan.host_need
