@@ -11,7 +11,7 @@ cd "$here"
 # Files of tests side by side, each on its share of the cores: two processes that both want all slow each other down many
 # times. One may hold 3 GiB. A GPU's tests run alone.
 if [[ " $* " != *" -n"* && " $* " != *gpu* ]]; then
-  room='import os; from trainers.machine import host_room
+  room='import os; from trainers.plan.machine import host_room
 print(len(os.sched_getaffinity(0)), host_room()[1] // (3 << 30))'
   read -r cores fitting <<<"$("$PYTHON" -c "$room")"
   workers=$((cores < fitting ? cores : fitting))

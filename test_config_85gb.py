@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from trainers.plan_table import plan_text
-from trainers.preflight import preflight
+from trainers.plan.plan_table import plan_text
+from trainers.plan.preflight import preflight
 
 
 def size(text: str) -> float:

@@ -23,13 +23,19 @@ from omegaconf import DictConfig, OmegaConf
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run
 from trainers.errors import ConfigError
-from trainers.planning import planned_options, run_plan
+from trainers.plan.planning import planned_options, run_plan
 
 
 def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     """Run the stage that the options ask for."""
-    from trainers.outputs import make_output_dir, prepare_wandb, save_config, start_logging, take_over_library_logs
     from trainers.warmup import resolve_model, warmup_options
+    from trainers.watch.outputs import (
+        make_output_dir,
+        prepare_wandb,
+        save_config,
+        start_logging,
+        take_over_library_logs,
+    )
 
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     for path in (getattr(options, "model_name_or_path", None), getattr(options, "student_model", None)):
@@ -105,7 +111,7 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     use_one_gpu()
     if "--help" in arguments or "-h" in arguments:
-        from trainers.help import print_help
+        from trainers.settings.help import print_help
 
         print_help(__doc__)
         sys.exit()

@@ -213,7 +213,7 @@ def prompts_of(options: Any, folder: str, full: bool = False) -> tuple[Renderer,
     """The teacher's renderer, and `ROWS` as it renders them; `full`: with prompts as long as they may be."""
     from datasets import Dataset
 
-    from trainers.judges import make_renderer
+    from trainers.scoring.loading import make_renderer
     from trainers.texts import rl_rows
 
     renderer = make_renderer(options, folder, "model_name_or_path")
@@ -228,11 +228,11 @@ def prompts_of(options: Any, folder: str, full: bool = False) -> tuple[Renderer,
 
 def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     """This project's trainer, and what counts the bytes of its weights."""
-    from trainers.outputs import MetricsWriter
-    from trainers.phases import PhaseTimer
     from trainers.rl import grpo_config, load_teacher, start_engine
-    from trainers.sentinel import Sentinel
+    from trainers.rollout.sentinel import Sentinel
     from trainers.teacher_grpo import TeacherGRPOTrainer
+    from trainers.watch.outputs import MetricsWriter
+    from trainers.watch.phases import PhaseTimer
 
     further = {"optim": setup.arguments.optim, "overlap_scoring": way == "score-overlap"}
     if way.startswith("score"):
@@ -271,12 +271,12 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
 
 def judge_by_student(options: Any, setup: Setup, teacher: Renderer) -> Any:
     """The reward of a student on the CPU."""
-    from trainers.judges import make_renderer, make_scorer
-    from trainers.rl import make_judge
+    from trainers.rl import make_student_reward
+    from trainers.scoring.loading import make_renderer, make_scorer
 
     student = make_renderer(options, setup.folder, "student_model")
     scorer = make_scorer(options, Path(setup.out), setup.folder, student, teacher, setup.device, setup.dtype, [])
-    return make_judge(options, scorer, setup.device)
+    return make_student_reward(options, scorer, setup.device)
 
 
 def stock(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
@@ -287,7 +287,7 @@ def stock(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]
 
     from trainers.models import load_model
     from trainers.options import options_class
-    from trainers.shared_weights import held_bytes
+    from trainers.weights.shared_weights import held_bytes
 
     adapt_vllm_of_trl(setup)
     arguments, folder = setup.arguments, setup.folder
@@ -341,7 +341,7 @@ def adapt_vllm_of_trl(setup: Setup) -> None:
 
     changes: dict[str, Any] = {"dtype": str(setup.dtype).removeprefix("torch.")}
     if setup.device.type == "cpu":
-        from trainers.cpu_kernels import adapt_vllm
+        from trainers.weights.cpu_kernels import adapt_vllm
 
         adapt_vllm()
         changes |= {"enforce_eager": True, "distributed_executor_backend": "uni", "max_num_batched_tokens": 8192}

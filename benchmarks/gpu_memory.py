@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.preset_run import run_preset
-from trainers.machine import read_card
+from trainers.plan.machine import read_card
 
 TARGET = 0.05
 

@@ -50,9 +50,9 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     import trainers.rl as rl
     from trainers.checks import load_options
     from trainers.config import compose_run
-    from trainers.memory_watch import resident_peak
-    from trainers.planning import problem_of
-    from trainers.solve import solve
+    from trainers.plan.planning import problem_of
+    from trainers.plan.solve import solve
+    from trainers.watch.memory_watch import resident_peak
 
     overrides = BATCH | CASES[case][1] | {"max_steps": 2, "report_before_after": False, "save_strategy": "no"}
     overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}

@@ -16,10 +16,10 @@ from benchmarks.commands import run
 from benchmarks.small_data import made_model, write_rows
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.machine import MIB, nvidia_smi, read_card
-from trainers.planning import problem_of
-from trainers.solve import solve
-from trainers.workload import GIB
+from trainers.plan.machine import MIB, nvidia_smi, read_card
+from trainers.plan.planning import problem_of
+from trainers.plan.solve import solve
+from trainers.plan.workload import GIB
 
 PEAKS = {"generate": "generate_peak", "score": "score_peak", "update": "step_peak"}
 SECONDS = ("generate", "score", "update", "sync", "sentinel", "kv_cache")

@@ -33,9 +33,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.ceilings import pinned_copy
 from benchmarks.shapes import SHAPES
 from data.render import Encoded
-from trainers.frozen import MICRO_TOKENS, FrozenModel, ResidentBackbone, passes
-from trainers.streaming import StreamedBackbone
-from trainers.weight_files import HostWeights, WeightFiles
+from trainers.scoring.frozen import MICRO_TOKENS, FrozenModel, ResidentBackbone, passes
+from trainers.scoring.streaming import StreamedBackbone
+from trainers.weights.weight_files import HostWeights, WeightFiles
 
 Score = Callable[[list[Encoded]], list[torch.Tensor]]
 

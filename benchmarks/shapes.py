@@ -1,6 +1,6 @@
 """Sizes of the models that the benchmarks make, as keyword arguments of transformers' Qwen2Config."""
 
-from trainers.known_models import qwen2_sizes
+from trainers.plan.known_models import qwen2_sizes
 
 SHAPES = {
     "tiny": qwen2_sizes(64, 128, 2, 2, 1, 512, tied=True),

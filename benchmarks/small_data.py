@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.commands import REPO
 from benchmarks.shapes import SHAPES
-from trainers.known_models import KNOWN_MODELS
+from trainers.plan.known_models import KNOWN_MODELS
 
 QUESTIONS = ["What is 2+3?", "What is 4+5?", "What is 10+7+1?", "What is 6+6?"]
 

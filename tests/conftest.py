@@ -79,8 +79,8 @@ def adapter_dir(model_dir, tokenizer, tmp_path_factory):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainers.adapters import add_adapters
     from trainers.options import options_class
+    from trainers.weights.adapters import add_adapters
 
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     model = add_adapters(model, options_class("rl")(use_peft=True, lora_r=4, lora_alpha=8))

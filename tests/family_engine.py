@@ -16,10 +16,10 @@ import torch
 from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainers.adapters import add_adapters
 from trainers.engine import Engine, prepare_environment
 from trainers.models import load_model, make_tokenizer
 from trainers.options import options_class
+from trainers.weights.adapters import add_adapters
 
 
 def largest_difference(model, prompts, rollout) -> float:

@@ -4,11 +4,11 @@ from conftest import REPO
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.machine import Machine, planned_card
-from trainers.planning import shapes_of
-from trainers.remedies import nearest_fit
-from trainers.solve import Problem, solve
-from trainers.workload import GIB
+from trainers.plan.machine import Machine, planned_card
+from trainers.plan.planning import shapes_of
+from trainers.plan.remedies import nearest_fit
+from trainers.plan.solve import Problem, solve
+from trainers.plan.workload import GIB
 
 
 def machine(gb):

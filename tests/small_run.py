@@ -6,14 +6,14 @@ import torch
 from conftest import ROWS
 from datasets import Dataset
 
-from trainers.memory_watch import MemoryWatch
 from trainers.options import options_class
-from trainers.outputs import MetricsWriter
-from trainers.phases import PhaseTimer
 from trainers.rl import grpo_config, load_teacher, start_engine
-from trainers.sentinel import Sentinel
+from trainers.rollout.sentinel import Sentinel
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import rl_rows
+from trainers.watch.memory_watch import MemoryWatch
+from trainers.watch.outputs import MetricsWriter
+from trainers.watch.phases import PhaseTimer
 
 CPU = torch.device("cpu")
 

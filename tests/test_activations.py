@@ -8,17 +8,17 @@ from conftest import REPO
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory import allocator_peak
-from trainers import activations as layers
-from trainers.adapters import add_adapters, base_model
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.frozen import ResidentBackbone
 from trainers.memory import make_plan
-from trainers.model_shapes import FAMILY_DEFAULTS, model_shape
 from trainers.models import DTYPES
-from trainers.streaming import StreamedBackbone
-from trainers.weight_files import WeightFiles
-from trainers.workload import GIB, Workload
+from trainers.plan import activations as layers
+from trainers.plan.model_shapes import FAMILY_DEFAULTS, model_shape
+from trainers.plan.workload import GIB, Workload
+from trainers.scoring.frozen import ResidentBackbone
+from trainers.scoring.streaming import StreamedBackbone
+from trainers.weights.adapters import add_adapters, base_model
+from trainers.weights.weight_files import WeightFiles
 
 SIZES = {
     "vocab_size": 512,

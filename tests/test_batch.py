@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainers.batch import BatchPlan, check_batch, legal_aggregations, nearest_legal
+from trainers.settings.batch import BatchPlan, check_batch, legal_aggregations, nearest_legal
 
 
 def test_equation_of_the_paper_s_run():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainers.errors import ConfigError
-from trainers.shared_weights import engine_tensors, share_weights
+from trainers.weights.shared_weights import engine_tensors, share_weights
 
 
 class Fused(nn.Module):

@@ -15,8 +15,8 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run, find_run, hydra_arguments
 from trainers.errors import ConfigError
 from trainers.options import FormulaOptions, MergeOptions, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
-from trainers.trl_choices import DERIVED
-from trainers.trl_options import trl_options
+from trainers.settings.trl_choices import DERIVED
+from trainers.settings.trl_options import trl_options
 
 ALL_RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").rglob("*.yaml"))
 NAMED_BY_THE_USER = {
@@ -226,7 +226,7 @@ def test_the_formula_s_file_says_the_defaults():
 def test_every_option_is_read_by_something():
     """TRL's options go to TRL's own configuration class; each of ours must be an attribute read outside options.py."""
     read = set()
-    for path in [REPO / "train.py", *(REPO / "trainers").glob("*.py"), *(REPO / "data").glob("*.py")]:
+    for path in [REPO / "train.py", *(REPO / "trainers").rglob("*.py"), *(REPO / "data").glob("*.py")]:
         if path.name in ("options.py", "checks.py"):  # a check alone does not make an option do something
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -262,9 +262,9 @@ def run_train(*arguments):
 def test_help_errors_and_cfg_import_neither_torch_nor_vllm():
     code = (
         "import sys; sys.argv=['train.py']; sys.path.insert(0, '.');"
-        "import train, trainers.help, trainers.config, trainers.checks;"
+        "import train, trainers.settings.help, trainers.config, trainers.checks;"
         "trainers.checks.load_options(trainers.config.compose_run('teacher_rlt_tiny'));"
-        "trainers.help.print_help('');"
+        "trainers.settings.help.print_help('');"
         "print({'torch', 'vllm', 'transformers', 'trl', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)

@@ -17,7 +17,7 @@ WIDTH = sum(SLICES) + 2  # an engine's layer may be padded
 def kinds() -> SimpleNamespace:
     """The class of this project, and vLLM's; neither is imported before the environment is prepared."""
     prepare_environment(torch.device("cpu"))
-    from trainers.cpu_kernels import OneAdapter, PunicaWrapperCPU
+    from trainers.weights.cpu_kernels import OneAdapter, PunicaWrapperCPU
 
     return SimpleNamespace(ours=OneAdapter, shipped=PunicaWrapperCPU)
 
@@ -79,7 +79,7 @@ def test_the_cpu_build_takes_it(kinds: SimpleNamespace) -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from trainers.cpu_kernels import adapt_vllm
+    from trainers.weights.cpu_kernels import adapt_vllm
 
     adapt_vllm()
     assert resolve_obj_by_qualname(CpuPlatform.get_punica_wrapper()) is kinds.ours

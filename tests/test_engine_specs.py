@@ -8,8 +8,14 @@ from conftest import REPO
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.engine_specs import GENERATE_SET_HERE, bridge_name, device_faults, generate_arguments, vllm_arguments
 from trainers.errors import ConfigError
+from trainers.settings.engine_specs import (
+    GENERATE_SET_HERE,
+    bridge_name,
+    device_faults,
+    generate_arguments,
+    vllm_arguments,
+)
 
 
 def options(*overrides):

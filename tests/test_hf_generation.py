@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_run import make_trainer
 
-from trainers.hf_generation import _cut, generate_with_transformers
 from trainers.models import make_tokenizer
+from trainers.rollout.hf_generation import _cut, generate_with_transformers
 
 
 def test_what_is_sampled_and_its_log_probabilities_know_no_dropout(renderer, model_dir, tmp_path):

@@ -9,12 +9,12 @@ from planned import problem
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.machine import Machine, planned_card
-from trainers.plan_table import plan_text
-from trainers.planning import memory_faults, planned_options
-from trainers.remedies import nearest_fit
-from trainers.solve import solve
-from trainers.workload import GIB
+from trainers.plan.machine import Machine, planned_card
+from trainers.plan.plan_table import plan_text
+from trainers.plan.planning import memory_faults, planned_options
+from trainers.plan.remedies import nearest_fit
+from trainers.plan.solve import solve
+from trainers.plan.workload import GIB
 
 SEVEN = 2 * 7_615_616_512  # bytes of the teacher, and of the student, in bf16
 METHOD = ("train_batch_size", "num_generations", "max_prompt_length", "max_completion_length", "beta")
@@ -70,7 +70,7 @@ def test_what_the_user_put_on_the_host_is_taken_off_it_where_there_is_room_on_th
 
 
 def test_run_that_fits_neither_is_told_both(monkeypatch):
-    monkeypatch.setattr("trainers.planning.machine_for", lambda *_: machine(22, 10))
+    monkeypatch.setattr("trainers.plan.planning.machine_for", lambda *_: machine(22, 10))
     with pytest.raises(ConfigError) as refused:
         planned_options(checked())
     message = str(refused.value)

@@ -9,19 +9,19 @@ import pytest
 from conftest import REPO
 from planned import machine, nearest, planned, problem
 
-from trainers.batch import batch_plan
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run
 from trainers.errors import ConfigError
-from trainers.machine import Holder, Machine, planned_card
 from trainers.memory import cache_share
-from trainers.model_shapes import AdapterShape
 from trainers.options import options_class
-from trainers.plan_table import knobs_text, plan_text
-from trainers.planning import machine_for, planned_options, run_plan, shapes_of
-from trainers.remedies import Change, knobs, nearest_fit, refuse
-from trainers.solve import Problem, micro_batch_choices, solve
-from trainers.workload import GIB, PHASES
+from trainers.plan.machine import Holder, Machine, planned_card
+from trainers.plan.model_shapes import AdapterShape
+from trainers.plan.plan_table import knobs_text, plan_text
+from trainers.plan.planning import machine_for, planned_options, run_plan, shapes_of
+from trainers.plan.remedies import Change, knobs, nearest_fit, refuse
+from trainers.plan.solve import Problem, micro_batch_choices, solve
+from trainers.plan.workload import GIB, PHASES
+from trainers.settings.batch import batch_plan
 
 CARDS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("teacher_rlt_mono*.yaml"))
 NOT_TRAINED = {"score", "rescore", "merge"}
@@ -141,8 +141,10 @@ def test_sizes_that_the_plan_counts_on_are_those_that_are_used():
     from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    from trainers import activations, frozen, memory
+    from trainers import memory
     from trainers.bridges import lora_ranks
+    from trainers.plan import activations
+    from trainers.scoring import frozen
 
     assert (memory.MICRO_TOKENS, memory.SCORE_HEAD_TOKENS) == (frozen.MICRO_TOKENS, frozen.HEAD_TOKENS)
     assert (activations.HEAD_TOKENS, activations.HEAD_WIDTH) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
@@ -254,7 +256,7 @@ def test_plan_is_made_from_the_memory_that_is_free_and_names_who_holds_the_rest(
 
 def test_run_that_does_not_fit_stops_unless_told_to_go_on(monkeypatch, caplog):
     small = Machine(None, 2**28, 2**28, 1000 * GIB)
-    monkeypatch.setattr("trainers.planning.machine_for", lambda *_: small)
+    monkeypatch.setattr("trainers.plan.planning.machine_for", lambda *_: small)
     options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
     with pytest.raises(ConfigError, match="memory: the update phase needs"):
         planned_options(options)
@@ -264,7 +266,7 @@ def test_run_that_does_not_fit_stops_unless_told_to_go_on(monkeypatch, caplog):
 
 def test_full_disk_is_told_before_the_start(monkeypatch):
     full = Machine(None, 32 * GIB, 32 * GIB, 2**20)
-    monkeypatch.setattr("trainers.planning.machine_for", lambda *_: full)
+    monkeypatch.setattr("trainers.plan.planning.machine_for", lambda *_: full)
     with pytest.raises(ConfigError, match="disk: its checkpoints take up to"):
         planned_options(load_options(compose_run("teacher_rlt_tiny"), repo=REPO))
 

@@ -6,7 +6,7 @@ from mmap import mmap
 import pytest
 import torch
 
-from trainers.memory_watch import MemoryWatch
+from trainers.watch.memory_watch import MemoryWatch
 
 GIB = 2**30
 

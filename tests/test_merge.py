@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from trainers import planning
-from trainers.adapter_files import find_base, is_adapter, open_adapter
-from trainers.adapters import ADAPTER, add_adapters
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.machine import Machine
 from trainers.merge import RECORD, merge_adapter, whole_model
 from trainers.options import options_class
-from trainers.solve import solve
-from trainers.starts import Start, load_teacher, resolve_start
-from trainers.workload import GIB
+from trainers.plan import planning
+from trainers.plan.machine import Machine
+from trainers.plan.solve import solve
+from trainers.plan.workload import GIB
+from trainers.weights.adapter_files import find_base, is_adapter, open_adapter
+from trainers.weights.adapters import ADAPTER, add_adapters
+from trainers.weights.starts import Start, load_teacher, resolve_start
 
 IDS = torch.arange(40).remainder(30)[None]
 

@@ -8,8 +8,8 @@ from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.errors import ConfigError
-from trainers.known_models import KNOWN_MODELS
-from trainers.model_shapes import FAMILY_DEFAULTS, model_shape, read_config
+from trainers.plan.known_models import KNOWN_MODELS
+from trainers.plan.model_shapes import FAMILY_DEFAULTS, model_shape, read_config
 
 UNKNOWN = {
     "gpt_neox": {"num_key_value_heads": 2},

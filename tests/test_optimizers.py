@@ -12,9 +12,9 @@ from torch import nn
 from transformers import get_scheduler
 
 from trainers import optimizers
-from trainers.optim_specs import optimizer_bytes, optimizer_faults, optimizer_name
 from trainers.optimizers import MasterAdamW, make_optimizer
-from trainers.visible_fraction import VisibleFraction
+from trainers.settings.optim_specs import optimizer_bytes, optimizer_faults, optimizer_name
+from trainers.watch.visible_fraction import VisibleFraction
 
 ON_CPU = ("adamw_torch", "adamw_8bit", "cpu_offload", "adafactor")
 

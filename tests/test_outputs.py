@@ -10,10 +10,10 @@ import pytest
 import yaml
 from conftest import REPO
 
-from trainers import outputs
 from trainers.errors import ConfigError
-from trainers.outputs import MetricsWriter, Progress, make_output_dir, progress_line, save_config
-from trainers.phases import PhaseTimer
+from trainers.watch import outputs
+from trainers.watch.outputs import MetricsWriter, Progress, make_output_dir, progress_line, save_config
+from trainers.watch.phases import PhaseTimer
 
 
 def test_default_folder_has_the_run_and_the_time_and_latest_leads_there(tmp_path):
@@ -98,7 +98,7 @@ def test_libraries_are_quiet_and_we_are_not():
 
 
 def test_the_link_at_the_root_leads_to_the_log_of_the_last_run(tmp_path):
-    code = "import sys; from pathlib import Path; from trainers.outputs import start_logging\n"
+    code = "import sys; from pathlib import Path; from trainers.watch.outputs import start_logging\n"
     code += "root = Path(sys.argv[1])\n"
     code += "for name in ('first', 'last'): (root / name).mkdir(); start_logging(root / name, False, root=root)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=REPO)

@@ -8,15 +8,15 @@ import pytest
 from conftest import REPO
 from planned import machine, problem
 
-from trainers import disks, planning, preflight
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.disks import downloads, in_turn
 from trainers.errors import ConfigError
-from trainers.machine import Machine
-from trainers.planning import assess, planned_options, shapes_of
+from trainers.plan import disks, planning, preflight
+from trainers.plan.disks import downloads, in_turn
+from trainers.plan.machine import Machine
+from trainers.plan.planning import assess, planned_options, shapes_of
+from trainers.plan.workload import GIB
 from trainers.warmup import cached_path, waiting, warmup_options
-from trainers.workload import GIB
 
 SEVEN = 2 * 7_615_616_512  # bytes of a model in bf16
 

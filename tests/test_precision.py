@@ -96,7 +96,7 @@ def test_warm_up_of_every_weight_does_not_follow_into_fp16(card):
 
 def test_trl_is_told_the_type(tmp_path):
     # transformers refuses fp16=True where there is no GPU, so the arguments alone are looked at
-    from trainers.trl_config import precision_arguments
+    from trainers.settings.trl_config import precision_arguments
 
     told = {d: precision_arguments(checked("device=cpu"), d) for d in (torch.float16, torch.bfloat16, torch.float32)}
     assert [(a["fp16"], a["bf16"]) for a in told.values()] == [(True, False), (False, True), (False, False)]

@@ -9,11 +9,11 @@ import time
 import pytest
 from conftest import REPO
 
-from trainers import machine, preflight
 from trainers.errors import ConfigError
-from trainers.known_models import KNOWN_MODELS
-from trainers.machine import Card, host_room, read_card
-from trainers.workload import GIB
+from trainers.plan import machine, preflight
+from trainers.plan.known_models import KNOWN_MODELS
+from trainers.plan.machine import Card, host_room, read_card
+from trainers.plan.workload import GIB
 
 SCRIPT = [sys.executable, str(REPO / "test_config_85gb.py")]
 
@@ -121,7 +121,7 @@ def test_faults_of_the_configuration_are_findings_beside_the_others():
 
 def test_neither_torch_nor_vllm_is_imported():
     code = (
-        "import sys; from trainers.preflight import preflight; preflight('teacher_rlt_mono_24gb', [], 24); "
+        "import sys; from trainers.plan.preflight import preflight; preflight('teacher_rlt_mono_24gb', [], 24); "
         "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)

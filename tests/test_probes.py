@@ -9,10 +9,10 @@ from conftest import ROWS
 
 from data.explanation import written_explanation
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.frozen import FrozenModel, ResidentBackbone
 from trainers.models import load_model
-from trainers.probes import Evaluated, Probes, probe_texts, shuffled, warn_of_probes
-from trainers.scoring import ExplanationScorer, teacher_logprobs
+from trainers.scoring.explanation_scorer import ExplanationScorer, teacher_logprobs
+from trainers.scoring.frozen import FrozenModel, ResidentBackbone
+from trainers.scoring.probes import Evaluated, Probes, probe_texts, shuffled, warn_of_probes
 from trainers.student import Student
 
 ROW = [Evaluated(r["question"], r["solution"], []) for r in ROWS]

@@ -8,9 +8,9 @@ from conftest import ROWS
 
 from data.explanation import written_explanation
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.judges import load_frozen, make_scorer
 from trainers.options import options_class
-from trainers.quantized import Sample, reward_changes, samples_of
+from trainers.scoring.loading import load_frozen, make_scorer
+from trainers.scoring.quantized import Sample, reward_changes, samples_of
 from trainers.student import StudentScore
 
 CPU = torch.device("cpu")

@@ -22,6 +22,14 @@ def test_every_file_named_in_the_tree_exists():
             assert path.exists(), f"{word} in {line!r}"
 
 
+def test_every_package_is_in_the_tree():
+    tree = README.split("## The tree")[1].split("```")[1]
+    packages = {path.parent for path in (REPO / "trainers").rglob("__init__.py")}
+    packages |= {REPO / name for name in ("cfgs", "data", "rewards", "benchmarks", "docs")}
+    for package in packages:
+        assert f"\n{package.relative_to(REPO)}/" in tree, package
+
+
 def test_every_run_named_exists():
     runs = {path.stem for path in (REPO / "cfgs/run_cfg").glob("*.yaml")}
     named = set(re.findall(r"(\w+)\.yaml", README)) - {"train", "config", "NAME"}

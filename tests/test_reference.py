@@ -17,8 +17,8 @@ from data.formats import TAG_FORMATS
 from data.render import Renderer
 from rewards.reductions import REDUCTIONS
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.frozen import FrozenModel, ResidentBackbone
-from trainers.scoring import ExplanationScorer, teacher_logprobs
+from trainers.scoring.explanation_scorer import ExplanationScorer, teacher_logprobs
+from trainers.scoring.frozen import FrozenModel, ResidentBackbone
 from trainers.student import Student
 
 FOLDER = REPO / "tests" / "reference"

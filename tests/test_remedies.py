@@ -9,10 +9,10 @@ from planned import problem
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.machine import Machine, planned_card
-from trainers.remedies import host_remedy, nearest_fit
-from trainers.solve import solve
-from trainers.workload import GIB
+from trainers.plan.machine import Machine, planned_card
+from trainers.plan.remedies import host_remedy, nearest_fit
+from trainers.plan.solve import solve
+from trainers.plan.workload import GIB
 
 
 def machine(gb, host, **card):

@@ -9,8 +9,8 @@ from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.kept_scores import KeptRow, ScoreKeeper, load_kept
 from trainers.rescore import ranking_changes, run_rescore
+from trainers.scoring.kept_scores import KeptRow, ScoreKeeper, load_kept
 
 
 def row(question, solution_logprobs, teacher, student, closed=True):

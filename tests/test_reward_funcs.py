@@ -19,9 +19,9 @@ from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.judges import load_frozen
-from trainers.reward_funcs import StudentReward, guarded, make_reward_funcs, own_functions
-from trainers.scoring import ExplanationScorer
+from trainers.scoring.explanation_scorer import ExplanationScorer
+from trainers.scoring.loading import load_frozen
+from trainers.scoring.reward_funcs import StudentReward, guarded, make_reward_funcs, own_functions
 from trainers.student import Student
 
 CLOSE = "<|end_of_explanation|>"

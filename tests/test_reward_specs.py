@@ -9,7 +9,7 @@ from conftest import REPO
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.judges import check_models
+from trainers.scoring.loading import check_models
 
 
 def options(*overrides):
@@ -48,7 +48,7 @@ def test_each_fault_has_cause_and_remedy(words, key, cause, remedy):
 
 
 def test_without_math_verify_accuracy_is_refused(monkeypatch):
-    monkeypatch.setattr("trainers.reward_specs._module_is_missing", lambda module: module == "math_verify")
+    monkeypatch.setattr("trainers.settings.reward_specs._module_is_missing", lambda module: module == "math_verify")
     with pytest.raises(ConfigError, match="pip install 'math-verify"):
         options("reward_funcs=[accuracy]")
     options("reward_funcs=[format]")

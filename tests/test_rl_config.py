@@ -8,7 +8,7 @@ from datasets import Dataset
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
-from trainers.planning import planned_options
+from trainers.plan.planning import planned_options
 from trainers.rl import grpo_config
 from trainers.texts import rl_rows
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from trainers.errors import ConfigError
-from trainers.overlap import ScoreAhead
-from trainers.rollouts import Rollout, RolloutFiles
+from trainers.rollout.overlap import ScoreAhead
+from trainers.rollout.rollouts import Rollout, RolloutFiles
 
 ROLLOUT = Rollout(
     prompt_ids=[[1, 2], [3]],

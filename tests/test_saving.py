@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from small_run import make_trainer
 from transformers import AutoModelForCausalLM
 
-from trainers import bridges, saving
+from trainers import bridges
 from trainers.bridges import RestartBridge
 from trainers.sft import WarmupTrainer
+from trainers.weights import saving
 
 SMALL = 200_000  # bytes; the tiny model has 428 kB, and no tensor as large
 

@@ -13,11 +13,11 @@ from conftest import REPO, ROWS
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.judges import check_vocabulary
 from trainers.models import load_model
 from trainers.options import options_class
 from trainers.rescore import run_rescore
 from trainers.score import load_score_rows, run_score
+from trainers.scoring.loading import check_vocabulary
 
 
 def options(model_dir, file, **values):
@@ -84,7 +84,7 @@ def test_what_is_kept_of_a_scored_file_gives_its_rewards_again(model_dir, tmp_pa
 
 
 def test_neither_scoring_nor_its_student_imports_vllm():
-    code = "import sys; sys.modules['vllm'] = None; import trainers.score, trainers.rescore, trainers.judges"
+    code = "import sys; sys.modules['vllm'] = None; import trainers.score, trainers.rescore, trainers.scoring.loading"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
@@ -145,9 +145,9 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(model_dir, tmp_pat
     rows = [{**row, "explanation": row["reasoning_trace"]} for row in ROWS]
     values = {"student_mode": "resident", "reference_mode": "resident"}
     chosen = options(model_dir, write(tmp_path / "rows.jsonl", rows), **values)
-    monkeypatch.setattr("trainers.machine.host_room", lambda: (2**30, 2**29))
+    monkeypatch.setattr("trainers.plan.machine.host_room", lambda: (2**30, 2**29))
     with monkeypatch.context() as context, pytest.raises(ConfigError, match="memory[\\s\\S]*ignore_memory_plan=true"):
-        context.setattr("trainers.judges.load_model", lambda *_, **__: pytest.fail("weights were read"))
+        context.setattr("trainers.scoring.loading.load_model", lambda *_, **__: pytest.fail("weights were read"))
         run_score(chosen, tmp_path)
     assert run_score(chosen.model_copy(update={"ignore_memory_plan": True}), tmp_path).exists()
 

@@ -11,8 +11,8 @@ import torch
 from small_run import make_trainer
 from transformers import TrainerCallback
 
-from trainers.importance_sampling import importance_sampling_ratio
-from trainers.sentinel import SentinelError
+from trainers.rollout.importance_sampling import importance_sampling_ratio
+from trainers.rollout.sentinel import SentinelError
 
 
 class AtStep(TrainerCallback):

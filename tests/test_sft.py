@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
 from trainers import sft
-from trainers.adapter_files import open_adapter
-from trainers.adapters import ADAPTER
 from trainers.checks import load_options
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
 from trainers.sft import run_sft, sft_config
-from trainers.shared_weights import base_parameters
 from trainers.texts import check_traces, sft_rows
+from trainers.weights.adapter_files import open_adapter
+from trainers.weights.adapters import ADAPTER
+from trainers.weights.shared_weights import base_parameters
 
 
 def options(**values):

@@ -9,13 +9,13 @@ from small_run import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from trainers.activations import kept_bytes
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.model_shapes import model_shape
 from trainers.models import attention_of
-from trainers.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
-from trainers.workload import Workload
+from trainers.plan.activations import kept_bytes
+from trainers.plan.model_shapes import model_shape
+from trainers.plan.workload import Workload
+from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 
 KEEP = 10
 

@@ -8,12 +8,12 @@ from planned import machine, nearest, planned, problem
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.machine import Machine
 from trainers.options import options_class
-from trainers.planning import start_faults
-from trainers.remedies import nearest_fit, refuse
-from trainers.solve import solve
-from trainers.workload import GIB
+from trainers.plan.machine import Machine
+from trainers.plan.planning import start_faults
+from trainers.plan.remedies import nearest_fit, refuse
+from trainers.plan.solve import solve
+from trainers.plan.workload import GIB
 
 
 @pytest.mark.parametrize(

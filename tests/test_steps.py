@@ -5,7 +5,7 @@ import threading
 import pytest
 from small_run import CPU, make_trainer
 
-from trainers.overlap import ScoreAhead
+from trainers.rollout.overlap import ScoreAhead
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.render import Encoded
-from trainers import frozen
 from trainers.errors import ConfigError
-from trainers.frozen import FrozenModel, ResidentBackbone, passes
 from trainers.models import attention_of, load_model
-from trainers.streaming import StreamedBackbone
+from trainers.scoring import frozen
+from trainers.scoring.frozen import FrozenModel, ResidentBackbone, passes
+from trainers.scoring.streaming import StreamedBackbone
 from trainers.teacher_grpo import completion_logps
-from trainers.weight_files import HostWeights, WeightFiles
+from trainers.weights.weight_files import HostWeights, WeightFiles
 
 CPU = torch.device("cpu")
 # Beyond the seven that are trained: learned positions, parallel blocks, scaled logits, biases everywhere.
@@ -285,7 +285,7 @@ def test_the_head_on_tensor_cores_is_exact(tmp_path, monkeypatch):
     texts, parts = make_texts(64)
     student = FrozenModel(ResidentBackbone(model, torch.device("cuda")), 0.7, 10_000)
     fast = student.score(texts, parts)
-    monkeypatch.setattr("trainers.frozen._exact_on_tensor_cores", lambda states: nullcontext())
+    monkeypatch.setattr("trainers.scoring.frozen._exact_on_tensor_cores", lambda states: nullcontext())
     for (a, _), (b, _) in zip(fast, student.score(texts, parts), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 

@@ -9,13 +9,13 @@ from conftest import ROWS
 
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.judges import load_frozen
-from trainers.kept_scores import TENSORS, ScoreKeeper, load_kept
 from trainers.models import load_model
 from trainers.options import options_class
-from trainers.overlap import ScoreAhead
-from trainers.reward_funcs import StudentReward
-from trainers.scoring import ExplanationScorer
+from trainers.rollout.overlap import ScoreAhead
+from trainers.scoring.explanation_scorer import ExplanationScorer
+from trainers.scoring.kept_scores import TENSORS, ScoreKeeper, load_kept
+from trainers.scoring.loading import load_frozen
+from trainers.scoring.reward_funcs import StudentReward
 from trainers.student import Student
 
 

@@ -15,10 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trainers import teacher_grpo
-from trainers.adapter_files import open_adapter
-from trainers.adapters import ADAPTER, REFERENCE
 from trainers.errors import ConfigError
 from trainers.models import make_model, make_tokenizer
+from trainers.weights.adapter_files import open_adapter
+from trainers.weights.adapters import ADAPTER, REFERENCE
 
 SAMPLING = {"temperature": 1.0, "max_tokens": 16}
 WAYS = {

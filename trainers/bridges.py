@@ -17,10 +17,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from trainers.adapters import ADAPTER, base_model
 from trainers.errors import ConfigError, Fault
-from trainers.host_memory import SHARD
-from trainers.shared_weights import base_parameters, fused_parts, held_bytes, share_weights
+from trainers.plan.host_memory import SHARD
+from trainers.weights.adapters import ADAPTER, base_model
+from trainers.weights.shared_weights import base_parameters, fused_parts, held_bytes, share_weights
 
 LOAD_FORMAT = "trainer"
 

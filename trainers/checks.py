@@ -10,16 +10,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainers.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults
-from trainers.batch import batch_plan, check_batch, micro_batch_choices
 from trainers.config import named_run
-from trainers.config_faults import STAGES, invalid_faults, unknown_fault
-from trainers.engine_specs import engine_faults
 from trainers.errors import ConfigError, Fault
-from trainers.hardware import num_cuda_devices
-from trainers.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.options import CommonOptions, admits_none, options_class
-from trainers.reward_specs import COEFFICIENTS, formula_faults, reward_faults, uses_student
+from trainers.plan.hardware import num_cuda_devices
+from trainers.settings.batch import batch_plan, check_batch, micro_batch_choices
+from trainers.settings.config_faults import STAGES, invalid_faults, unknown_fault
+from trainers.settings.engine_specs import engine_faults
+from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
+from trainers.settings.reward_specs import COEFFICIENTS, formula_faults, reward_faults, uses_student
+from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults
 
 WITH_MODELS = ("sft", "rl", "score")
 TRAINING = ("sft", "rl")

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
-from trainers.engine_specs import CPU_KV_CACHE, MAX_BATCHED_TOKENS, bridge_name
 from trainers.errors import ConfigError, Fault
-from trainers.rollouts import Ended, Rollout
-from trainers.shared_weights import held_bytes
+from trainers.rollout.rollouts import Ended, Rollout
+from trainers.settings.engine_specs import CPU_KV_CACHE, MAX_BATCHED_TOKENS, bridge_name
+from trainers.weights.shared_weights import held_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Engine:
     ) -> None:
         prepare_environment(device)
         if device.type == "cpu":
-            from trainers.cpu_kernels import adapt_vllm
+            from trainers.weights.cpu_kernels import adapt_vllm
 
             adapt_vllm()
         self.seed, self.end_ids, self.device, self.output_dir = options.seed, list(end_ids), device, output_dir

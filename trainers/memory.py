@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
-from trainers.activations import HEAD_WIDTH, TILE_FORWARD, activations, mask_elements, reading_layer
-from trainers.batch import batch_plan
-from trainers.engine_specs import MAX_BATCHED_TOKENS
-from trainers.host_memory import disk_space, host_memory
-from trainers.model_shapes import ModelShape
-from trainers.workload import GIB, SCORED_AT_ONCE, Plan, Workload
+from trainers.plan.activations import HEAD_WIDTH, TILE_FORWARD, activations, mask_elements, reading_layer
+from trainers.plan.host_memory import disk_space, host_memory
+from trainers.plan.model_shapes import ModelShape
+from trainers.plan.workload import GIB, SCORED_AT_ONCE, Plan, Workload
+from trainers.settings.batch import batch_plan
+from trainers.settings.engine_specs import MAX_BATCHED_TOKENS
 
-# Padded tokens of a micro-batch of scoring, and its head's positions (trainers/frozen.py).
+# Padded tokens of a micro-batch of scoring, and its head's positions (trainers/scoring/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
 SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 128}
 

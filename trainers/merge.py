@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import align_special_tokens
 
-from trainers.adapter_files import CONFIG, WEIGHTS, AdapterFiles, is_adapter, open_adapter, tokenizer_of
-from trainers.adapters import load_adapter
 from trainers.errors import ConfigError, Fault
 from trainers.models import DTYPES, load_config, load_model, load_tokenizer
+from trainers.weights.adapter_files import CONFIG, WEIGHTS, AdapterFiles, is_adapter, open_adapter, tokenizer_of
+from trainers.weights.adapters import load_adapter
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from trainers.errors import ConfigError, Fault
-from trainers.hardware import num_cuda_devices
+from trainers.plan.hardware import num_cuda_devices
 
 logger = logging.getLogger(__name__)
 

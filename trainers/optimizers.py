@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 from transformers import Trainer
 from transformers.optimization import Adafactor
 
-from trainers.optim_specs import PIECE, SLOTS, is_quantized, optimizer_name, rounding_warning
-from trainers.visible_fraction import VisibleFraction
+from trainers.settings.optim_specs import PIECE, SLOTS, is_quantized, optimizer_name, rounding_warning
+from trainers.watch.visible_fraction import VisibleFraction
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from trainers.trl_choices import DERIVED, TRL_AUTO, TRL_CHOICES, TRL_LIMITS
-from trainers.trl_options import trl_options
+from trainers.settings.trl_choices import DERIVED, TRL_AUTO, TRL_CHOICES, TRL_LIMITS
+from trainers.settings.trl_options import trl_options
 
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
 Normalization = Literal["exp", "exp_norm"]

@@ -9,8 +9,8 @@ from typing import Any
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.errors import ConfigError
-from trainers.kept_scores import load_formula, load_kept
-from trainers.reward_specs import formula_faults
+from trainers.scoring.kept_scores import load_formula, load_kept
+from trainers.settings.reward_specs import formula_faults
 
 logger = logging.getLogger(__name__)
 

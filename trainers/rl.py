@@ -9,31 +9,31 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
 from data.render import Renderer
-from trainers.batch import batch_plan
 from trainers.engine import Engine, check_architecture
-from trainers.engine_specs import has_engine
 from trainers.errors import ConfigError, Fault
-from trainers.frozen import FrozenModel
-from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
-from trainers.memory_watch import MemoryWatch
 from trainers.merge import whole_model
 from trainers.models import resolve_place
 from trainers.options import trl_arguments
-from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
-from trainers.overlap import ScoreAhead
-from trainers.phases import PhaseTimer
-from trainers.probes import Probes
-from trainers.quantized import samples_of
-from trainers.result import write_result
-from trainers.reward_funcs import StudentReward, make_reward_funcs, own_functions
-from trainers.reward_specs import reward_names, uses_student
-from trainers.scoring import ExplanationScorer
-from trainers.sentinel import Sentinel
-from trainers.starts import load_teacher, resolve_start
+from trainers.rollout.overlap import ScoreAhead
+from trainers.rollout.sentinel import Sentinel
+from trainers.scoring.explanation_scorer import ExplanationScorer
+from trainers.scoring.frozen import FrozenModel
+from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
+from trainers.scoring.probes import Probes
+from trainers.scoring.quantized import samples_of
+from trainers.scoring.reward_funcs import StudentReward, make_reward_funcs, own_functions
+from trainers.settings.batch import batch_plan
+from trainers.settings.engine_specs import has_engine
+from trainers.settings.reward_specs import reward_names, uses_student
+from trainers.settings.trl_config import precision_arguments
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
-from trainers.trl_config import precision_arguments
 from trainers.warmup import resolve_model
+from trainers.watch.memory_watch import MemoryWatch
+from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
+from trainers.watch.phases import PhaseTimer
+from trainers.watch.result import write_result
+from trainers.weights.starts import load_teacher, resolve_start
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     if has_engine(options):
         check_architecture(options, start.path, device, dtype)
     model = load_teacher(options, start.path, dtype, start.adapter)
-    engine = sentinel = judge = probes = None
+    engine = sentinel = student_reward = probes = None
     if has_engine(options):
         # First on the device: the weights go straight to where the engine keeps them.
         engine = start_engine(options, model, teacher, start.path, device, dtype, output_dir)
@@ -75,22 +75,22 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         logger.info("no reward function asks the student: none is loaded")
     else:
         scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples_of(rows))
-        judge = make_judge(options, scorer, device)
+        student_reward = make_student_reward(options, scorer, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
-        probes = Probes(judge.scorer, options.num_probes, options.student_tokens_per_pass)
+        probes = Probes(student_reward.scorer, options.num_probes, options.student_tokens_per_pass)
     timer = PhaseTimer(MemoryWatch(device))
     trainer = TeacherGRPOTrainer(
         options=options,
         renderer=teacher,
         timer=timer,
         model=model,
-        reward_funcs=make_reward_funcs(options, teacher, judge, own),
+        reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
         args=arguments,
         reference=load_reference(options, arguments, start.path, device, dtype),
         probes=probes,
         engine=engine,
         sentinel=sentinel,
-        ahead=None if judge is None else judge.ahead,
+        ahead=None if student_reward is None else student_reward.ahead,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,
@@ -121,12 +121,12 @@ def train_and_report(trainer: TeacherGRPOTrainer, options: Any, output_dir: Path
         write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))
 
 
-def make_judge(options: Any, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
+def make_student_reward(options: Any, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
     """The student's rewards, of groups as they are finished where that is asked for."""
-    judge = StudentReward(scorer)
+    student_reward = StudentReward(scorer)
     if options.overlap_scoring:
-        judge.ahead = ScoreAhead(judge.score, device)
-    return judge
+        student_reward.ahead = ScoreAhead(student_reward.score, device)
+    return student_reward
 
 
 def start_engine(

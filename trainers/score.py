@@ -11,14 +11,14 @@ from data.explanation import written_explanation
 from data.load import read_rows, select_texts
 from data.render import Renderer
 from trainers.errors import ConfigError, Fault
-from trainers.judges import check_models, load_frozen, make_renderer, make_scorer
 from trainers.merge import whole_model
 from trainers.models import resolve_place
-from trainers.planning import planned_options
-from trainers.quantized import samples_of
-from trainers.scoring import Scored, teacher_logprobs
+from trainers.plan.planning import planned_options
+from trainers.plan.workload import SCORED_AT_ONCE
+from trainers.scoring.explanation_scorer import Scored, teacher_logprobs
+from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
+from trainers.scoring.quantized import samples_of
 from trainers.warmup import resolve_model
-from trainers.workload import SCORED_AT_ONCE
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from trl import SFTConfig, SFTTrainer
 
 from data.formats import Part
 from data.render import Renderer
-from trainers.adapter_files import base_of, tokenizer_of
 from trainers.errors import ConfigError, Fault
 from trainers.models import (
     choose_pad_token,
@@ -21,12 +20,13 @@ from trainers.models import (
 )
 from trainers.optimizers import OwnOptimizer
 from trainers.options import trl_arguments
-from trainers.outputs import MetricsWriter, Progress, use_tensorboard_dir
-from trainers.phases import PhaseTimer
-from trainers.saving import SmallShards
-from trainers.starts import load_teacher, resolve_start
+from trainers.settings.trl_config import precision_arguments
 from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
-from trainers.trl_config import precision_arguments
+from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
+from trainers.watch.phases import PhaseTimer
+from trainers.weights.adapter_files import base_of, tokenizer_of
+from trainers.weights.saving import SmallShards
+from trainers.weights.starts import load_teacher, resolve_start
 
 
 class WarmupTrainer(OwnOptimizer, SmallShards, SFTTrainer):

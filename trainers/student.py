@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.render import Encoded, Renderer
-from trainers.frozen import FrozenModel
+from trainers.scoring.frozen import FrozenModel
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,20 @@ from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from data.render import Encoded, Renderer
-from trainers.adapters import base_model
 from trainers.engine import Engine
-from trainers.frozen import FrozenModel
-from trainers.hf_generation import generate_with_transformers
-from trainers.importance_sampling import importance_sampling_ratio, mismatch_metrics
-from trainers.model_shapes import max_positions
 from trainers.optimizers import OwnOptimizer
-from trainers.overlap import ScoreAhead
-from trainers.phases import PhaseTimer
-from trainers.probes import Evaluated, Probes
-from trainers.rollouts import Rollout, RolloutFiles
-from trainers.saving import SmallShards
-from trainers.sentinel import Sentinel
-from trainers.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
+from trainers.plan.model_shapes import max_positions
+from trainers.rollout.hf_generation import generate_with_transformers
+from trainers.rollout.importance_sampling import importance_sampling_ratio, mismatch_metrics
+from trainers.rollout.overlap import ScoreAhead
+from trainers.rollout.rollouts import Rollout, RolloutFiles
+from trainers.rollout.sentinel import Sentinel
+from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
+from trainers.scoring.frozen import FrozenModel
+from trainers.scoring.probes import Evaluated, Probes
+from trainers.watch.phases import PhaseTimer
+from trainers.weights.adapters import base_model
+from trainers.weights.saving import SmallShards
 
 PHASES = ("kv_cache", "sync", "sentinel", "generate", "score")  # of a step; the rest of it is the update
 EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare

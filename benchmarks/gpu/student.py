@@ -28,9 +28,9 @@ from benchmarks.score import Memory, Score, frozen, make_texts, one_by_one, sync
 from benchmarks.shapes import SHAPES
 from benchmarks.small_data import made_model
 from data.render import Encoded
-from trainers.frozen import ResidentBackbone
-from trainers.streaming import StreamedBackbone
-from trainers.weight_files import HostWeights, WeightFiles
+from trainers.scoring.frozen import ResidentBackbone
+from trainers.scoring.streaming import StreamedBackbone
+from trainers.weights.weight_files import HostWeights, WeightFiles
 
 ATTENTION = "sdpa"
 

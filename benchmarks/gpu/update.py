@@ -24,7 +24,7 @@ import torch
 from benchmarks.gpu.ceilings import matrix_product
 from benchmarks.preset_run import run_preset
 from benchmarks.small_data import made_model
-from trainers.model_shapes import model_shape, read_config
+from trainers.plan.model_shapes import model_shape, read_config
 
 PRESET = "teacher_rlt_mono_80gb"
 OPTIMIZERS = ("adamw_8bit", "flash_adamw", "cpu_offload", "adafactor", "adamw_torch")

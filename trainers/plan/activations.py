@@ -1,0 +1,204 @@
+"""What a model's layers take while they compute: in the update, and where a model only reads.
+
+Measured with the allocator of torch (tests/test_activations.py), as lines in the widths of a layer.
+"""
+
+from trainers.plan.model_shapes import ModelShape
+from trainers.plan.workload import Workload
+
+# Bytes that one token keeps, or needs at the peak of the backward pass, in a layer: so many per element of the layer's
+# inner width, of its hidden width, of its queries, and of the attention mask's row. By the weights' itemsize; `peak`
+# while the layer is differentiated, `kept` where nothing is computed again (no gradient checkpointing).
+LAYER_PEAK = {4: (24, 27.7, 16.2, 5.5), 2: (14.2, 20.7, 8.2, 3.3)}
+LAYER_KEPT = {4: (16, 24, 20), 2: (8, 16, 10)}
+# With adapters, whose inputs are cast to fp32 and back; the last is for each rank.
+LORA_PEAK = {4: (24, 19.7, 16.2, 5.5, 24), 2: (14, 29.7, 10.2, 3.3, 28.5)}
+LORA_KEPT = {4: (16, 17, 20, 21), 2: (8, 19.5, 11, 18)}
+# What other families add at the peak, for the hidden width and for queries and keys: further norms, and casts around
+# them. With adapters the norms are frozen.
+FAMILY_PEAK = {
+    "qwen3": {4: (0, 8), 2: (0, 6)},
+    "phi3": {4: (0, 6), 2: (0, 3)},
+    "gemma2": {4: (16, 0), 2: (24, 0)},
+    "gemma3_text": {4: (16, 8), 2: (24, 7)},
+}
+FAMILY_LORA_PEAK = {
+    "qwen3": {4: (0, 4), 2: (0, 4)},
+    "phi3": {4: (0, 6), 2: (0, 3)},
+    "gemma2": {4: (12, 0), 2: (12, 0)},
+    "gemma3_text": {4: (12, 4), 2: (12, 4)},
+}
+# And to what is kept.
+FAMILY_KEPT = {
+    "qwen3": {4: (0, 8), 2: (0, 6)},
+    "phi3": {4: (0, 6), 2: (0, 3)},
+    "gemma2": {4: (16, 0), 2: (20, 0)},
+    "gemma3_text": {4: (16, 8), 2: (20, 8)},
+}
+FAMILY_LORA_KEPT = {
+    "qwen3": {4: (0, 4), 2: (0, 4)},
+    "phi3": {4: (0, 6), 2: (0, -1.5)},
+    "gemma2": {4: (8, 0), 2: (8, 0)},
+    "gemma3_text": {4: (8, 4), 2: (8, 4)},
+}
+# Eager attention (transformers' eager_attention_forward): bytes of each score of each head where nothing is kept, at
+# the peak of its backward pass, and kept for that; and what else a token takes at that peak for its hidden width, with
+# adapters for each rank too. Families' norms count less there than in the whole layer.
+EAGER_SCORES = {4: (8, 12, 4), 2: (10, 12, 6)}
+EAGER_PEAK = {4: 28.5, 2: 18.3}
+EAGER_LORA_PEAK = {4: (25, 12), 2: (20.6, 9)}
+EAGER_FAMILY = 12
+HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # a tile of TRL's fused head, in positions and vocabulary entries
+# Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass (12 of an
+# explanation; 13.5 of a solution, which may fill a tile or not), of the backward.
+TILE_FORWARD, TILE_BACKWARD = 12.6, 28
+
+
+def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
+    """What the backward pass holds at its begin (all layers, and the head's work) and in its course (all layers'
+    inputs, and one layer's work)."""
+    teacher, size, o = work.teacher, work.itemsize, work.options
+    completions, prompts = _update_tokens(work)
+    at_once = max(completions, prompts)
+    inner, hidden, queries, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
+    ranks = rank[0] * work.adapter.rank if rank else 0
+    norms = _family(FAMILY_LORA_PEAK if work.use_peft else FAMILY_PEAK, work)
+    each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
+    layer = int(at_once * (each + mask * work.length + ranks))
+    held = others = kept_bytes(work)
+    if work.is_eager(teacher):
+        at_peak, kept_scores = _eager_peak(work, norms, at_once)
+        layer = max(layer + kept_scores * at_once, at_peak)
+    if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
+        others = max(0, others - int(at_once * _kept_by_token(work)))
+    scored = completions
+    if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
+        scored = work.micro_batch * o.max_completion_length
+    positions, width = min(scored, HEAD_TOKENS), min(HEAD_WIDTH, teacher.vocab)
+    head = positions * HEAD_WIDTH * size + scored * teacher.hidden * (4 + 2 * size)
+    if work.device == "cpu":
+        head += positions * width * TILE_BACKWARD
+    if not work.use_peft:
+        head += teacher.vocab * teacher.hidden * (4 + (size if size < 4 else 0))
+    return {"activations": held, "head": head}, {"activations": others + layer}
+
+
+def _queries(teacher: ModelShape) -> int:
+    """Width of a token's queries, over all heads."""
+    return teacher.num_heads * teacher.head_dim
+
+
+def _family(table: dict[str, dict[int, tuple[float, float]]], work: Workload) -> float:
+    """Bytes that a token of the teacher's family takes beyond what Llama's does."""
+    teacher = work.teacher
+    hidden, heads = table.get(teacher.model_type, {}).get(work.itemsize, (0, 0))
+    return hidden * teacher.hidden + heads * (_queries(teacher) + teacher.num_kv_heads * teacher.head_dim)
+
+
+def _update_tokens(work: Workload) -> tuple[int, int]:
+    """Tokens of a micro-batch that the update reads to the end, and those of prompts that it reads apart, once for
+    all their completions."""
+    o, shared = work.options, work.shared_prompts
+    if shared is None:
+        return work.micro_batch * work.length, 0
+    return work.micro_batch * o.max_completion_length, shared * o.max_prompt_length
+
+
+def _kept_widths(work: Workload) -> list[tuple[float, int]]:
+    """What a layer keeps of a token for the backward pass, where nothing is computed again: bytes for each element of a
+    width, and that width."""
+    teacher, size = work.teacher, work.itemsize
+    inner, hidden, queries, *rank = (LORA_KEPT if work.use_peft else LAYER_KEPT)[size]
+    family = (FAMILY_LORA_KEPT if work.use_peft else FAMILY_KEPT).get(teacher.model_type, {}).get(size, (0, 0))
+    widths = [(inner, teacher.intermediate), (hidden + family[0], teacher.hidden)]
+    widths += [(queries + family[1], _queries(teacher)), (family[1], teacher.num_kv_heads * teacher.head_dim)]
+    widths += [(rank[0], work.adapter.rank)] if rank else []
+    return widths + ([(_eager_peak(work, 0, 0)[1], 1)] if work.is_eager(teacher) else [])
+
+
+def _kept_by_token(work: Workload) -> float:
+    """Bytes of all that."""
+    return sum(each * width for each, width in _kept_widths(work))
+
+
+def offloaded_bytes(work: Workload) -> int:
+    """Pinned memory of the host for what all layers keep: every tensor moves there by itself."""
+    teacher, size, o = work.teacher, work.itemsize, work.options
+    completions, prompts = _update_tokens(work)
+    if o.gradient_checkpointing is not False:
+        return _pinned(completions * teacher.hidden * size) * teacher.num_layers
+
+    def layer(tokens: int) -> int:
+        # As if each width's bytes were those of tensors of the weights' type; one of fp32 is as much as two.
+        return sum(int(each / size * _pinned(tokens * width * size)) for each, width in _kept_widths(work))
+
+    own = layer(completions) * teacher.num_layers
+    if not prompts:
+        return own
+    handed_out = 2 * _pinned(work.micro_batch * o.max_prompt_length * _queries(teacher) * size)  # see kept_bytes
+    return own + layer(prompts) * (teacher.num_layers - 1) + handed_out * teacher.num_layers
+
+
+def _pinned(size: int) -> int:
+    """What torch's allocator of pinned memory takes for a tensor: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def kept_bytes(work: Workload) -> int:
+    """Bytes that all layers keep for the backward pass."""
+    teacher, size, o = work.teacher, work.itemsize, work.options
+    completions, prompts = _update_tokens(work)
+    if getattr(o, "activation_offloading", False):
+        return 0
+    if o.gradient_checkpointing is not False:
+        return completions * teacher.hidden * size * teacher.num_layers
+    each = _kept_by_token(work)
+    # Of a prompt that is read apart only keys and values matter: nothing follows its last layer's. Each completion
+    # gets them, once for each head.
+    handed_out = work.micro_batch * o.max_prompt_length * 2 * _queries(teacher) * size
+    own = int(completions * each) * teacher.num_layers
+    return own + (int(prompts * each) * (teacher.num_layers - 1) + handed_out * teacher.num_layers if prompts else 0)
+
+
+def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
+    """Bytes that eager attention needs at the peak of its backward pass, and those of each token that it keeps for it.
+
+    Args:
+        norms: Bytes that the family adds for a token at the peak of the whole layer.
+        tokens: That a layer reads at once.
+    """
+    teacher, size = work.teacher, work.itemsize
+    scores = teacher.num_heads * work.length  # of each token
+    capped = size if teacher.caps_scores else 0
+    _, peak, kept = EAGER_SCORES[size]
+    hidden, rank = EAGER_LORA_PEAK[size] if work.use_peft else (EAGER_PEAK[size], 0)
+    hidden = hidden * teacher.hidden + min(norms, EAGER_FAMILY * teacher.hidden)
+    each = (peak + capped) * scores + hidden + mask_elements(work, teacher) * size + rank * work.adapter.rank
+    return int(tokens * each), (kept + capped) * scores
+
+
+def mask_elements(work: Workload, shape: ModelShape) -> int:
+    """Elements of the causal mask that a token has where its attention is eager; other kinds need none to read."""
+    kinds = 2 if shape.model_type.startswith("gemma") else 1  # a sliding window has its own
+    return kinds * work.length if work.is_eager(shape) else 0
+
+
+def reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float = 0, length: int | None = None) -> int:
+    """What a layer needs to read a micro-batch of so many texts.
+
+    Args:
+        beside: Elements of each token that are held meanwhile.
+        length: Tokens of a text; None for as many as prompt and completion may have.
+    """
+    length = length or work.length
+    size, tokens = work.itemsize, texts * length
+    widest = 2 if shape.model_type == "phi3" else 1  # its gate and what it gates come as one
+    widths = 2 + widest
+    if work.device == "cpu" and size == 2:  # a product of bf16 has as much beside it there
+        widths += widest
+    feedforward = tokens * (widths * shape.intermediate + 2.3 * shape.hidden + beside) * size
+    if not work.is_eager(shape):
+        return int(feedforward)
+    scores = tokens * shape.num_heads * length
+    attention = scores * EAGER_SCORES[size][0] + tokens * (3.4 * shape.hidden + beside) * size
+    return int(max(feedforward + scores * size, attention))  # a layer drops its scores when it is done

@@ -1,0 +1,195 @@
+"""The card, the memory and the disk of this machine, found out without importing torch."""
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from trainers.errors import ConfigError, Fault
+from trainers.plan.hardware import cuda_device, num_cuda_devices
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds memory of the card."""
+
+    pid: int
+    name: str
+    used: int
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.name}) {self.used / 2**30:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU; sizes in bytes.
+
+    Attributes:
+        compute: Its compute capability; bf16 arithmetic begins with 8.0.
+        is_here: False for one that is only planned for.
+    """
+
+    name: str
+    total: int
+    free: int
+    compute: float = 8.0
+    driver: str = ""
+    holders: list[Holder] = field(default_factory=list)
+    is_here: bool = True
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run has; sizes in bytes."""
+
+    card: Card | None
+    host_total: int
+    host_free: int
+    disk_free: int
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the run would be on this machine: the rest of one whose card is elsewhere is elsewhere too."""
+        return self.card is None or self.card.is_here
+
+
+def planned_card(vram_gb: float) -> Card:
+    """A card of so many GB that is not here."""
+    size = int(vram_gb * GB)
+    return Card(f"a card of {vram_gb:g} GB", size, size, is_here=False)
+
+
+def read_machine(folder: Path, vram_gb: float | None = None) -> Machine:
+    """Look at this machine.
+
+    Args:
+        folder: Where the run will write; its disk is the one that counts.
+        vram_gb: Plan for a card of so many GB instead of the one that is here.
+    """
+    card = read_card() if vram_gb is None else planned_card(vram_gb)
+    return Machine(card, *host_room(), shutil.disk_usage(existing(folder)).free)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def host_room(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of host memory that this process may use in all, and may still take: those of the machine, or of a
+    container where that grants less.
+
+    Args:
+        root: Of the file system that tells of containers.
+    """
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in _cgroup_limits(root):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+class _Names(NamedTuple):
+    """The file system of control groups, their files, and what they call file pages that are not in use any more."""
+
+    mount: str
+    limit: str
+    usage: str
+    idle: str
+
+
+V2 = _Names("cgroup2", "memory.max", "memory.current", "inactive_file")
+V1 = _Names("cgroup", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Bytes granted to, and bytes in use by, each control group (cgroups(7)) that this process is in and that has a
+    limit; what cannot be read limits nothing."""
+    mounts = [line.split() for line in _lines(root / "proc/self/mountinfo")]
+    for line in _lines(root / "proc/self/cgroup"):  # number:controllers:path, without controllers in version 2
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names = V1 if controllers else V2
+        for mount in mounts:  # number, parent, device, root, mount point, ..., "-", type, source, options
+            if mount[-3] != names.mount or (controllers and "memory" not in mount[-1].split(",")):
+                continue
+            # In a container the mount may begin at the container's own group, and the path at the machine's.
+            folder = root / mount[4].lstrip("/")
+            for part in ("", *path.removeprefix(mount[3]).strip("/").split("/")):
+                folder = folder / part
+                yield from _limit(folder, names)
+
+
+def _limit(folder: Path, names: _Names) -> Iterator[tuple[int, int]]:
+    """What one control group grants and what is in use of it, if it has a limit."""
+    limit, used = ("".join(_lines(folder / name)).strip() for name in (names.limit, names.usage))
+    if limit.isdigit() and used.isdigit():  # not "max"
+        idle = [line.split()[1] for line in _lines(folder / "memory.stat") if line.startswith(f"{names.idle} ")]
+        # The kernel gives up page cache before it refuses memory.
+        yield int(limit), max(0, int(used) - sum(map(int, idle)))
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file, none where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def read_card() -> Card | None:
+    """The GPU that this process computes on, as `nvidia-smi` describes it, or None where there is none.
+
+    Raises:
+        ConfigError: If it cannot be asked.
+    """
+    if num_cuda_devices() == 0:
+        return None
+    if shutil.which("nvidia-smi") is None:  # as in a container with the driver alone
+        name, size, capability = cuda_device()
+        logger.warning("there is no nvidia-smi: all %.1f GiB of %s are taken to be free", size / 2**30, name)
+        return Card(name, size, size, capability)
+    name, total, free, compute, driver = nvidia_smi(
+        "--query-gpu=name,memory.total,memory.free,compute_cap,driver_version"
+    )[0]
+    if not (total.isdigit() and free.isdigit()):  # one that shares the memory of the host
+        raise _unknown(f"nvidia-smi does not tell how much memory {name} has")
+    holders = [
+        Holder(int(pid), process.rpartition("/")[2], int(used) * MIB)
+        for pid, process, used in nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
+        if used.isdigit()  # "[N/A]" where the driver does not tell, as in a container
+    ]
+    return Card(name, int(total) * MIB, int(free) * MIB, float(compute), driver, holders)
+
+
+def _unknown(cause: str) -> ConfigError:
+    return ConfigError(Fault("GPU", ..., cause, "put nvidia-smi right; stage=plan vram_gb=<GB> plans without it"))
+
+
+def nvidia_smi(query: str) -> list[list[str]]:
+    """Cells of what `nvidia-smi` answers about the card that this process computes on.
+
+    Raises:
+        ConfigError: If it fails.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # an index or a UUID
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={first}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    if done.returncode:
+        raise _unknown(f"nvidia-smi failed: {(done.stderr.strip() or done.stdout.strip() or done.returncode)}")
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]

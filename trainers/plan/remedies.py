@@ -1,0 +1,302 @@
+"""What is offered where a run does not fit, and what each change of its options would lead to."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from trainers.checks import option_faults
+from trainers.config import REPO
+from trainers.errors import ConfigError, Fault
+from trainers.memory import cache_share
+from trainers.plan.solve import DECIDED, SPARE, Problem, Solved, device_of, precision_of, reads_teacher, solve
+from trainers.plan.workload import GIB, Plan
+from trainers.settings.batch import batch_plan
+from trainers.settings.engine_specs import device_faults
+from trainers.settings.optim_specs import TORCH_DTYPES
+
+Settings = dict[str, Any]
+
+# What takes less of the device, no more of the host, and leaves the method as it is, the least painful first: options
+# that were set go back to what they are by default, or to what is slower.
+FRUGAL: tuple[Settings, ...] = (
+    {"overlap_scoring": False},
+    {"enable_prefix_caching": True},
+    {"share_prompts": True},
+    {"attn_implementation": None},
+    {"use_vllm": True, "vllm_gpu_memory_utilization": "auto"},
+    {"gradient_checkpointing": True},
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"per_device_train_batch_size": "auto", "generation_aggregation_steps": None},
+    {"vllm_gpu_memory_utilization": "auto", "kv_cache_gib": None},
+    {"kv_cache_gib": None},
+    {"weight_bridge": None},
+    {"student_tokens_per_pass": "auto"},
+    {"enforce_eager": True},
+)
+# What takes from the one memory for the other, with how painful it is: of each row what is best for the device, and
+# what is best for the host.
+PLACES: tuple[tuple[tuple[Settings, int], ...], ...] = (
+    (({"student_mode": "streamed", "student_quantization": None}, 0), ({"student_mode": "resident"}, 6)),
+    (({"reference_mode": "streamed"}, 1), ({"reference_mode": "resident"}, 5)),
+    (({"optim": "cpu_offload"}, 3), ({"optim": "adamw_8bit"}, 2)),
+    (({"activation_offloading": True}, 7), ({"activation_offloading": False}, 4)),
+)
+LORA = {"use_peft": True, "optim": "auto", "sync_ref_model": False, "reference_mode": "auto", "weight_bridge": None}
+# What changes the method.
+RANK: Settings = {"lora_r": 16}
+SHORTER: tuple[Settings, ...] = ({"max_completion_length": 0.5}, {"max_prompt_length": 0.5}, {"max_length": 0.5})
+OTHERS: tuple[Settings, ...] = (
+    {"max_completion_length": 2.0},
+    {"beta": 0.0, "sync_ref_model": False},
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Other settings, the plan with them, and what fits with less of a change, but with less to spare."""
+
+    settings: Settings
+    solved: Solved
+    tighter: "Change | None" = None
+
+    def as_remedy(self) -> str:
+        """To be pasted, and what it leads to."""
+        plan = self.solved.plan
+        spare = "" if _is_roomy(plan) else f", only {100 * plan.spare:.1f} % to spare"
+        other = "" if self.tighter is None else f", or {self.tighter.as_remedy()}"
+        return f"{self}   (peak {plan.peak / GIB:.1f} GiB{spare}){other}"
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
+
+
+def _is_roomy(plan: Plan) -> bool:
+    """Whether it keeps free what the solver does."""
+    return plan.peak <= int(plan.available * (1 - SPARE))
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _changed(options: Any, knob: Settings) -> Settings:
+    """What a knob changes of these options; empty where it changes nothing or does not apply."""
+    settings = {}
+    for key, value in knob.items():
+        if not hasattr(options, key):
+            continue
+        now = getattr(options, key)
+        if isinstance(value, float) and isinstance(now, int):
+            value = max(16, int(now * value))
+        if value != now:
+            settings[key] = value
+    leads = next(iter(knob))
+    return settings if leads in settings else {}
+
+
+def _outcome(solved: Solved) -> tuple[Any, ...]:
+    """What is told of a plan: where the KV cache takes what is left, the peak alone is always the same."""
+    decided = (getattr(solved.options, key, None) for key in DECIDED)
+    return solved.plan.peak, solved.plan.host_need, cache_share(solved.plan.work), *decided
+
+
+def knobs(problem: Problem) -> list[Change]:
+    """Each single change that takes another amount of memory or leaves room for another decision of the solver, with
+    the plan it leads to."""
+    changes = []
+    now = _outcome(solve(problem))
+    places = (settings for row in PLACES for settings, _ in row)
+    for knob in (*FRUGAL, *places, RANK, *SHORTER, LORA, *OTHERS):
+        settings = _changed(problem.options, knob)
+        if settings and _applies(problem, settings):
+            change = Change(settings, solve(problem.changed(settings)))
+            if _outcome(change.solved) != now:
+                changes.append(change)
+    return changes
+
+
+def _applies(problem: Problem, settings: dict[str, Any]) -> bool:
+    """Whether a change makes sense with the rest of the options, and would be taken."""
+    options, machine = problem.options, problem.machine
+    if not _makes_sense(problem, settings):
+        return False
+    changed = options.model_copy(update=settings)
+    faults = option_faults(changed, problem.devices, REPO, needs_device=False)
+    if options.stage == "rl":
+        mode = "resident" if changed.student_mode == "auto" else changed.student_mode
+        dtype = TORCH_DTYPES[precision_of(changed, machine)]
+        faults += device_faults(changed, device_of(changed, machine), dtype, mode)
+    return not faults
+
+
+def _makes_sense(problem: Problem, settings: Settings) -> bool:
+    """Whether a change can take less memory with the rest of the options."""
+    options, machine = problem.options, problem.machine
+    device, adapters = device_of(options, machine), getattr(options, "use_peft", False)
+    if "precision" in settings and "use_peft" not in settings:
+        if device != "cuda" or options.precision != "fp32":
+            return False
+        has_bf16 = machine.card.compute >= 8
+        return has_bf16 if settings["precision"] == "bf16" else adapters and not has_bf16
+    if "max_prompt_length" in settings:
+        return options.stage != "sft"  # there max_length is what counts
+    if "lora_r" in settings:
+        return adapters and options.lora_r > settings["lora_r"]
+    if "attn_implementation" in settings:
+        return options.attn_implementation == "eager"
+    if "enforce_eager" in settings or "activation_offloading" in settings:
+        return device == "cuda"
+    if settings.get("optim") in ("adamw_8bit", "cpu_offload"):
+        return not adapters and precision_of(options, machine) == "bf16"
+    if {"student_mode", "reference_mode"} & settings.keys() and "use_peft" not in settings:
+        return _may_rest(problem, settings, device)
+    return True
+
+
+def _may_rest(problem: Problem, settings: Settings, device: str) -> bool:
+    """Whether a frozen model that is there can be streamed, or kept resident."""
+    of_student = "student_mode" in settings
+    shape = problem.student if of_student else problem.teacher if reads_teacher(problem.options) else None
+    if shape is None:
+        return False
+    return shape.can_stream if "streamed" in settings.values() else device == "cuda"
+
+
+def nearest_fit(problem: Problem) -> Change | None:
+    """Settings that fit device and host; None if nothing does.
+
+    What leaves the method as it is comes first, in all combinations of where things rest; then, one after the other,
+    what changes it. None of it is needless. The solver's share is kept free if that can be had, and then what fits
+    with less of a change, but more tightly, is told beside it.
+    """
+    tighter = None
+    for steps in _methods(problem):
+        found = _nearest_with(problem, steps)
+        if found is not None and _is_roomy(found.solved.plan):
+            return replace(found, tighter=tighter or found.tighter)
+        tighter = tighter or found
+    return tighter
+
+
+def _methods(problem: Problem) -> Iterator[list[Settings]]:
+    """What changes the method, more and more: shorter texts, then adapters in place of all weights, and those with
+    shorter texts."""
+
+    def further(steps: list[Settings], knobs: Sequence[Settings]) -> Iterator[list[Settings]]:
+        for knob in knobs:
+            current = problem.changed(_merged(steps))
+            settings = _changed(current.options, knob)
+            if settings and _applies(current, settings):
+                steps = [*steps, settings]
+                yield steps
+
+    steps: list[Settings] = []
+    yield steps
+    for steps in further([], (RANK, *SHORTER)):
+        yield steps
+    # Nothing, where they are adapters already; and those of fp32 weights are none for vLLM on a GPU.
+    for adapters in further([], (LORA, LORA | {"precision": "auto"})):
+        yield adapters
+        for steps in further(adapters, SHORTER):
+            yield steps
+    yield from further(steps, SHORTER[:1] * 2)
+
+
+def _merged(steps: Sequence[Settings]) -> Settings:
+    return {key: value for step in steps for key, value in step.items()}
+
+
+def _change(problem: Problem, steps: Sequence[Settings]) -> Change:
+    settings = {k: v for k, v in _merged(steps).items() if v != getattr(problem.options, k)}
+    return Change(settings, solve(problem.changed(settings)))
+
+
+def _nearest_with(problem: Problem, method: list[Settings]) -> Change | None:
+    """What fits with these steps and others that leave the method as it is, roomily if it can be had."""
+    steps = list(method)
+    for knob in FRUGAL:
+        current = problem.changed(_merged(steps))
+        settings = _changed(current.options, knob)
+        if settings and _applies(current, settings):
+            steps.append(settings)
+    tight = None
+    for places in _placings(problem.changed(_merged(steps))):
+        plan = _change(problem, [*steps, *places]).solved.plan
+        if plan.fits and _is_roomy(plan):
+            return replace(_without_needless(problem, method, [*steps, *places], _is_roomy), tighter=tight)
+        if plan.fits and tight is None:
+            tight = _without_needless(problem, method, [*steps, *places], lambda plan: True)
+    return tight
+
+
+def _placings(problem: Problem) -> Iterator[list[Settings]]:
+    """Combinations of `PLACES` that would be taken, the fewest changes and the least painful first; none where even the
+    best for the device, or for the host, does not fit there."""
+    decided = solve(problem).options
+    choices: list[list[tuple[Settings, int] | None]] = []
+    best: tuple[list[Settings], list[Settings]] = ([], [])
+    for row in PLACES:
+        choices.append([None])
+        for (knob, pain), kind in zip(row, best, strict=True):
+            settings = _changed(problem.options, knob)
+            if settings and _makes_sense(problem, settings):
+                kind.append(settings)
+                if _changed(decided, settings):
+                    choices[-1].append((settings, pain))
+    on_device, on_host = (solve(problem.changed(_merged(kind))).plan for kind in best)
+    if not (on_device.fits_device and on_host.fits_host):
+        return
+    combined = [[choice for choice in chosen if choice] for chosen in product(*choices)]
+    for chosen in sorted(combined, key=lambda chosen: (len(chosen), sum(pain for _, pain in chosen))):
+        settings = [settings for settings, _ in chosen]
+        if not settings or _applies(problem, _merged(settings)):
+            yield settings
+
+
+def _without_needless(
+    problem: Problem, method: list[Settings], steps: list[Settings], is_enough: Callable[[Plan], bool]
+) -> Change:
+    """Leave out what is not needed to fit: first of what changes the method, then of the rest, and of each the last."""
+    best = _change(problem, steps)
+    for step in (*reversed(method), *reversed(steps[len(method) :])):
+        fewer = [kept for kept in steps if kept is not step]
+        change = _change(problem, fewer)
+        if change.solved.plan.fits and is_enough(change.solved.plan) and _applies(problem, change.settings):
+            steps, best = fewer, change
+    return best
+
+
+# By item of the host plan: what takes it away, or some of it.
+OF_HOST: dict[str, tuple[Settings, ...]] = {
+    "activations": ({"activation_offloading": False},),
+    "optimizer on the host": ({"optim": "adamw_8bit"},),
+    "reference": ({"reference_mode": "resident"}, {"beta": 0.0, "sync_ref_model": False}),
+    "student": ({"student_mode": "resident"}, {"student_mode": "streamed"}),  # from disk, where the host has no room
+}
+
+
+def host_remedy(problem: Problem, solved: Solved) -> str:
+    """What takes less of the host than this plan, each by itself, where nothing was found that fits."""
+    now, found = solved.plan.host_need, []
+    knobs = [knob for item, knobs in OF_HOST.items() if item in solved.plan.host for knob in knobs]
+    for knob in (*knobs, LORA):
+        settings = _changed(problem.options, knob)
+        if not settings or not _applies(problem, settings):
+            continue
+        change = Change(settings, solve(problem.changed(settings)))
+        if change.solved.plan.host_need < now:
+            found.append(f"{change} (it then needs {change.solved.plan.host_need / GIB:.1f} GiB)")
+    return ", ".join([*found, "or a machine with more memory"]) if found else "a machine with more memory"
+
+
+def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
+    """What a user reads whose run does not fit the device."""
+    plan = solved.plan
+    stage = solved.options.stage
+    work = batch_plan(solved.options).equation() if stage == "rl" else f"stage={stage}"
+    need, free = plan.peak / GIB, plan.available / GIB
+    cause = f"the {plan.peak_phase} phase needs {need:.1f} GiB and {free:.1f} GiB are free ({work})"
+    remedy = nearest.as_remedy() if nearest else "a smaller model"
+    return ConfigError(Fault("memory", ..., cause, f"{remedy}; ignore_memory_plan=true starts it all the same"))

@@ -1,0 +1,247 @@
+"""From options with `auto` in them to a plan of memory for this machine.
+
+Only what belongs to the machine is solved: micro-batch, KV cache, where student and reference rest, tokens per pass and
+the optimizer. The effective batch and the group size are part of the method and are never changed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from trainers.errors import ConfigError, Fault
+from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
+from trainers.plan.machine import Machine
+from trainers.plan.model_shapes import ModelShape
+from trainers.plan.workload import GIB, TRAINING, Plan, Workload
+from trainers.settings.batch import micro_batch_choices
+from trainers.settings.engine_specs import CPU_KV_CACHE
+from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_name
+from trainers.settings.reward_specs import uses_student
+
+SPARE = 0.08  # of the memory: what the solver keeps free
+MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
+TOKENS_PER_PASS = (262144, 131072, 65536, 32768, 16384)
+CPU_TOKENS_PER_PASS = 16384
+BESIDE_SCORING = ("load", "update", "save")  # phases that tokens per pass are nothing to
+DECIDED = (  # what a plan shows of its decisions
+    "precision",
+    "optim",
+    "per_device_train_batch_size",
+    "student_mode",
+    "reference_mode",
+    "student_tokens_per_pass",
+    "max_num_seqs",
+    "kv_cache_gib",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be planned.
+
+    Args:
+        options: Checked, with `auto` in them.
+        student: None where none is asked.
+        devices: Processes that train together, each on a device of its own.
+        longest: Tokens of the longest text of stage=score.
+    """
+
+    options: Any
+    teacher: ModelShape
+    student: ModelShape | None
+    machine: Machine
+    devices: int = 1
+    longest: int | None = None
+
+    def changed(self, settings: dict[str, Any]) -> "Problem":
+        return replace(self, options=self.options.model_copy(update=settings))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A plan, and the options with every `auto` decided."""
+
+    options: Any
+    plan: Plan
+
+
+def device_of(options: Any, machine: Machine) -> str:
+    """cuda or cpu."""
+    if options.device == "auto":
+        return "cuda" if machine.card is not None else "cpu"
+    return options.device
+
+
+def precision_of(options: Any, machine: Machine) -> str:
+    """fp32, bf16 or fp16."""
+    if options.precision != "auto":
+        return options.precision
+    if device_of(options, machine) == "cpu":
+        return "fp32"
+    if machine.card is None or machine.card.compute >= 8:
+        return "bf16"
+    trains_all = options.stage in TRAINING and not options.use_peft
+    return "fp32" if trains_all else "fp16"  # as models.resolve_dtype
+
+
+def available_memory(options: Any, machine: Machine) -> int:
+    """Bytes that are free where the run computes.
+
+    Raises:
+        ConfigError: If it needs a card, and neither is one here nor is it said which is meant.
+    """
+    if device_of(options, machine) == "cpu":
+        return machine.host_free
+    if machine.card is None:
+        cause = "this machine shows no NVIDIA GPU to plan for"
+        raise ConfigError(Fault("vram_gb", None, cause, "vram_gb=<GB of the card>, e.g. vram_gb=24"))
+    return machine.card.free
+
+
+def solve(problem: Problem) -> Solved:
+    """Decide every `auto`, preferring what is faster, and plan the result.
+
+    Where nothing fits both device and host, what fits the device and takes the least of the host is returned, or else
+    the most frugal choice: its plan does not fit either.
+    """
+    machine = problem.machine
+    available = available_memory(problem.options, machine)
+    budget = int(available * (1 - SPARE))
+    total = machine.card.total if machine.card is not None else available
+    host_free = machine.host_free if machine.is_here else None
+    last, short_of_host = None, []
+    candidates = list(_candidates(problem))
+    for enough in (0.25, 0.0):  # a KV cache too small for a quarter of the completions is the last resort
+        hopeless = None
+        for work in candidates:
+            micro_batch = getattr(work.options, "per_device_train_batch_size", None)
+            but_tokens = (work.optimizer, work.student_mode, work.reference_mode, micro_batch)
+            if but_tokens == hopeless and work is not candidates[-1]:
+                continue  # fewer tokens per pass are no help
+            last = _with_cache(work, budget, available, host_free, total, enough)
+            if last.plan.peak <= budget:
+                if last.plan.fits_host:
+                    return last
+                short_of_host.append(last)
+            elif max(last.plan.total(phase) for phase in last.plan.phases if phase in BESIDE_SCORING) > budget:
+                hopeless = but_tokens
+    assert last is not None, "there is always a candidate"
+    return min(short_of_host, key=lambda solved: round(solved.plan.host_need / GIB, 1), default=last)
+
+
+def _candidates(problem: Problem) -> Iterator[Workload]:
+    options, teacher, devices = problem.options, problem.teacher, problem.devices
+    device, precision = device_of(options, problem.machine), precision_of(options, problem.machine)
+    student = problem.student if uses_student(options) else None
+    trains = options.stage in TRAINING
+    choices = product(
+        _optimizers(options, precision, device) if trains else [None],
+        _student_modes(options, student, device) if student is not None else [None],
+        _reference_modes(options, teacher, device),
+        _micro_batches(options, devices) if trains else [None],
+        _tokens_per_pass(options, device),
+    )
+    for optimizer, student_mode, reference_mode, micro_batch, tokens in choices:
+        update = {"per_device_train_batch_size": micro_batch, "optim": optimizer} if trains else {}
+        if options.stage != "sft":
+            update |= {"student_tokens_per_pass": tokens}
+            update |= {"student_mode": student_mode} if student_mode else {}
+            update |= {"reference_mode": reference_mode} if reference_mode else {}
+        yield Workload(
+            options=options.model_copy(update=update),
+            teacher=teacher,
+            student=student,
+            device=device,
+            precision=precision,
+            optimizer=optimizer,
+            student_mode=student_mode,
+            reference_mode=reference_mode,
+            kv_cache=0,
+            devices=devices,
+            longest=problem.longest,
+        )
+
+
+def reads_teacher(options: Any) -> bool:
+    """Whether the teacher is read as a frozen model too: the reference of beta, the teacher of stage=score."""
+    return options.stage == "score" or bool(options.stage == "rl" and options.beta and not options.use_peft)
+
+
+def _optimizers(options: Any, precision: str, device: str) -> list[str]:
+    name = optimizer_name(options, TORCH_DTYPES[precision])
+    return [name, "cpu_offload"] if options.optim == "auto" and name == "adamw_8bit" and device == "cuda" else [name]
+
+
+def _student_modes(options: Any, student: ModelShape, device: str) -> list[str]:
+    if options.student_quantization and options.student_mode == "auto":
+        return ["resident"]
+    if getattr(options, "overlap_scoring", False) and options.student_mode == "auto":
+        return ["resident"]  # a streamed student reads a whole batch at once
+    offload = options.offload_untrained_models and not options.disable_student_offloading
+    return _modes(options.student_mode, student, device, offload)
+
+
+def _reference_modes(options: Any, teacher: ModelShape, device: str) -> list[str | None]:
+    if not reads_teacher(options):
+        return [None]
+    return [*_modes(options.reference_mode, teacher, device, options.offload_untrained_models)]
+
+
+def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str]:
+    """Where a frozen model may rest, the best first."""
+    if mode != "auto":
+        return [mode]
+    if not shape.can_stream:
+        return ["resident"] if device == "cpu" else ["cpu"] if offload else ["resident", "cpu"]
+    # On a CPU "streamed" is read from disk: it takes the least memory.
+    return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
+
+
+def _micro_batches(options: Any, devices: int) -> list[int]:
+    if options.per_device_train_batch_size != "auto":
+        return [options.per_device_train_batch_size]
+    length = options.max_prompt_length
+    length = length + options.max_completion_length if options.stage == "rl" else options.max_length or length
+    legal = micro_batch_choices(options, devices)
+    assert legal, "an illegal batch is told before"
+    return [n for n in legal if n * length <= MOST_TOKENS] or legal[-1:]
+
+
+def _tokens_per_pass(options: Any, device: str) -> list[int]:
+    given = getattr(options, "student_tokens_per_pass", None)
+    if given != "auto":
+        return [given]
+    return list(TOKENS_PER_PASS) if device == "cuda" else [CPU_TOKENS_PER_PASS]
+
+
+def _with_cache(
+    work: Workload, budget: int, available: int, host_free: int | None, total: int, enough: float
+) -> Solved:
+    """Give the engine what the completions need, or what is left; as much as was asked for, where it was."""
+    options = work.options
+    if not work.has_engine:
+        return Solved(options, make_plan(work, available, host_free))
+    need = kv_needed(options, work.teacher, work.itemsize, work.device)
+    least = kv_least(options, work.teacher, work.itemsize)
+    solves = options.vllm_gpu_memory_utilization == "auto"
+    if options.kv_cache_gib is not None:
+        size = int(options.kv_cache_gib * GIB)
+        if size < least:
+            cause = f"one sequence of the greatest length takes {least / GIB:.3g} GiB"
+            raise ConfigError(Fault("kv_cache_gib", options.kv_cache_gib, cause, f"kv_cache_gib={least / GIB:.3g}"))
+    elif solves:
+        empty = make_plan(work, available)
+        room = budget - max(empty.total("generate"), empty.total("load"))
+        size = max(min(need, room), least, int(enough * need))
+    elif work.device == "cpu":
+        size = CPU_KV_CACHE
+    else:  # as vLLM: a share of the whole card, less what it finds taken
+        loaded = make_plan(work, available).phases["load"]
+        taken = sum(size for name, size in loaded.items() if name not in ("student", "reference"))
+        size = max(int(options.vllm_gpu_memory_utilization * total) - taken, least)
+    update: dict[str, Any] = {"max_num_seqs": max_num_seqs(options)}
+    if solves:
+        update["kv_cache_gib"] = size / GIB
+    work = replace(work, kv_cache=size, options=options.model_copy(update=update))
+    return Solved(work.options, make_plan(work, available, host_free))

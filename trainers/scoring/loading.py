@@ -1,0 +1,177 @@
+"""Builds what RL and scoring share: the renderers of teacher and student, and the scorer."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedTokenizerBase
+
+from data.render import Renderer
+from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.config import named_run
+from trainers.errors import ConfigError, Fault
+from trainers.models import (
+    attention_of,
+    choose_pad_token,
+    generation_end_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from trainers.plan.model_shapes import max_positions, model_shape, read_config
+from trainers.scoring.explanation_scorer import ExplanationScorer
+from trainers.scoring.frozen import Backbone, FrozenModel, ResidentBackbone
+from trainers.scoring.kept_scores import ScoreKeeper
+from trainers.scoring.quantized import Sample, quantization_config, read_samples, report_change, reward_changes
+from trainers.scoring.streaming import StreamedBackbone
+from trainers.settings.reward_specs import model_keys
+from trainers.student import Student
+from trainers.texts import tag_format
+from trainers.weights.adapter_files import base_of, tokenizer_of
+from trainers.weights.weight_files import HostWeights, WeightFiles, fits_in_memory
+
+logger = logging.getLogger(__name__)
+
+REWARD_OPTIONS = tuple(TeacherLogprobKL.__dataclass_fields__)
+
+
+def make_renderer(options: Any, path: str, key: str) -> Renderer:
+    """The template and tokenizer of the teacher (`key` is model_name_or_path) or the student (student_model).
+
+    Args:
+        path: A model or an adapter.
+    """
+    is_teacher = key == "model_name_or_path"
+    trust = options.trust_remote_code
+    base = base_of(path, key)
+    config = load_config(base, key, trust)
+    template = options.chat_template if is_teacher else options.student_chat_template
+    tokenizer = load_tokenizer(tokenizer_of(path, key), template, options.eos_token if is_teacher else None, key, trust)
+    attention_of(options.attn_implementation, config)
+    rows = config.get_text_config().vocab_size
+    choose_pad_token(tokenizer, rows, key)
+    check_vocabulary(tokenizer, rows, key)
+    kwargs = options.chat_template_kwargs if is_teacher else options.student_chat_template_kwargs
+    return Renderer(tokenizer, tag_format(options), kwargs, key, generation_end_ids(base, trust))
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, key: str) -> None:
+    """See that a model has an embedding for each token.
+
+    Args:
+        rows: Of the embedding.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    added = tokenizer.added_tokens_decoder
+    # Special tokens that no text brings (Gemma 3's for images) may lie beyond; what pads a batch may not.
+    harmless = {i for i, token in added.items() if token.special} - {tokenizer.pad_token_id}
+    last, token = max((i, token) for token, i in tokenizer.get_vocab().items() if i not in harmless)
+    if last >= rows:
+        cause = f"its tokenizer goes up to {last} ({token!r}), and its embedding has {rows} rows"
+        remedy = "save it again with the tokenizer it was trained with, or after model.resize_token_embeddings"
+        raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
+
+
+def check_models(options: Any) -> None:
+    """Look at the models' configs, tokenizers and templates before any warm-up or weights; tell all faults together.
+
+    Raises:
+        ConfigError: With the faults of every model that is not `run:NAME`.
+    """
+    faults: list[Fault] = []
+    for key in model_keys(options):
+        path = getattr(options, key)
+        if named_run(path) is None:
+            try:
+                make_renderer(options, path, key)
+            except ConfigError as error:
+                faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+
+
+def load_frozen(
+    options: Any,
+    path: str,
+    key: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    temperature: float,
+    writable: bool = False,
+    quantization: str | None = None,
+    mode: str | None = None,
+) -> FrozenModel:
+    """Load a model that is only read, in the mode that the options (of a planned run) have unless `mode` says another.
+
+    Args:
+        path: Its folder or hub id.
+        key: student_model, or model_name_or_path for the teacher as it was: the reference.
+        temperature: Of its log-probabilities.
+        quantization: None, `8bit` or `4bit`.
+        writable: Whether `blend` will be called; weights that are streamed are then kept in host memory.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or not in this mode.
+    """
+    mode = mode or (options.student_mode if key == "student_model" else options.reference_mode)
+    assert mode != "auto", "the plan of memory decides it"
+    trust, attention = options.trust_remote_code, options.attn_implementation
+    if mode == "streamed":
+        config = load_config(path, key, trust)
+        source: WeightFiles | HostWeights = WeightFiles(path, key)
+        if writable or (device.type == "cuda" and fits_in_memory(source.num_elements() * dtype.itemsize)):
+            source = HostWeights(source, dtype, pin=device.type == "cuda")
+        attention = attention_of(attention, config)
+        backbone: Backbone = StreamedBackbone(source, config, device, dtype, attention, key, trust)
+    else:
+        device = torch.device("cpu") if mode == "cpu" else device
+        arguments: dict[str, Any] = {"device_map": {"": device}}
+        if quantization:
+            arguments["quantization_config"] = quantization_config(quantization, dtype)
+        model = load_model(path, dtype, attention, key, trust, **arguments)
+        backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
+    name = "student" if key == "student_model" else "teacher" if options.stage == "score" else "reference"
+    logger.info("%s: %s on %s", name, mode, device)
+    return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
+
+
+def make_scorer(
+    options: Any,
+    output_dir: Path,
+    student_path: str,
+    student: Renderer,
+    teacher: Renderer,
+    device: torch.device,
+    dtype: torch.dtype,
+    samples: list[Sample],
+) -> ExplanationScorer:
+    """Load the student and put the reward's formula on it.
+
+    Args:
+        samples: Texts on which the change by a quantization is measured.
+    """
+    formula = TeacherLogprobKL(**{name: getattr(options, name) for name in REWARD_OPTIONS})
+    # What RL scores at another time another policy has written; what stage=score is given is ranked as a whole.
+    folder, by_batch = output_dir / "scores", options.stage == "rl"
+    keeper = ScoreKeeper(folder, by_batch, formula) if options.keep_scores else None
+
+    def load(quantization: str | None, mode: str | None = None) -> Student:
+        temperature = options.student_temperature
+        arguments = (options, student_path, "student_model", device, dtype, temperature)
+        frozen = load_frozen(*arguments, quantization=quantization, mode=mode)
+        return Student(frozen, student, max_positions(frozen.backbone.config))
+
+    if kind := options.student_quantization:
+        # Streamed where that can be: a student is quantized where the full one is too large.
+        shape = model_shape(read_config(student_path, "student_model"), student_path, options.trust_remote_code)
+        before = read_samples(load(None, mode="streamed" if shape.can_stream else None), samples)
+        clear_device_cache(garbage_collection=True)
+        loaded = load(kind)
+        report_change(kind, reward_changes(before, read_samples(loaded, samples), formula))
+    else:
+        loaded = load(None)
+    return ExplanationScorer(loaded, formula, teacher, options.padding_in_kl, keeper)

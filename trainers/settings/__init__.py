@@ -1,0 +1,1 @@
+"""What options may be: their rules, read without torch or vLLM."""

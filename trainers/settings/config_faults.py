@@ -1,0 +1,43 @@
+"""What a user reads about options that do not exist, and about values that an option does not take."""
+
+import difflib
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainers.errors import Fault
+from trainers.options import options_class
+from trainers.settings.trl_choices import DERIVED, RENAMED
+from trainers.settings.trl_options import trl_options
+
+STAGES = ("sft", "rl", "score", "rescore", "merge")
+
+
+def unknown_fault(key: str, value: Any, stage: str) -> Fault:
+    if key in DERIVED and key in set(trl_options("grpo")) | set(trl_options("sft")):
+        return Fault(key, value, "this project sets it itself", DERIVED[key])
+    if others := [other for other in STAGES if key in options_class(other).model_fields]:
+        cause = f"used by {' and '.join(f'stage={other}' for other in others)} only, this run is stage={stage}"
+        return Fault(key, value, cause, "leave it out")
+    if key in RENAMED:
+        return Fault(key, value, "unknown under this name", f"use {RENAMED[key]}")
+    near = difflib.get_close_matches(key, options_class(stage).model_fields, n=2, cutoff=0.7)
+    remedy = f"did you mean {' or '.join(near)}?" if near else "python train.py --help lists every option"
+    return Fault(key, value, "unknown", remedy)
+
+
+def invalid_faults(error: ValidationError) -> list[Fault]:
+    """One fault per option; a union reports each of its members, of which the first says enough."""
+    first: dict[str, Any] = {}
+    for e in error.errors():
+        first.setdefault(str(e["loc"][0]), e)
+    faults = []
+    for key, e in first.items():
+        expected = " ".join(o["ctx"].get("expected", "") for o in error.errors() if o["loc"][0] == key and "ctx" in o)
+        near = difflib.get_close_matches(str(e["input"]), re.findall(r"'([^']+)'", expected))
+        remedy = f"did you mean {near[0]}?" if near else "python train.py --help tells what it takes"
+        if e["type"] == "list_type":
+            remedy = f"{key}=[{e['input']}]"
+        faults.append(Fault(key, e["input"], e["msg"][0].lower() + e["msg"][1:], remedy))
+    return faults

@@ -1,0 +1,267 @@
+"""What the options of the engine may be together; imports neither torch nor vLLM."""
+
+import ast
+import difflib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trainers.errors import Fault
+from trainers.settings.trl_options import class_body, trl_options
+
+# Names of the Atropos trainer for the same things.
+ATROPOS = {"shared_vllm": "shared", "lora_only": "lora", "none": "restart"}
+
+# Arguments of vllm.LLM that this project sets itself, and the option to use instead.
+SET_HERE = {
+    "model": "model_name_or_path",
+    "tokenizer": "model_name_or_path",
+    "seed": "seed",
+    "dtype": "precision",
+    "max_model_len": "vllm_max_model_length",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "enforce_eager": "enforce_eager",
+    "enable_prefix_caching": "enable_prefix_caching",
+    "max_num_seqs": "max_num_seqs",
+    "trust_remote_code": "trust_remote_code",
+    "load_format": "weight_bridge",
+    "enable_lora": "use_peft",
+    "max_loras": "use_peft",
+    "max_lora_rank": "lora_r",
+    "lora_target_modules": "lora_target_modules",
+    "kv_cache_memory_bytes": "kv_cache_gib",
+    "enable_sleep_mode": None,
+    "enable_cumem_allocator": None,
+    "logprobs_mode": None,
+    "distributed_executor_backend": None,
+    "worker_cls": None,
+    "cpu_offload_gb": None,
+}
+SAMPLING_OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+SAMPLING_OPTIONS |= {"max_tokens": "max_completion_length", "max_new_tokens": "max_completion_length"}
+SAMPLING_SET_HERE = ("n", "seed", "logprobs", "prompt_logprobs", "logprob_token_ids", "flat_logprobs", "detokenize")
+SAMPLING_SET_HERE += ("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "output_kind")
+# Of transformers.GenerationConfig: what TRL and this project set, and what makes other completions than samples.
+GENERATE_SET_HERE = ("do_sample", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "stop_strings")
+GENERATE_SET_HERE += ("num_return_sequences", "return_dict_in_generate", "disable_compile", "token_healing")
+GENERATE_SET_HERE += ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+GENERATE_SET_HERE += ("num_beams", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids")
+GENERATE_SET_HERE += ("penalty_alpha", "dola_layers", "low_memory")
+# What only the engine reads, and what stands where nobody has set it.
+ENGINE_ONLY = {"weight_bridge": (None,), "vllm_kwargs": ({},), "max_num_seqs": (None,), "kv_cache_gib": (None,)}
+ENGINE_ONLY |= {"vllm_max_model_length": (None,), "enforce_eager": (False,), "enable_prefix_caching": (True,)}
+ENGINE_ONLY |= {"vllm_gpu_memory_utilization": ("auto", trl_options("grpo")["vllm_gpu_memory_utilization"].default)}
+# What changes the distribution that is sampled from, and what leaves it as it is.
+RESHAPING = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+RESHAPING_KWARGS = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "bad_words": [], "min_tokens": 0}
+RESHAPING_KWARGS |= {"allowed_token_ids": None, "structured_outputs": None, "thinking_token_budget": -1}
+MAX_BATCHED_TOKENS = 8192  # that vLLM computes at once: what the plan of memory counts on
+CPU_KV_CACHE = 2**30  # bytes
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
+PARALLEL += ("prefill_context_parallel_size", "decode_context_parallel_size")
+
+
+def bridge_name(options: Any) -> str:
+    """The weight bridge by this project's name for it."""
+    if options.weight_bridge is None:
+        return "lora" if options.use_peft else "shared"
+    return ATROPOS.get(options.weight_bridge, options.weight_bridge)
+
+
+def has_engine(options: Any) -> bool:
+    """Whether vLLM generates in this run."""
+    return options.use_vllm and options.replay_rollouts is None
+
+
+@cache
+def vllm_arguments() -> frozenset[str]:
+    """The arguments of vllm.LLM, read from its source."""
+    names = {
+        n.target.id for n in class_body("vllm", "engine/arg_utils.py", "EngineArgs") if isinstance(n, ast.AnnAssign)
+    }
+    for node in class_body("vllm", "entrypoints/llm.py", "LLM"):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            names |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} - {"self"}
+    return frozenset(names)
+
+
+def engine_faults(options: Any) -> list[Fault]:
+    """What is wrong with the options of generation, as far as that shows without loading anything."""
+    faults = _bridge_faults(options) + _kwargs_faults(options) + _rollout_faults(options)
+    if not options.use_vllm:
+        cause = "use_vllm=false generates with transformers, without an engine"
+        for key, unset in ENGINE_ONLY.items():
+            if getattr(options, key) not in unset:
+                faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
+    faults += _sampling_faults(options)
+    if options.use_peft and options.reference_mode != "auto":
+        cause = "with use_peft the reference is the teacher itself, its adapters aside: no second model is loaded"
+        faults.append(Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto"))
+    return faults
+
+
+@cache
+def sampling_arguments() -> frozenset[str]:
+    """The arguments of vllm.SamplingParams, read from its source."""
+    body = class_body("vllm", "sampling_params.py", "SamplingParams")
+    names = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+@cache
+def generate_arguments() -> frozenset[str]:
+    """The parameters of transformers.GenerationConfig, which takes any name: those that its source asks for."""
+    body = class_body("transformers", "generation/configuration_utils.py", "GenerationConfig")
+    init = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    pops = (node for node in ast.walk(init) if isinstance(node, ast.Call) and ast.unparse(node.func) == "kwargs.pop")
+    names = {node.args[0].value for node in pops} - {"transformers_version"}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def _generation_kwargs_faults(options: Any) -> list[Fault]:
+    faults = []
+    if options.use_vllm:
+        set_here, known, where = SAMPLING_SET_HERE, sampling_arguments, "vllm.SamplingParams"
+    else:
+        set_here, known, where = GENERATE_SET_HERE, generate_arguments, "transformers.GenerationConfig"
+    for name, value in (options.generation_kwargs or {}).items():
+        if name in SAMPLING_OPTIONS:
+            cause, remedy = "there is an option for it", f"use the option {SAMPLING_OPTIONS[name]}"
+        elif name in set_here:
+            cause, remedy = "this project sets it itself: one sample for each prompt of a batch", "leave it out"
+        elif name not in known():
+            near = difflib.get_close_matches(name, known(), n=2)
+            cause = f"{where} has no such parameter"
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"see the arguments of {where}"
+        else:
+            continue
+        faults.append(Fault("generation_kwargs", f"{name}={value}", cause, remedy))
+    return faults
+
+
+def _sampling_faults(options: Any) -> list[Fault]:
+    faults, given = _generation_kwargs_faults(options), options.generation_kwargs or {}
+    coefficients = options.kl_penalty_reward_coeff
+    has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
+    reads_teacher = has_kl and options.include_teacher_think_entropy and "teacher_logprob_kl" in options.reward_funcs
+    if options.use_vllm and reads_teacher:
+        cause = (
+            "vLLM tells log-probabilities of what it makes of the distribution, and the reward's KL needs the teacher's"
+        )
+        remedy = "leave it out, or use_vllm=false, kl_penalty_reward_coeff=0 or include_teacher_think_entropy=false"
+        reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
+        faults += [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
+        named = [name for name, neutral in RESHAPING_KWARGS.items() if given.get(name) not in (None, neutral)]
+        faults += [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
+    return faults
+
+
+def device_faults(options: Any, device: str, dtype: str, student_mode: str | None) -> list[Fault]:
+    """What is wrong with the options of generation on this device; told before a model is loaded.
+
+    Args:
+        device: cuda or cpu.
+        dtype: Of the weights, as in `torch.float32`.
+        student_mode: Where the student will rest; None without one.
+    """
+    faults = []
+    bridge = bridge_name(options)
+    if options.use_vllm and bridge == "lora" and device == "cuda" and dtype == "torch.float32":
+        cause = "vLLM's adapter kernels compute in bf16 and fp16 only"
+        faults.append(Fault("precision", options.precision, cause, "precision=bf16, or weight_bridge=copy"))
+    if options.use_vllm and options.cast_lm_head_to_fp32 and bridge in ("shared", "lora") and dtype != "torch.float32":
+        cause = f"it moves the head's weight away from the engine's (weight_bridge={bridge})"
+        faults.append(Fault("cast_lm_head_to_fp32", True, cause, "cast_lm_head_to_fp32=false, or weight_bridge=copy"))
+    if options.overlap_scoring and student_mode in (None, "streamed"):
+        cause = "no student is asked" if student_mode is None else "the student is streamed (offload_untrained_models)"
+        remedy = "overlap_scoring=false" if student_mode is None else "student_mode=cpu or resident"
+        faults.append(Fault("overlap_scoring", True, cause, remedy))
+    if device == "cpu" and "enable_chunked_prefill" in options.vllm_kwargs:
+        cause = "on a CPU seeds of requests need whole prompts"
+        faults.append(Fault("vllm_kwargs", "enable_chunked_prefill", cause, "leave it out"))
+    return faults
+
+
+def position_faults(options: Any, limit: int) -> list[Fault]:
+    """Lengths that a teacher of so many positions has no room for, with the longest that fit."""
+    faults = []
+    if options.max_prompt_length + options.max_completion_length > limit:
+        cause = f"with max_prompt_length {options.max_prompt_length} it exceeds the teacher's {limit} positions"
+        remedy = f"max_completion_length={limit - options.max_prompt_length}"
+        if options.max_prompt_length >= limit:
+            remedy = f"max_prompt_length={limit // 2} max_completion_length={limit - limit // 2}"
+        faults.append(Fault("max_completion_length", options.max_completion_length, cause, remedy))
+    if (options.vllm_max_model_length or 0) > limit:
+        cause, remedy = f"the teacher has {limit} positions", "leave it out: prompt and completion decide it"
+        faults.append(Fault("vllm_max_model_length", options.vllm_max_model_length, cause, remedy))
+    return faults
+
+
+def quantized_teacher_faults(options: Any, quantization: Any) -> list[Fault]:
+    """A teacher whose checkpoint is quantized can be scored with, not trained.
+
+    Args:
+        quantization: The quantization_config of its config, if it has one.
+    """
+    if options.stage != "rl" or quantization is None:
+        return []
+    cause = (
+        "its weights are quantized, and such a base cannot be shared: vLLM has no bitsandbytes weights, and repacks "
+        "others (GPTQ, AWQ) for its kernels"
+    )
+    remedy = "the model's bf16 checkpoint, with use_peft=true where memory is short"
+    return [Fault("model_name_or_path", options.model_name_or_path, cause, remedy)]
+
+
+def _bridge_faults(options: Any) -> list[Fault]:
+    bridge, given = bridge_name(options), options.weight_bridge
+    if bridge == "lora" and not options.use_peft:
+        cause = "it brings adapters to the engine, and none are trained"
+        return [Fault("weight_bridge", given, cause, "use_peft=true, or weight_bridge=shared")]
+    if bridge == "shared" and options.use_peft:
+        cause = "it shares weights that are trained, and use_peft trains adapters"
+        return [Fault("weight_bridge", given, cause, "weight_bridge=lora, which shares the base, or leave it out")]
+    return []
+
+
+def _kwargs_faults(options: Any) -> list[Fault]:
+    faults = []
+    for name, value in options.vllm_kwargs.items():
+        if name in PARALLEL:
+            if value != 1:
+                cause = "the engine computes in the trainer's process, on its one GPU"
+                faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, f"leave {name} out"))
+        elif name in SET_HERE:
+            remedy = f"use the option {SET_HERE[name]}" if SET_HERE[name] else "leave it out"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", "this project sets it itself", remedy))
+        elif name == "model_impl":
+            cause = "vLLM's Transformers backend alters transformers' own classes, and the trainer computes with them"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "leave it out"))
+        elif name == "quantization" and value is not None and bridge_name(options) != "restart":
+            cause = "vLLM packs quantized weights its own way, so the trainer's cannot be put in their place"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "weight_bridge=restart, or no quantization"))
+        elif name not in vllm_arguments():
+            near = difflib.get_close_matches(name, vllm_arguments(), n=2)
+            remedy = f"did you mean {' or '.join(near)}?" if near else "see the arguments of vllm.LLM"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", "vLLM has no such argument", remedy))
+    return faults
+
+
+def _rollout_faults(options: Any) -> list[Fault]:
+    faults = []
+    replay = options.replay_rollouts
+    if replay is not None and not (Path(replay).expanduser() / "train-00000.parquet").is_file():
+        cause = "the folder holds no recorded rollouts"
+        faults.append(Fault("replay_rollouts", replay, cause, "a folder written by record_rollouts"))
+    if replay is not None and options.record_rollouts is not None:
+        faults.append(Fault("record_rollouts", options.record_rollouts, "nothing new is sampled", "leave one out"))
+    if options.record_rollouts is not None and list(Path(options.record_rollouts).expanduser().glob("*.parquet")):
+        cause = "the folder already holds a recording"
+        faults.append(Fault("record_rollouts", options.record_rollouts, cause, "name a new folder"))
+    if options.overlap_scoring and options.student_mode == "streamed":
+        cause = "a streamed student reads its weights once for a whole batch, not for each group"
+        faults.append(Fault("overlap_scoring", True, cause, "student_mode=cpu or resident, or overlap_scoring=false"))
+    if options.overlap_scoring and not has_engine(options):
+        cause = "without the engine there is no generation to overlap with"
+        faults.append(Fault("overlap_scoring", True, cause, "overlap_scoring=false"))
+    return faults

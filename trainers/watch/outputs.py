@@ -1,0 +1,242 @@
+"""The files of a run: folder, logs, resolved configuration, metrics, progress."""
+
+import json
+import logging
+import netrc
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from transformers import ProgressCallback, TrainerCallback
+
+from trainers.config import REPO
+from trainers.errors import ConfigError, Fault
+from trainers.watch.phases import PhaseTimer
+
+logger = logging.getLogger(__name__)
+
+SECRETS = ("token", "key", "password", "secret")
+LIBRARIES = ("vllm", "transformers", "datasets", "trl", "accelerate", "torch", "httpx", "urllib3", "filelock", "fsspec")
+
+
+def make_output_dir(output_dir: str | None, run: str, num_processes: int = 1, root: Path = REPO) -> Path:
+    """Create the folder of a run: the one asked for, or results/<run>/<time> with a `latest` link beside it.
+
+    Raises:
+        ConfigError: If the folder cannot be created or written to.
+    """
+    if output_dir is not None:
+        path = Path(output_dir).expanduser().absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            cause = f"cannot be written to: {error.strerror}"
+            raise ConfigError(Fault("output_dir", output_dir, cause, "name a folder you may write to")) from error
+        return path
+    base = root / "results" / run
+    stamp, count = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(launch_time())), 1
+    path = base / stamp
+    while num_processes == 1 and path.exists():  # two runs in one second
+        count += 1
+        path = base / f"{stamp}-{count}"
+    path.mkdir(parents=True, exist_ok=True)
+    replace_link(base / "latest", path)
+    return path
+
+
+def launch_time() -> float:
+    """Now; for one of several processes the start of their common launcher, so that all name the same folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return time.time()
+    return psutil.Process(os.getppid()).create_time()
+
+
+def replace_link(link: Path, target: Path) -> None:
+    """Make `link` lead to `target`, without a moment in which it leads nowhere."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    with suppress(FileNotFoundError):
+        fresh.unlink()
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    fresh.replace(link)
+
+
+class _Quiet(logging.Filter):
+    """Libraries speak on the terminal only when something is wrong, or when everything is asked for."""
+
+    def __init__(self, everything: bool = False) -> None:
+        super().__init__()
+        self.everything = everything
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "only_file", False):  # shown already, above the progress bar
+            return False
+        if self.everything:
+            return True
+        if record.name.startswith(("vllm", "py.warnings")):  # vLLM warns of its own defaults at every start
+            return record.levelno >= logging.ERROR
+        return record.levelno >= logging.WARNING or not record.name.startswith(LIBRARIES)
+
+
+def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REPO) -> None:
+    """Send our lines to the terminal, everything to training.log, and lead logs/training.log there.
+
+    Of several processes the first writes the log; the others only speak up when something is wrong.
+    """
+    if rank > 0:
+        logging.basicConfig(level=logging.WARNING, force=True)
+        return
+    log_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.addFilter(_Quiet(everything=debug))
+    base = logging.getLogger()
+    for handler in list(base.handlers):
+        base.removeHandler(handler)
+    base.setLevel(logging.DEBUG if debug else logging.INFO)
+    for handler in (log_file, terminal):
+        base.addHandler(handler)
+    for name, ours in logging.root.manager.loggerDict.items():
+        if name.startswith("trainers.") and isinstance(ours, logging.Logger):
+            ours.disabled = False  # Hydra, setting up its own logging, disables those that exist already
+    for name in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used on purpose, at a pinned version
+    replace_link(root / "logs" / "training.log", output_dir / "training.log")
+
+
+def take_over_library_logs() -> None:
+    """Let transformers and TRL, once imported, log through our handlers in place of their own."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    datasets.utils.logging.enable_propagation()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def prepare_wandb(report_to: str | list[str]) -> None:
+    """Let wandb log offline where it has no account to log to, rather than fail after the models are loaded."""
+    if "wandb" not in report_to and report_to != "all":
+        return
+    logged_in = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+    with suppress(FileNotFoundError, netrc.NetrcParseError):
+        logged_in = logged_in or any("wandb" in host for host in netrc.netrc().hosts)
+    if not logged_in:
+        os.environ["WANDB_MODE"] = "offline"
+        logger.warning("wandb: not logged in, so it logs offline (`wandb login`, or `wandb sync` the run afterwards)")
+
+
+def use_tensorboard_dir(output_dir: Path) -> None:
+    """Put tensorboard's files in the run's folder; an evaluation before training would open them elsewhere."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs")
+
+
+def save_config(output_dir: Path, composed: dict[str, Any], resolved: dict[str, Any]) -> None:
+    """Write config.yaml: every option with the value it has in this run, what was set apart from the defaults."""
+
+    def masked(mapping: dict[str, Any]) -> dict[str, Any]:
+        hide = lambda k, v: isinstance(v, str) and any(k.endswith(f"_{s}") or k == s for s in SECRETS)  # noqa: E731
+        return {k: "***" if hide(k, v) and k != "eos_token" else v for k, v in mapping.items()}
+
+    defaults = {k: v for k, v in resolved.items() if k not in composed}
+    text = "# Set by the run configuration and the command line\n"
+    text += yaml.safe_dump(masked({k: resolved[k] for k in composed if k in resolved}), sort_keys=False)
+    text += "\n# Defaults\n" + yaml.safe_dump(masked(defaults), sort_keys=True)
+    (output_dir / "config.yaml").write_text(text, encoding="utf-8")
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends every logged step to metrics.jsonl, and measures the seconds of each optimizer step."""
+
+    def __init__(self, output_dir: Path, timer: PhaseTimer) -> None:
+        self.path, self.timer, self._start = output_dir / "metrics.jsonl", timer, 0.0
+        if self.path.exists():  # the folder of an earlier run: its metrics are kept, beside ours
+            self.path.rename(self.path.with_name(f"metrics-{int(self.path.stat().st_mtime)}.jsonl"))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.timer.add("step", time.perf_counter() - self._start)
+        if self.timer.memory is not None:
+            self.timer.memory.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+# What a progress line shows, where it is there: (metric, short name).
+SHOWN = (
+    ("loss", "loss"),
+    ("mean_token_accuracy", "token accuracy"),
+    ("reward", "reward"),
+    ("solution_log_prob_reward", "r_SS"),
+    ("kl_reward", "r_KL"),
+    ("student_accuracy", "student accuracy"),
+    ("completions/mean_length", "length"),
+    ("seconds/generate", "generate s"),
+    ("seconds/score", "score s"),
+    ("seconds/update", "update s"),
+)
+
+
+def progress_line(state: Any, logs: dict[str, Any], seconds_per_step: float) -> str:
+    """One line for a terminal or a log: step, headline metrics, time left."""
+    shown = [f"{name} {logs[key]:.3g}" for key, name in SHOWN if isinstance(logs.get(key), int | float)]
+    if "reward" in logs:  # GRPO's loss is about 0 by construction and tells nothing
+        shown = [s for s in shown if not s.startswith("loss")]
+    left = int(seconds_per_step * (state.max_steps - state.global_step))
+    return f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  eta {left // 60}:{left % 60:02d}"
+
+
+class Progress(ProgressCallback):
+    """A bar with the time left on a terminal; lines without one. Both show the headline metrics of each log."""
+
+    def __init__(self, is_terminal: bool | None = None) -> None:
+        super().__init__()
+        self.is_terminal = sys.stdout.isatty() if is_terminal is None else is_terminal
+        self._begin = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin = (time.perf_counter(), state.global_step)
+        if self.is_terminal:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_terminal:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_terminal:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or not ({"reward", "loss"} & set(logs)):
+            return
+        began, first = self._begin
+        done = state.global_step - first
+        line = progress_line(state, logs, (time.perf_counter() - began) / done if done else 0.0)
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+            logger.info(line, extra={"only_file": True})
+        else:
+            logger.info(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_terminal:
+            super().on_train_end(args, state, control, **kwargs)

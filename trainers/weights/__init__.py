@@ -1,0 +1,1 @@
+"""Where weights lie: views of vLLM's tensors, adapters, checkpoints."""

@@ -1,0 +1,27 @@
+"""How a trained model is written: in files of which the host holds one at a time."""
+
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trainers.plan.host_memory import SHARD
+
+
+class SmallShards:
+    """Lets a transformers trainer write its model in shards.
+
+    safetensors copies every tensor of a file from the GPU to the host, and holds the copies until the file is written;
+    in shards of 50 GB, as transformers writes them, that is the whole model.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PreTrainedModel):  # adapters are one small file
+            super()._save(output_dir, state_dict)
+            return
+        model.save_pretrained = partial(model.save_pretrained, max_shard_size=SHARD)  # the trainer passes no size
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained

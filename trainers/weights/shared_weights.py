@@ -1,0 +1,105 @@
+"""One copy of the weights: the trainer's parameters become views of the engine's tensors.
+
+vLLM keeps q/k/v (and gate/up) fused in one tensor; each of the trainer's parameters is a view of its rows there. An
+optimizer step in place is then also the engine's update.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from trainers.errors import ConfigError, Fault
+from trainers.weights.adapters import base_model
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model without its adapters, by the names they have where there are none."""
+    parameters = base_model(model).named_parameters()
+    return {name.replace(".base_layer.", "."): p for name, p in parameters if ".lora_" not in name}
+
+
+def held_bytes(*tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages under these tensors, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in chain(*tensors)}
+    return sum(storages.values())
+
+
+def fused_parts(engine_model: nn.Module) -> dict[str, tuple[str, int, int]]:
+    """For the name of each layer that vLLM fuses: the fused layer's name, the place in it, and of how many."""
+    packed = getattr(engine_model, "packed_modules_mapping", {})
+    return {part: (fused, i, len(parts)) for fused, parts in packed.items() for i, part in enumerate(parts)}
+
+
+def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """For each of the trainer's parameter names, yield the part of the engine's weights that holds it.
+
+    What is fused with what is read from vLLM's model class (`packed_modules_mapping`) and the sizes of the parts from
+    its fused layers (`output_sizes`), so no table of names for one architecture is needed.
+
+    Raises:
+        KeyError: If the engine has no tensor for a name.
+    """
+    # A layer that vLLM wrapped for LoRA holds the layer proper, and its weights, as `base_layer`.
+    parameters = {
+        name.replace(".base_layer", ""): p for name, p in engine_model.named_parameters(remove_duplicate=False)
+    }
+    modules = {name.replace(".base_layer", ""): module for name, module in engine_model.named_modules()}
+    fused_into = fused_parts(engine_model)
+    for name in names:
+        if name in parameters:
+            yield name, parameters[name].data
+            continue
+        path, _, kind = name.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        if leaf not in fused_into:
+            raise KeyError(name)
+        fused, index, _ = fused_into[leaf]
+        module_name = f"{parent}.{fused}"
+        sizes = modules[module_name].output_sizes
+        start = sum(sizes[:index])
+        yield name, parameters[f"{module_name}.{kind}"].data[start : start + sizes[index]]
+
+
+def share_weights(model: nn.Module, engine_model: nn.Module) -> None:
+    """Make the trainer's parameters views of the tensors of an engine that has loaded their values.
+
+    The engine loaded them its own way; only what stands in it value by value as in the trainer can be shared.
+
+    Args:
+        model: The trainer's model; of one with adapters the base is shared.
+        engine_model: vLLM's module.
+
+    Raises:
+        ConfigError: If a parameter has no such counterpart (some architectures are repacked), or the engine holds
+            weights that no parameter of the trainer covers: these would never be trained.
+    """
+    owners = base_parameters(model)
+    try:
+        targets = dict(engine_tensors(engine_model, list(owners)))
+    except KeyError as error:
+        raise _unshareable(f"the engine has no tensor for the parameter {error.args[0]}") from None
+    covered: dict[int, int] = {}
+    embeddings = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer]
+    for name, parameter in owners.items():
+        target = targets[name]
+        if target.shape != parameter.shape and any(parameter is e for e in embeddings):
+            target[parameter.shape[0] :].zero_()  # rows that vLLM adds to round the vocabulary up
+            covered[target.untyped_storage().data_ptr()] = target[parameter.shape[0] :].nbytes
+            target = target[: parameter.shape[0]]
+        if target.shape != parameter.shape or target.dtype != parameter.dtype:
+            ours, theirs = f"{tuple(parameter.shape)} {parameter.dtype}", f"{tuple(target.shape)} {target.dtype}"
+            raise _unshareable(f"{name} is {ours} in the trainer and {theirs} in the engine")
+        if not torch.equal(target, parameter.to(target.device)):
+            raise _unshareable(f"the engine holds {name} in another layout")
+        parameter.data = target
+        key = target.untyped_storage().data_ptr()
+        covered[key] = covered.get(key, 0) + target.nbytes
+    for name, tensor in engine_model.named_parameters():
+        if covered.get(tensor.untyped_storage().data_ptr(), 0) != tensor.nbytes:
+            raise _unshareable(f"the engine's weight {name} is not covered by the trainer's parameters")
+
+
+def _unshareable(cause: str) -> ConfigError:
+    return ConfigError(Fault("weight_bridge", "shared", cause, "weight_bridge=copy"))

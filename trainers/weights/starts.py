@@ -1,0 +1,68 @@
+"""What training starts from: a whole model, an adapter that is trained on, or an adapter merged into its base."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from trainers.errors import ConfigError
+from trainers.merge import whole_model
+from trainers.models import load_model
+from trainers.weights.adapter_files import AdapterFiles, is_adapter, is_continued, open_adapter, start_faults
+from trainers.weights.adapters import add_adapters, continue_adapter
+
+logger = logging.getLogger(__name__)
+
+KEY = "model_name_or_path"
+
+
+class Start(NamedTuple):
+    """The model whose weights are loaded, a folder or hub id, and the adapter that goes on it and is trained on."""
+
+    path: str
+    adapter: AdapterFiles | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        """Where template and tokenizer are."""
+        return self.path if self.adapter is None else str(self.adapter.folder)
+
+
+def resolve_start(options: Any, path: str, output_dir: Path, dtype: torch.dtype) -> Start:
+    """Recognise what a model to train is, merge it where that is asked for, and say so in the log.
+
+    Args:
+        path: `model_name_or_path`, with `run:NAME` resolved to a folder.
+        output_dir: Where a merged model may be written.
+        dtype: Type of its weights.
+
+    Raises:
+        ConfigError: If the options do not go with it (of a `run:NAME` that shows only here).
+    """
+    if faults := start_faults(options, path):
+        raise ConfigError(faults)
+    if not is_adapter(path):
+        return Start(path)
+    adapter = open_adapter(KEY, path)
+    if is_continued(options):
+        how = f"its LoRA adapter is trained on, on its base {adapter.base}"
+        start, reference = Start(adapter.base, adapter), "that adapter as it is now"
+    else:
+        start = Start(whole_model(options, KEY, path, output_dir, dtype))
+        how = f"its LoRA adapter is merged into its base {adapter.base}, "
+        how += "and a fresh adapter is trained on that" if options.use_peft else "and every weight of that is trained"
+        reference = "the merged model" + (", without the fresh adapter" if options.use_peft else "")
+        reference += ", which follows the teacher (sync_ref_model)" if getattr(options, "sync_ref_model", False) else ""
+    if options.stage == "rl":
+        how += f"; KL reference: {reference}" if options.beta else "; no KL reference (beta=0)"
+    logger.info("start from %s: %s", path, how)
+    return start
+
+
+def load_teacher(options: Any, path: str, dtype: torch.dtype, adapter: AdapterFiles | None = None) -> Any:
+    """Load the model to train, with adapters where they are what is trained: fresh ones unless one is given."""
+    model = load_model(path, dtype, options.attn_implementation, KEY, options.trust_remote_code)
+    if adapter is not None:
+        return continue_adapter(model, adapter, options, reference=bool(getattr(options, "beta", 0)))
+    return add_adapters(model, options) if options.use_peft else model
