@@ -11,7 +11,7 @@ def test_every_file_named_in_the_tree_exists():
     tree = README.split("## The tree")[1].split("```")[1]
     current = REPO
     for line in tree.strip().splitlines():
-        for word in re.findall(r"[\w./]+\.(?:py|sh|md|yaml)\b|^\w+/", line):
+        for word in re.findall(r"[\w./]+\.(?:py|sh|md|yaml)\b|^[\w/]+/", line):
             if word.endswith("/"):
                 current = REPO / word
                 continue
