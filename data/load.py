@@ -107,9 +107,17 @@ def _from_json(file: Path, key: str, path: str) -> Dataset:
 
 def _as_column(value: Any, name: str) -> Any:
     """Text, or the turns of a conversation: a column holds values of one type."""
-    if value is None or name == "conversations":
-        return value
+    if name == "conversations":
+        turns = value if isinstance(value, list) else []
+        return [{"from": _turn(t, "from", "role"), "value": _turn(t, "value", "content")} for t in turns]
+    if value is None:
+        return None
     return str(value) if isinstance(value, str) else json.dumps(_unwrapped(value), ensure_ascii=False)
+
+
+def _turn(turn: Any, *names: str) -> str:
+    """Who speaks in a turn of a conversation, or what is said."""
+    return next((str(turn[name]) for name in names if name in turn), "") if isinstance(turn, dict) else ""
 
 
 def _unwrapped(value: Any) -> Any:
@@ -160,7 +168,8 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
 
     def split(row: dict[str, Any]) -> dict[str, str]:
         turns = {
-            turn.get("from", turn.get("role")): turn.get("value", turn.get("content")) for turn in row["conversations"]
+            turn.get("from", turn.get("role")): turn.get("value", turn.get("content"))
+            for turn in row["conversations"] or []
         }
         question = turns.get("user", turns.get("human")) or ""
         answer = turns.get("assistant", turns.get("gpt")) or ""

@@ -12,7 +12,7 @@ _MOST_BYTES = 4  # of a character in UTF-8
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it puts a space before every text (SentencePiece's `add_dummy_prefix`: Llama 2, Mistral, Phi-3)."""
     first = tokenizer.convert_ids_to_tokens(_plain(tokenizer, "a")[:1])
-    return bool(first) and first[0].startswith(("\u2581", "\u0120"))
+    return bool(first) and isinstance(first[0], str) and first[0].startswith(("\u2581", "\u0120"))
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -46,7 +46,7 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str,
     short windows, since the text of a token can depend on the one before (a leading space), as streaming
     decoders do; the cost is linear in the number of tokens.
     """
-    lead = _lead(tokenizer, "")[1]
+    lead = _plain(tokenizer, "a")  # decoders may drop a space at the start
     ids, text, ends = lead + ids, "", []
     # First token of the window, first one whose text is not in `text` yet, and the text of those between.
     window, fresh, shown = 0, len(lead), _decode(tokenizer, lead)

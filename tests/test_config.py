@@ -214,6 +214,17 @@ def test_trl_options_read_from_source_are_trl_s_fields_and_defaults(kind):
             assert read[name].default == field.default, name
 
 
+def test_one_invalid_value_hides_no_other_fault():
+    words = ("weight_bridge=lora", "vllm_kwargs={tensor_parallel_size: 2}", "top_p=hot")
+    assert set(faults("teacher_rlt_tiny", *words)) == {"weight_bridge", "vllm_kwargs", "top_p"}
+
+
+def test_temperature_one_is_asked_of_a_reward_that_reads_the_teacher_alone():
+    words = ["unbias_teacher_log_probs=false", "temperature=0.7"]
+    for unread in ("kl_penalty_reward_coeff=0", "include_teacher_think_entropy=false", "reward_funcs=[format]"):
+        load_options(compose_run("teacher_rlt_tiny", [*words, unread]), repo=REPO)
+
+
 def test_the_formula_s_file_says_the_defaults():
     written = compose_run("score", [])
     of_dataclass = dataclasses.asdict(TeacherLogprobKL())

@@ -8,6 +8,7 @@ from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.errors import ConfigError
+from trainers.models import attention_of
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.model_shapes import FAMILY_DEFAULTS, model_shape, read_config
 
@@ -136,3 +137,12 @@ def test_config_that_cannot_be_had_is_told():
 def test_family_that_transformers_does_not_know_is_told():
     with pytest.raises(ConfigError, match="transformers cannot build it"):
         model_shape({"model_type": "nothing"}, "a/b")
+
+
+@pytest.mark.parametrize(("given", "capped"), [({}, True), ({"attn_logit_softcapping": None}, False)])
+def test_a_cap_of_the_scores_is_what_transformers_takes_a_config_for(given, capped):
+    config = {"model_type": "gemma2", **COMMON, **given}
+    shape = model_shape(config)
+    assert (shape.caps_scores, shape.eager_unless_told) == (capped, capped)
+    full = AutoConfig.for_model(**config)
+    assert (attention_of(None, full) == "eager") is capped

@@ -65,6 +65,31 @@ def test_a_warm_up_that_does_not_fit_is_told_by_name_before_anything_starts(monk
     assert finding.message.startswith("memory: the update phase needs") and not found.works
 
 
+def test_an_adapter_that_a_warm_up_will_leave_is_trained_on_as_it_will_be():
+    preset, start = "teacher_rlt_mono_24gb", "model_name_or_path=run:teacher_sft_24gb"
+    found = assess(problem(checked(preset, start, "lora_r=8"), machine(24)))
+    assert [(fault.key, fault.cause) for fault in found.start] == [
+        ("lora_r", "the adapter that is trained on has r=16")
+    ]
+    assert not assess(problem(checked(preset, start, "lora_r=16"), machine(24))).start
+    none = checked(preset, "model_name_or_path=run:teacher_sft", "adapter_start=continue")
+    (fault,) = assess(problem(none, machine(24))).start
+    assert fault.key == "adapter_start" and "leaves no adapter" in fault.cause
+
+
+def test_configs_of_bases_and_of_warm_ups_are_downloaded_with_patience(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(planning, "download_config", asked.append)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    monkeypatch.setattr(planning, "KNOWN_MODELS", {})
+    options = checked("teacher_rlt_mono_24gb", "student_model=run:teacher_sft_12gb").model_copy(
+        update={"model_name_or_path": str(tmp_path)}
+    )
+    planning._download_configs(options)
+    assert asked == ["Qwen/Qwen2.5-1.5B-Instruct", "some/base"]
+
+
 def test_who_ignores_the_plan_ignores_that_of_warm_ups():
     options = checked("teacher_rlt_tiny")
     composed, warmup = warmup_options("teacher_sft_tiny", options)

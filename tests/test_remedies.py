@@ -10,7 +10,7 @@ from planned import problem
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.plan.machine import Machine, planned_card
-from trainers.plan.remedies import host_remedy, nearest_fit
+from trainers.plan.remedies import host_remedy, knobs, nearest_fit
 from trainers.plan.solve import solve
 from trainers.plan.workload import GIB
 
@@ -109,3 +109,11 @@ def test_a_host_that_is_too_small_is_told_what_takes_less_of_it(run, words, offe
     assert last.endswith("a machine with more memory")
     for text in offered:
         assert solve(asked(run, machine(200, 2), *words, *text.split())).plan.host_need < solved.plan.host_need
+
+
+def test_a_length_that_is_not_set_is_not_halved():
+    options = load_options(compose_run("teacher_sft", ["max_length=null"]), repo=REPO, needs_device=False)
+    for gb in (24, 80):
+        changes = [str(change) for change in knobs(problem(options, machine(gb, 400)))]
+        assert changes and not any("max_length" in change for change in changes)
+    nearest_fit(problem(options, machine(24, 400)))

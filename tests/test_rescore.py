@@ -113,6 +113,13 @@ def test_folder_without_scores_is_refused(tmp_path):
         load_options(compose_run("rescore", [f"scores={tmp_path}"]))
 
 
+def test_scores_that_tell_no_formula_are_refused(tmp_path):
+    ScoreKeeper(tmp_path, by_batch=False, formula=TeacherLogprobKL()).keep(ROWS)
+    (tmp_path / "formula.json").unlink()
+    with pytest.raises(ConfigError, match=r"no formula\.json[\s\S]*keep_scores=true"):
+        load_options(compose_run("rescore", [f"scores={tmp_path}"]))
+
+
 def test_options_of_models_are_not_taken():
     with pytest.raises(ConfigError, match=r"student_temperature=0\.5: used by stage=rl and stage=score only, this run"):
         load_options(compose_run("rescore", ["scores=x", "student_temperature=0.5"]))

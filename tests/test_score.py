@@ -13,11 +13,10 @@ from conftest import REPO, ROWS
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.models import load_model
+from trainers.models import check_vocabulary, load_model
 from trainers.options import options_class
 from trainers.rescore import run_rescore
 from trainers.score import load_score_rows, run_score
-from trainers.scoring.loading import check_vocabulary
 
 
 def options(model_dir, file, **values):

@@ -1,10 +1,12 @@
 """The SFT stage: what the loss covers, and what data it refuses. Run: ./run_tests.sh tests/test_sft.py"""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
-from conftest import ROWS, TINY_MODEL
+from conftest import REPO, ROWS, TINY_MODEL
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
@@ -13,9 +15,11 @@ from trl import SFTTrainer
 
 from trainers import sft
 from trainers.checks import load_options
+from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
+from trainers.plan.planning import planned_options
 from trainers.sft import run_sft, sft_config
 from trainers.texts import check_traces, sft_rows
 from trainers.weights.adapter_files import open_adapter
@@ -191,6 +195,17 @@ def test_fresh_adapter_on_a_merge_finds_its_base_where_the_folder_moved(adapter_
     moved = out.rename(tmp_path / "kept")  # as a warm-up is, once it is whole
     assert open_adapter("k", str(moved)).base == str(moved / "merged_start")
     assert open_adapter("k", str(moved)).config["r"] == 2
+
+
+def test_a_tokenizer_that_goes_beyond_the_embedding_is_refused(model_dir, tokenizer, rows_file, tmp_path):
+    short = tmp_path / "model"
+    shutil.copytree(model_dir, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer) - 1}))
+    words = [f"model_name_or_path={short}", "model_init=null", f"dataset_id_or_path={rows_file}", "device=cpu"]
+    options = load_options(compose_run("teacher_sft_tiny", words), repo=REPO)
+    with pytest.raises(ConfigError, match="goes up to"):
+        run_sft(planned_options(options), tmp_path, str(short))
 
 
 def test_adapters_on_random_weights_are_refused(rows_file):

@@ -1,9 +1,12 @@
 """Texts, tokens and spans. Run: ./run_tests.sh tests/test_texts.py"""
 
 import json
+import shutil
 import unicodedata
 from copy import copy
+from pathlib import Path
 
+import mistral_common
 import pytest
 from conftest import ROWS
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -15,7 +18,7 @@ from data.load import load_rows
 from data.offsets import encode_with_ends, token_ends
 from data.render import Renderer
 from trainers.errors import ConfigError
-from trainers.models import choose_pad_token, make_tokenizer
+from trainers.models import choose_pad_token, load_tokenizer, make_tokenizer
 
 GOLDEN_TEACHER = """<|im_start|>system
 Explain.<|im_end|>
@@ -245,6 +248,24 @@ def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
     (tmp_path / "d.csv").write_text("question,solution\nq,007\nq,NA\n")
     rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert rows["solution"] == ["007", "NA"]
+
+
+def test_conversations_of_any_make_are_split_or_left_out(tmp_path, tags):
+    answer = "<|begin_of_thought|>\n\nAdd.<|end_of_thought|>\n\n<|begin_of_solution|>5<|end_of_solution|>"
+    turns = [{"role": "user", "content": "2+3?", "weight": 1}, {"role": "assistant", "content": answer, "weight": True}]
+    path = write(tmp_path / "d.jsonl", [{"conversations": each} for each in (turns, "none", None, [7])])
+    rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "2+3?", "solution": "5", "reasoning_trace": "Add."}]
+
+
+def test_mistral_s_own_tokenizer_beside_another_is_not_taken(tokenizer, tmp_path):
+    """That of mistral-common has no chat template."""
+    data = Path(mistral_common.__file__).parent / "data"
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    shutil.copy(data / "tekken_240911.json", tmp_path / "tekken.json")
+    loaded = load_tokenizer(str(tmp_path), None, None, "model_name_or_path", False)
+    assert loaded.chat_template == tokenizer.chat_template and loaded.get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_column_that_comes_late_or_changes_its_type_is_read_whatever_the_size(tmp_path, tags):

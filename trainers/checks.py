@@ -16,9 +16,9 @@ from trainers.options import CommonOptions, admits_none, options_class
 from trainers.plan.hardware import num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, micro_batch_choices
 from trainers.settings.config_faults import STAGES, invalid_faults, unknown_fault
-from trainers.settings.engine_specs import engine_faults
+from trainers.settings.engine_specs import ENGINE_FAULTS
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
-from trainers.settings.reward_specs import COEFFICIENTS, formula_faults, reward_faults, uses_student
+from trainers.settings.reward_specs import COEFFICIENTS, formula_faults, rescore_faults, reward_faults, uses_student
 from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults
 
 WITH_MODELS = ("sft", "rl", "score")
@@ -299,9 +299,8 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-@check(stages=("rl",))
-def _check_generation(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    return engine_faults(options)
+for _faults in ENGINE_FAULTS:  # each by itself: where one comes to read an invalid option, the others still tell
+    check(stages=("rl",))(lambda options, num_devices, repo, faults=_faults: faults(options))
 
 
 @check(stages=("rl",))
@@ -356,8 +355,4 @@ def _check_student_mode(options: Any, num_devices: int, repo: Path) -> list[Faul
 
 @check(stages=("rescore",))
 def _check_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    if options.scores is not None and list(Path(options.scores).expanduser().glob("*.safetensors")):
-        return []
-    cause = "no folder is named" if options.scores is None else "the folder holds no kept scores"
-    remedy = "scores=<output_dir>/scores of a run with keep_scores=true"
-    return [Fault("scores", options.scores, cause, remedy)]
+    return rescore_faults(options)

@@ -87,7 +87,9 @@ def load_tokenizer(path: str, chat_template: str | None, eos_token: str | None, 
         ConfigError: If it cannot be loaded, or `eos_token` is not in its vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, padding_side="left")
+        # Where a folder has Mistral's own tekken.json beside it, the tokenizer of mistral-common has no chat template.
+        kwargs = {"trust_remote_code": trust, "padding_side": "left", "mistral_format": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loadable(key, path, error)) from error
     if chat_template is not None:
@@ -100,6 +102,25 @@ def load_tokenizer(path: str, chat_template: str | None, eos_token: str | None, 
             raise ConfigError(Fault("eos_token", eos_token, cause, "name a token of its vocabulary"))
         tokenizer.eos_token = eos_token
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, key: str) -> None:
+    """See that a model has an embedding for each token.
+
+    Args:
+        rows: Of the embedding.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    added = tokenizer.added_tokens_decoder
+    # Special tokens that no text brings (Gemma 3's for images) may lie beyond; what pads a batch may not.
+    harmless = {i for i, token in added.items() if token.special} - {tokenizer.pad_token_id}
+    last, token = max((i, token) for token, i in tokenizer.get_vocab().items() if i not in harmless)
+    if last >= rows:
+        cause = f"its tokenizer goes up to {last} ({token!r}), and its embedding has {rows} rows"
+        remedy = "save it again with the tokenizer it was trained with, or after model.resize_token_embeddings"
+        raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: str) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
-from trainers.errors import ConfigError
-from trainers.scoring.kept_scores import load_formula, load_kept
-from trainers.settings.reward_specs import formula_faults
+from trainers.scoring.kept_scores import load_kept
+from trainers.settings.reward_specs import changed_formula, kept_formula
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,10 @@ def run_rescore(options: Any, output_dir: Path) -> Path:
         The file with the rewards.
     """
     folder = Path(options.scores).expanduser()
-    formula = changed_formula(options, load_formula(folder))
+    kept, values = kept_formula(folder), changed_formula(options)
+    changes = [f"{name} {kept[name]} -> {value}" for name, value in sorted(values.items()) if value != kept[name]]
+    logger.info("formula: as scored%s", f", but {', '.join(changes)}" if changes else "")
+    formula = TeacherLogprobKL(**values)
     rows = load_kept(folder)
     groups: dict[tuple[int, str, str], list[tuple[float, float]]] = defaultdict(list)
     path = output_dir / "rescored.jsonl"
@@ -46,21 +48,6 @@ def run_rescore(options: Any, output_dir: Path) -> Path:
         path,
     )
     return path
-
-
-def changed_formula(options: Any, kept: dict[str, Any]) -> TeacherLogprobKL:
-    """The formula that the scores were computed with, but for the options that are set.
-
-    Raises:
-        ConfigError: If they do not go together.
-    """
-    set_ = {name: getattr(options, name) for name in kept.keys() & options.model_fields_set}
-    values = kept | set_
-    if faults := formula_faults(values):
-        raise ConfigError(faults)
-    changes = [f"{name} {kept[name]} -> {value}" for name, value in sorted(set_.items()) if value != kept[name]]
-    logger.info("formula: as scored%s", f", but {', '.join(changes)}" if changes else "")
-    return TeacherLogprobKL(**values)
 
 
 def ranking_changes(groups: list[list[tuple[float, float]]]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
 from data.render import Renderer
+from trainers.config import named_run
 from trainers.engine import Engine, check_architecture
 from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
@@ -33,6 +34,7 @@ from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.watch.result import write_result
+from trainers.weights.adapter_files import base_of
 from trainers.weights.starts import load_teacher, resolve_start
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
     check_models(options)
+    if has_engine(options) and not named_run(options.model_name_or_path):
+        check_architecture(options, base_of(options.model_name_or_path, "model_name_or_path"), device, dtype)
     start = resolve_start(options, resolve_model(options.model_name_or_path, options), output_dir, dtype)
     teacher = make_renderer(options, start.tokenizer, "model_name_or_path")
     student_path = student = None
@@ -62,7 +66,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
     use_tensorboard_dir(output_dir)
-    if has_engine(options):
+    if has_engine(options) and named_run(options.model_name_or_path):
         check_architecture(options, start.path, device, dtype)
     model = load_teacher(options, start.path, dtype, start.adapter)
     engine = sentinel = student_reward = probes = None

@@ -10,6 +10,7 @@ from datasets import Dataset
 from data.explanation import written_explanation
 from data.load import read_rows, select_texts
 from data.render import Renderer
+from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
@@ -37,6 +38,8 @@ def run_score(options: Any, output_dir: Path) -> Path:
     device, dtype = resolve_place(options)
     rows = load_score_rows(options)
     check_models(options)
+    if any(named_run(getattr(options, key)) for key in MODELS):
+        planned_options(options, longest=1)  # what cannot be, however short the texts, is told before they are trained
     options = options.model_copy(update={key: resolve_model(getattr(options, key), options) for key in MODELS})
     teacher, student = (make_renderer(options, getattr(options, key), key) for key in MODELS)
     options = planned_options(options, longest=longest_text(rows, teacher, student))

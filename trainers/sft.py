@@ -10,6 +10,7 @@ from data.formats import Part
 from data.render import Renderer
 from trainers.errors import ConfigError, Fault
 from trainers.models import (
+    check_vocabulary,
     choose_pad_token,
     generation_end_ids,
     load_config,
@@ -124,6 +125,7 @@ def _tokenizer(options: Any, model_path: str | None, rows: Any) -> Any:
         names = [tag for pair in (tags.explanation, tags.thought, tags.solution) for tag in pair]
         tokenizer = make_tokenizer(texts, names, vocab_size)
     choose_pad_token(tokenizer, vocab_size, "model_name_or_path")
+    check_vocabulary(tokenizer, vocab_size, "model_name_or_path")
     return tokenizer
 
 

@@ -33,6 +33,7 @@ INHERITED = (
 # What the result depends on beside the configuration.
 CODE = (
     "data/formats.py",
+    "data/offsets.py",
     "data/render.py",
     "data/load.py",
     "trainers/sft.py",
@@ -127,14 +128,18 @@ def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | No
         logger.info("%s: kept from an earlier run in %s", path, folder)
         return str(folder)
     start = resolve_model(checked.model_name_or_path, checked, root)
+    from accelerate.utils.memory import clear_device_cache
+
     from trainers.plan.planning import planned_options
     from trainers.sft import run_sft
 
     logger.info("%s: training it now, later runs find it in %s", path, folder)
     # A folder of its own until it is whole: neither an interrupted warm-up nor one beside this can be taken for it.
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    planned = planned_options(checked.model_copy(update={"output_dir": str(partial)}))  # its disk counts
     partial.mkdir(parents=True, exist_ok=True)
-    run_sft(planned_options(checked), partial, start)
+    run_sft(planned, partial, start)
+    clear_device_cache(garbage_collection=True)  # a trainer holds itself: what comes next is planned with what is free
     if folder.exists():  # another run was first; both are alike
         shutil.rmtree(partial)
     else:

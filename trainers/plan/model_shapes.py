@@ -199,7 +199,7 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
         parameters["lm_head.weight"] = (vocab, hidden)
     positions = given["max_position_embeddings"]
     sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions, 2 * kv_heads * head_dim)
-    capped = bool(given.get("attn_logit_softcapping"))
+    capped = bool(config.get("attn_logit_softcapping", FAMILY_DEFAULTS[family].get("attn_logit_softcapping")))
     further = {"can_share_prompts": can_share_prompts(config), "caps_scores": capped, "eager_unless_told": capped}
     return ModelShape(name, family, parameters, prefix, *sizes, **further)
 

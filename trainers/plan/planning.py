@@ -19,7 +19,15 @@ from trainers.settings.engine_specs import device_faults, position_faults, quant
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import WARMUPS, waiting, warmup_options
-from trainers.weights.adapter_files import base_of, is_adapter, is_continued, looks_local, open_adapter
+from trainers.weights.adapter_files import (
+    LORA_OPTIONS,
+    base_of,
+    is_adapter,
+    is_continued,
+    looks_local,
+    lora_differences,
+    open_adapter,
+)
 from trainers.weights.hub import download_config
 
 logger = logging.getLogger(__name__)
@@ -197,9 +205,7 @@ def planned_options(options: Any, devices: int = 1, longest: int | None = None) 
     Raises:
         ConfigError: If it does not fit, with the nearest settings that do, or could not start.
     """
-    for path in (getattr(options, key) for key in model_keys(options)):
-        if path is not None and not (named_run(path) or looks_local(path) or path in KNOWN_MODELS):
-            download_config(path)
+    _download_configs(options)
     found = assess(problem_of(options, devices=devices, longest=longest))
     logger.info("%s", found.text(full=found.solved.plan.work.device == "cuda"))
     start, memory = found.with_warmups("start"), found.with_warmups("memory") + found.disk
@@ -208,6 +214,18 @@ def planned_options(options: Any, devices: int = 1, longest: int | None = None) 
     for fault in memory:
         logger.warning("ignore_memory_plan: %s", fault)
     return found.solved.options
+
+
+def _download_configs(options: Any) -> None:
+    """Take time for what a plan asks the hub of in passing: the models' configs, those of their adapters' bases and
+    those of the warm-ups."""
+    named = {key: getattr(options, key) for key in model_keys(options)}
+    for warmup in (warmup for path in named.values() for warmup in waiting(path, options)):
+        _download_configs(warmup.options)
+    for key, path in named.items():
+        base = None if path is None or named_run(path) else base_of(path, key)
+        if base is not None and not looks_local(base) and base not in KNOWN_MODELS:
+            download_config(base)
 
 
 def start_faults(solved: Solved) -> list[Fault]:
@@ -222,8 +240,23 @@ def start_faults(solved: Solved) -> list[Fault]:
         faults += position_faults(options, work.teacher.max_positions)
         path, key = options.model_name_or_path, "model_name_or_path"
         config = {} if named_run(path) else read_config(base_of(path, key), key)
+        faults += _differences_from_warmup(options, path)
         faults += quantized_teacher_faults(options, config.get("quantization_config"))
     return faults
+
+
+def _differences_from_warmup(options: Any, path: str) -> list[Fault]:
+    """What is wrong with training on the adapter that a warm-up will leave, or with there being none."""
+    name = named_run(path)
+    if name is None or not is_continued(options):
+        return []
+    warmup = warmup_options(name, options, needs_device=False)[1]
+    if warmup.use_peft:
+        return list(lora_differences(options, {theirs: getattr(warmup, ours) for ours, theirs in LORA_OPTIONS.items()}))
+    if options.adapter_start == "auto":  # a fresh adapter on what it leaves
+        return []
+    cause = f"{path} leaves no adapter: it trains every weight"
+    return [Fault("adapter_start", options.adapter_start, cause, "adapter_start=auto")]
 
 
 def memory_faults(problem: Problem, solved: Solved, nearest: Change | None) -> list[Fault]:

@@ -17,6 +17,11 @@ from trainers.settings.optim_specs import TORCH_DTYPES
 
 Settings = dict[str, Any]
 
+
+class Times(float):
+    """In place of a value: so many times what it is."""
+
+
 # What takes less of the device, no more of the host, and leaves the method as it is, the least painful first: options
 # that were set go back to what they are by default, or to what is slower.
 FRUGAL: tuple[Settings, ...] = (
@@ -46,9 +51,10 @@ PLACES: tuple[tuple[tuple[Settings, int], ...], ...] = (
 LORA = {"use_peft": True, "optim": "auto", "sync_ref_model": False, "reference_mode": "auto", "weight_bridge": None}
 # What changes the method.
 RANK: Settings = {"lora_r": 16}
-SHORTER: tuple[Settings, ...] = ({"max_completion_length": 0.5}, {"max_prompt_length": 0.5}, {"max_length": 0.5})
+HALF = Times(0.5)
+SHORTER: tuple[Settings, ...] = ({"max_completion_length": HALF}, {"max_prompt_length": HALF}, {"max_length": HALF})
 OTHERS: tuple[Settings, ...] = (
-    {"max_completion_length": 2.0},
+    {"max_completion_length": Times(2)},
     {"beta": 0.0, "sync_ref_model": False},
 )
 
@@ -88,8 +94,8 @@ def _changed(options: Any, knob: Settings) -> Settings:
         if not hasattr(options, key):
             continue
         now = getattr(options, key)
-        if isinstance(value, float) and isinstance(now, int):
-            value = max(16, int(now * value))
+        if isinstance(value, Times):
+            value = None if now is None else max(16, int(now * value))
         if value != now:
             settings[key] = value
     leads = next(iter(knob))
@@ -273,6 +279,7 @@ OF_HOST: dict[str, tuple[Settings, ...]] = {
     "activations": ({"activation_offloading": False},),
     "optimizer on the host": ({"optim": "adamw_8bit"},),
     "reference": ({"reference_mode": "resident"}, {"beta": 0.0, "sync_ref_model": False}),
+    "teacher": ({"reference_mode": "resident"}, {"reference_mode": "streamed"}),
     "student": ({"student_mode": "resident"}, {"student_mode": "streamed"}),  # from disk, where the host has no room
 }
 

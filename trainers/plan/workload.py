@@ -202,12 +202,6 @@ class Plan:
         return self.fits_device and self.fits_host
 
     @property
-    def missing(self) -> int:
-        """Bytes that device and host are short of, together."""
-        host = 0 if self.fits_host else self.host_need - self.host_free
-        return max(0, self.peak - self.available) + host
-
-    @property
     def spare(self) -> float:
         """Share of the available memory that stays free at the peak; negative where it does not fit."""
         return 1 - self.peak / self.available

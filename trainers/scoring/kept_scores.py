@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from trainers.settings.reward_specs import FORMULA_FILE
 
-FORMULA = "formula.json"
 TENSORS = ("solution_logprobs", "teacher_logprobs", "student_logprobs")
 
 
@@ -47,7 +47,7 @@ class ScoreKeeper:
     def __init__(self, folder: Path, by_batch: bool, formula: TeacherLogprobKL) -> None:
         self.folder, self.by_batch, self._count = folder, by_batch, len(list(folder.glob("*.safetensors")))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FORMULA).write_text(json.dumps(asdict(formula), indent=2) + "\n", encoding="utf-8")
+        (folder / FORMULA_FILE).write_text(json.dumps(asdict(formula), indent=2) + "\n", encoding="utf-8")
 
     def keep(self, rows: list[KeptRow]) -> None:
         """Write a batch; nothing is written for an empty one."""
@@ -68,11 +68,6 @@ class ScoreKeeper:
         stem = self.folder / f"batch_{self._count:05d}"
         pd.DataFrame(table).to_parquet(stem.with_suffix(".parquet"))
         save_file(tensors, stem.with_suffix(".safetensors"))
-
-
-def load_formula(folder: Path) -> dict[str, Any]:
-    """The options of the formula that the kept rewards were computed with."""
-    return json.loads((folder / FORMULA).read_text(encoding="utf-8"))
 
 
 def load_kept(folder: Path) -> list[KeptRow]:

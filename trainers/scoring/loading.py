@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedTokenizerBase
 
 from data.render import Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
@@ -14,6 +13,7 @@ from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 from trainers.models import (
     attention_of,
+    check_vocabulary,
     choose_pad_token,
     generation_end_ids,
     load_config,
@@ -55,25 +55,6 @@ def make_renderer(options: Any, path: str, key: str) -> Renderer:
     check_vocabulary(tokenizer, rows, key)
     kwargs = options.chat_template_kwargs if is_teacher else options.student_chat_template_kwargs
     return Renderer(tokenizer, tag_format(options), kwargs, key, generation_end_ids(base, trust))
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, key: str) -> None:
-    """See that a model has an embedding for each token.
-
-    Args:
-        rows: Of the embedding.
-
-    Raises:
-        ConfigError: If it has not.
-    """
-    added = tokenizer.added_tokens_decoder
-    # Special tokens that no text brings (Gemma 3's for images) may lie beyond; what pads a batch may not.
-    harmless = {i for i, token in added.items() if token.special} - {tokenizer.pad_token_id}
-    last, token = max((i, token) for token, i in tokenizer.get_vocab().items() if i not in harmless)
-    if last >= rows:
-        cause = f"its tokenizer goes up to {last} ({token!r}), and its embedding has {rows} rows"
-        remedy = "save it again with the tokenizer it was trained with, or after model.resize_token_embeddings"
-        raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
 
 
 def check_models(options: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import Fault
+from trainers.settings.reward_specs import reads_teacher_logprobs
 from trainers.settings.trl_options import class_body, trl_options
 
 # Names of the Atropos trainer for the same things.
@@ -85,19 +86,19 @@ def vllm_arguments() -> frozenset[str]:
     return frozenset(names)
 
 
-def engine_faults(options: Any) -> list[Fault]:
-    """What is wrong with the options of generation, as far as that shows without loading anything."""
-    faults = _bridge_faults(options) + _kwargs_faults(options) + _rollout_faults(options)
-    if not options.use_vllm:
-        cause = "use_vllm=false generates with transformers, without an engine"
-        for key, unset in ENGINE_ONLY.items():
-            if getattr(options, key) not in unset:
-                faults.append(Fault(key, getattr(options, key), cause, "leave it out, or use_vllm=true"))
-    faults += _sampling_faults(options)
-    if options.use_peft and options.reference_mode != "auto":
-        cause = "with use_peft the reference is the teacher itself, its adapters aside: no second model is loaded"
-        faults.append(Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto"))
-    return faults
+def _engine_only_faults(options: Any) -> list[Fault]:
+    if options.use_vllm:
+        return []
+    cause = "use_vllm=false generates with transformers, without an engine"
+    given = {key: getattr(options, key) for key, unset in ENGINE_ONLY.items() if getattr(options, key) not in unset}
+    return [Fault(key, value, cause, "leave it out, or use_vllm=true") for key, value in given.items()]
+
+
+def _reference_faults(options: Any) -> list[Fault]:
+    if not options.use_peft or options.reference_mode == "auto":
+        return []
+    cause = "with use_peft the reference is the teacher itself, its adapters aside: no second model is loaded"
+    return [Fault("reference_mode", options.reference_mode, cause, "reference_mode=auto")]
 
 
 @cache
@@ -140,11 +141,8 @@ def _generation_kwargs_faults(options: Any) -> list[Fault]:
 
 
 def _sampling_faults(options: Any) -> list[Fault]:
-    faults, given = _generation_kwargs_faults(options), options.generation_kwargs or {}
-    coefficients = options.kl_penalty_reward_coeff
-    has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
-    reads_teacher = has_kl and options.include_teacher_think_entropy and "teacher_logprob_kl" in options.reward_funcs
-    if options.use_vllm and reads_teacher:
+    faults, given = [], options.generation_kwargs or {}
+    if options.use_vllm and reads_teacher_logprobs(options):
         cause = (
             "vLLM tells log-probabilities of what it makes of the distribution, and the reward's KL needs the teacher's"
         )
@@ -152,6 +150,7 @@ def _sampling_faults(options: Any) -> list[Fault]:
         reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
         faults += [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
         named = [name for name, neutral in RESHAPING_KWARGS.items() if given.get(name) not in (None, neutral)]
+        remedy = remedy.replace("use_vllm=false, ", "")  # transformers has other names for them, or none
         faults += [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
     return faults
 
@@ -265,3 +264,15 @@ def _rollout_faults(options: Any) -> list[Fault]:
         cause = "without the engine there is no generation to overlap with"
         faults.append(Fault("overlap_scoring", True, cause, "overlap_scoring=false"))
     return faults
+
+
+# What is wrong with the options of generation, as far as that shows without loading anything.
+ENGINE_FAULTS = (
+    _bridge_faults,
+    _kwargs_faults,
+    _rollout_faults,
+    _engine_only_faults,
+    _generation_kwargs_faults,
+    _sampling_faults,
+    _reference_faults,
+)

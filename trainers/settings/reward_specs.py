@@ -2,9 +2,11 @@
 
 import difflib
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Mapping
 from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from trainers.errors import Fault
@@ -44,6 +46,13 @@ def uses_student(options: Any) -> bool:
     return any(name in OF_STUDENT for name in options.reward_funcs if isinstance(name, str))
 
 
+def reads_teacher_logprobs(options: Any) -> bool:
+    """Whether a reward of stage=rl depends on how likely the teacher was to write what it wrote."""
+    coefficients = options.kl_penalty_reward_coeff
+    has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
+    return has_kl and options.include_teacher_think_entropy and "teacher_logprob_kl" in options.reward_funcs
+
+
 def model_keys(options: Any) -> tuple[str, ...]:
     """The options that name the models which this run loads."""
     return ("model_name_or_path", "student_model") if uses_student(options) else ("model_name_or_path",)
@@ -74,6 +83,34 @@ def formula_faults(formula: Mapping[str, Any]) -> list[Fault]:
     return faults
 
 
+FORMULA_FILE = "formula.json"  # beside kept scores
+
+
+def kept_formula(folder: Path) -> dict[str, Any]:
+    """The options of the formula that kept rewards were computed with."""
+    return json.loads((folder / FORMULA_FILE).read_text(encoding="utf-8"))
+
+
+def rescore_faults(options: Any) -> list[Fault]:
+    """What is wrong with a folder of kept scores, or with another formula for them."""
+    remedy = "scores=<output_dir>/scores of a run with keep_scores=true"
+    if options.scores is None:
+        return [Fault("scores", None, "no folder is named", remedy)]
+    folder = Path(options.scores).expanduser()
+    if not list(folder.glob("*.safetensors")):
+        return [Fault("scores", options.scores, "the folder holds no kept scores", remedy)]
+    if not (folder / FORMULA_FILE).is_file():
+        cause = f"the folder has no {FORMULA_FILE}: it does not tell by which formula its rewards were computed"
+        return [Fault("scores", options.scores, cause, "score them again with keep_scores=true")]
+    return formula_faults(changed_formula(options))
+
+
+def changed_formula(options: Any) -> dict[str, Any]:
+    """The formula of kept scores, but for the options that are set."""
+    kept = kept_formula(Path(options.scores).expanduser())
+    return kept | {name: getattr(options, name) for name in kept.keys() & options.model_fields_set}
+
+
 def reward_faults(options: Any) -> list[Fault]:
     """Every fault of `reward_funcs` and of the options that go with it."""
     entries = options.reward_funcs
@@ -94,7 +131,7 @@ def reward_faults(options: Any) -> list[Fault]:
     if "accuracy" in entries and _module_is_missing("math_verify"):
         cause = "accuracy needs the package math-verify, which is not installed"
         faults.append(Fault("reward_funcs", entries, cause, "pip install 'math-verify[antlr4_9_3]'"))
-    if not options.unbias_teacher_log_probs and options.temperature != 1:
+    if not options.unbias_teacher_log_probs and options.temperature != 1 and reads_teacher_logprobs(options):
         cause = f"the reward reads the log-probs of the rollout, which are those at temperature {options.temperature:g}"
         remedy = "unbias_teacher_log_probs=true, or temperature=1; stage=score can do without"
         faults.append(Fault("unbias_teacher_log_probs", False, cause, remedy))

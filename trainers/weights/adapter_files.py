@@ -5,7 +5,7 @@ Imports neither torch nor peft: a fault here is told before anything is loaded.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,15 @@ def _continue_faults(options: Any, adapter: AdapterFiles) -> Iterator[Fault]:
         cause = f"an adapter on {' and '.join(outer)} cannot be trained on: {NO_ADAPTER}"
         yield Fault("model_name_or_path", path, cause, "adapter_start=merge")
         return
+    yield from lora_differences(options, config)
+
+
+def lora_differences(options: Any, config: Mapping[str, Any]) -> Iterator[Fault]:
+    """Options of a fresh adapter that are set, and are not what the adapter that is trained on has.
+
+    Args:
+        config: Of that adapter, as peft writes it.
+    """
     for key, name in LORA_OPTIONS.items():
         ours, theirs = getattr(options, key), config.get(name)
         if key not in options.model_fields_set or ours == "all-linear":  # that one needs the model: see adapters.py
