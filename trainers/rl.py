@@ -52,8 +52,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     own = own_functions(options)
     rows, eval_rows = load_train_rows(options), load_eval_rows(options)
     check_models(options)
-    if has_engine(options) and not named_run(options.model_name_or_path):
-        check_architecture(options, base_of(options.model_name_or_path, "model_name_or_path"), device, dtype)
+    refuse_architecture(options, options.model_name_or_path, device, dtype)
     start = resolve_start(options, resolve_model(options.model_name_or_path, options), output_dir, dtype)
     teacher = make_renderer(options, start.tokenizer, "model_name_or_path")
     student_path = student = None
@@ -66,8 +65,8 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
     use_tensorboard_dir(output_dir)
-    if has_engine(options) and named_run(options.model_name_or_path):
-        check_architecture(options, start.path, device, dtype)
+    if named_run(options.model_name_or_path):
+        refuse_architecture(options, start.path, device, dtype)
     model = load_teacher(options, start.path, dtype, start.adapter)
     engine = sentinel = student_reward = probes = None
     if has_engine(options):
@@ -102,6 +101,13 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     )
     train_and_report(trainer, options, output_dir)
     return output_dir
+
+
+def refuse_architecture(options: Any, path: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a teacher that the engine has no class for, before anything is trained or loaded; one that a warm-up makes
+    is looked at when it is there."""
+    if has_engine(options) and not named_run(path):
+        check_architecture(options, base_of(path, "model_name_or_path"), device, dtype)
 
 
 def load_reference(
