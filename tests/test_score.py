@@ -170,6 +170,15 @@ def test_a_tokenizer_that_goes_beyond_the_embedding_is_refused(model_dir, tokeni
         run_score(options(model_dir, file, student_model=str(short)), tmp_path)
 
 
+def test_what_cannot_be_is_told_before_a_warm_up_is_trained_for_it(model_dir, tmp_path, monkeypatch):
+    chosen = options(model_dir, write(tmp_path / "rows.jsonl", [{**ROWS[0], "explanation": "2+3=5"}]))
+    chosen = chosen.model_copy(update={"student_model": "run:student_sft_tiny"})
+    monkeypatch.setattr("trainers.plan.machine.host_room", lambda: (2**30, 2**29))
+    monkeypatch.setattr("trainers.score.resolve_model", lambda *_: pytest.fail("a warm-up was trained"))
+    with pytest.raises(ConfigError, match="memory"):
+        run_score(chosen, tmp_path)
+
+
 def test_missing_explanations_are_named(model_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"needs explanation[\s\S]*explanation_column="):
         run_score(options(model_dir, write(tmp_path / "rows.jsonl", ROWS)), tmp_path)

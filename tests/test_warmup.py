@@ -3,12 +3,14 @@
 Training is replaced by writing an empty model folder; test_sft.py and test_end_to_end.py train for real.
 """
 
+from pathlib import Path
+
 import pytest
 
 from trainers import sft, warmup
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, Fault
 
 
 def options(*overrides):
@@ -77,3 +79,17 @@ def test_a_warm_up_that_leaves_an_adapter_is_kept_too(monkeypatch, tmp_path):
     first = warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
     assert warmup.resolve_model("run:student_sft_tiny", options(), tmp_path) == first
     assert len(calls) == 1
+
+
+def test_a_warm_up_is_planned_for_its_own_disk_and_refused_before_it_leaves_anything(monkeypatch, tmp_path):
+    planned = []
+
+    def refuse(options):
+        planned.append(Path(options.output_dir))
+        raise ConfigError(Fault("disk", ..., "full", "make room"))
+
+    monkeypatch.setattr("trainers.plan.planning.planned_options", refuse)
+    options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
+    with pytest.raises(ConfigError, match="full"):
+        warmup.resolve_model("run:student_sft_tiny", options, tmp_path)
+    assert planned[0].parent == tmp_path / "results/warmup" and not planned[0].exists()

@@ -55,11 +55,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     refuse_architecture(options, options.model_name_or_path, device, dtype)
     start = resolve_start(options, resolve_model(options.model_name_or_path, options), output_dir, dtype)
     teacher = make_renderer(options, start.tokenizer, "model_name_or_path")
-    student_path = student = None
-    if uses_student(options):
-        student_path = resolve_model(options.student_model, options)
-        student_path = whole_model(options, "student_model", student_path, output_dir, dtype)
-        student = make_renderer(options, student_path, "student_model")
+    student = resolve_student(options, output_dir, dtype) if uses_student(options) else None
     train_set = rl_rows(rows, teacher, options, "training questions")
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
@@ -77,7 +73,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     if student is None:
         logger.info("no reward function asks the student: none is loaded")
     else:
-        scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples_of(rows))
+        scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
         student_reward = make_student_reward(options, scorer, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
         probes = Probes(student_reward.scorer, options.num_probes, options.student_tokens_per_pass)
@@ -101,6 +97,13 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     )
     train_and_report(trainer, options, output_dir)
     return output_dir
+
+
+def resolve_student(options: Any, output_dir: Path, dtype: torch.dtype) -> tuple[str, Renderer]:
+    """The folder or hub id of the student, trained and merged where that is to be done, and its texts."""
+    path = resolve_model(options.student_model, options)
+    path = whole_model(options, "student_model", path, output_dir, dtype)
+    return path, make_renderer(options, path, "student_model")
 
 
 def refuse_architecture(options: Any, path: str, device: torch.device, dtype: torch.dtype) -> None:

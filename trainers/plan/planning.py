@@ -181,7 +181,7 @@ def assess(problem: Problem) -> Assessment:
     hub, kept, warmups = downloads(options, (problem.teacher, problem.student)), 0, {}
     for warmup in ahead.values():
         teacher, student = shapes_of(warmup.options)
-        its = replace(problem, options=warmup.options, teacher=teacher, student=student)
+        its = replace(problem, options=warmup.options, teacher=teacher, student=student, longest=None)
         warmups[warmup.name] = _assess_alone(its)
         kept += sum(warmups[warmup.name].solved.plan.disk.values())
         hub |= downloads(warmup.options, (teacher, student))
