@@ -167,12 +167,12 @@ def test_packages_are_compared_with_the_lock(monkeypatch, version, level):
     assert finding.level == level and "trl" in finding.message
 
 
-def test_wandb_without_an_account_fails(monkeypatch, tmp_path):
+def test_wandb_without_an_account_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     found = preflight.preflight("teacher_rlt_tiny", ["report_to=wandb"])
-    assert levels(found.findings, "wandb") == ["error"]
+    assert levels(found.findings, "wandb") == ["warning"]  # the run logs offline
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert levels(preflight.preflight("teacher_rlt_tiny", ["report_to=wandb"]).findings, "wandb") == ["ok"]
 

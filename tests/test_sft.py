@@ -188,6 +188,12 @@ def test_sft_trains_an_adapter_on_or_every_weight_of_its_merge(adapter_run, rows
     assert len(trainer.gradients) == len(dict(trainer.model.named_parameters()))
 
 
+def test_held_out_data_may_be_evaluated_at_the_start_alone(model_dir, rows_file, tmp_path):
+    held_out = {"eval_on_start": True, "eval_dataset_id_or_path": str(rows_file)}
+    _, trainer = sft_run(tmp_path, rows_file, model_name_or_path=str(model_dir), **held_out)
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == [0]
+
+
 def test_fresh_adapter_on_a_merge_finds_its_base_where_the_folder_moved(adapter_run, rows_file, tmp_path):
     start, chosen = str(adapter_run[0]), {"use_peft": True, "adapter_start": "merge", "lora_r": 2}
     out, _ = sft_run(tmp_path / "partial", rows_file, model_name_or_path=start, **chosen)

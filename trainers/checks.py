@@ -18,7 +18,15 @@ from trainers.settings.batch import batch_plan, check_batch, micro_batch_choices
 from trainers.settings.config_faults import STAGES, invalid_faults, unknown_fault
 from trainers.settings.engine_specs import ENGINE_FAULTS
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
+from trainers.settings.reporting import hub_faults, report_faults
 from trainers.settings.reward_specs import COEFFICIENTS, formula_faults, rescore_faults, reward_faults, uses_student
+from trainers.settings.trl_faults import (
+    accelerator_faults,
+    checkpointing_faults,
+    loss_faults,
+    packing_faults,
+    schedule_faults,
+)
 from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults
 
 WITH_MODELS = ("sft", "rl", "score")
@@ -299,22 +307,16 @@ def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return faults
 
 
-for _faults in ENGINE_FAULTS:  # each by itself: where one comes to read an invalid option, the others still tell
-    check(stages=("rl",))(lambda options, num_devices, repo, faults=_faults: faults(options))
-
-
-@check(stages=("rl",))
-def _check_reward_funcs(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    return reward_faults(options)
-
-
-@check(stages=("rl",))
-def _check_loss(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    mode = options.vllm_importance_sampling_mode
-    if options.loss_type != "vespo" or mode.startswith("token"):
-        return []
-    cause, remedy = "vespo corrects the sampling token by token", "token_mask or token_truncate"
-    return [Fault("vllm_importance_sampling_mode", mode, cause, f"vllm_importance_sampling_mode={remedy}")]
+# Each by itself: where one comes to read an invalid option, the others still tell.
+_OF_OPTIONS_ALONE = {
+    ("rl",): (*ENGINE_FAULTS, loss_faults, reward_faults, accelerator_faults),
+    ("sft",): (packing_faults,),
+    TRAINING: (checkpointing_faults, schedule_faults, report_faults, hub_faults),
+    ("rescore",): (rescore_faults,),
+}
+for _stages, _all in _OF_OPTIONS_ALONE.items():
+    for _faults in _all:
+        check(stages=_stages)(lambda options, num_devices, repo, faults=_faults: faults(options))
 
 
 @check(stages=("rl", "score"))
@@ -351,8 +353,3 @@ def _check_student_mode(options: Any, num_devices: int, repo: Path) -> list[Faul
         return []
     cause = "the layers of a quantized student cannot be streamed"
     return [Fault("student_mode", "streamed", cause, "student_mode=resident, or student_quantization=null")]
-
-
-@check(stages=("rescore",))
-def _check_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
-    return rescore_faults(options)

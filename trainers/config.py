@@ -1,12 +1,16 @@
 """From the command line to a composed configuration (Hydra)."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from trainers.errors import ConfigError, Fault
 
@@ -68,9 +72,36 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         else:
             name, equals, value = argument.lstrip("+").partition("=")
             result.append(f"++{SAME.get(name, name)}{equals}{value}")
+    _check_grammar(word for word in result if "=" in word and not word.startswith("-"))
     stages = {f"++stage={stage}": stage for stage in ("score", "rescore", "merge")}
     default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
     return [f"run_cfg={run or default}", *result]
+
+
+def _check_grammar(overrides: Iterable[str]) -> None:
+    faults, parser = [], OverridesParser.create()
+    for word in overrides:
+        try:
+            parser.parse_override(word)
+        except HydraException:
+            key, _, value = word.lstrip("+").partition("=")
+            remedy = f"""in quotes, the shell's around Hydra's: '{key}="{value}"'"""
+            faults.append(Fault(key, value, "this is no value in Hydra's grammar", remedy))
+    if faults:
+        raise ConfigError(faults)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration as a flat mapping.
+
+    Raises:
+        ConfigError: If a `${...}` in it leads nowhere.
+    """
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        cause = (error.msg or str(error)).splitlines()[0]
+        raise ConfigError(Fault(error.full_key or "configuration", ..., cause, "correct what stands in ${}")) from error
 
 
 def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -78,4 +109,4 @@ def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("train", overrides=hydra_arguments([*([name] if name else []), *(overrides or [])]))
-    return OmegaConf.to_container(config, resolve=True)
+    return resolved(config)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from trainers.settings.trl_choices import DERIVED, TRL_AUTO, TRL_CHOICES, TRL_LIMITS
+from trainers.settings.trl_choices import DERIVED, LOSSES, TRL_AUTO, TRL_CHOICES, TRL_LIMITS
 from trainers.settings.trl_options import trl_options
 
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
@@ -293,7 +293,7 @@ def _with_trl(base: type[CommonOptions], kind: str) -> type[CommonOptions]:
     for name, option in trl_options(kind).items():
         if name in base.model_fields or name in DERIVED:
             continue
-        annotation = TRL_CHOICES.get(name, option.annotation)
+        annotation = LOSSES[kind] if name == "loss_type" else TRL_CHOICES.get(name, option.annotation)
         if name in TRL_LIMITS:
             annotation = Annotated[annotation, Field(**TRL_LIMITS[name])]
         if name in TRL_AUTO:

@@ -53,7 +53,8 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     """
     device, dtype = resolve_place(options)
     rows = load_train_rows(options)
-    eval_rows = load_eval_rows(options) if options.eval_strategy != "no" else None
+    evaluates = options.eval_strategy != "no" or options.eval_on_start
+    eval_rows = load_eval_rows(options) if evaluates else None
     check_traces(rows, options)
     start = None if model_path is None else resolve_start(options, model_path, output_dir, dtype)
     tokenizer = _tokenizer(options, None if start is None else start.tokenizer, rows)

@@ -20,6 +20,7 @@ from trainers.plan.machine import GB, Machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of
 from trainers.plan.solve import Problem, Solved, device_of
 from trainers.plan.workload import GIB
+from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
 from trainers.weights.hub import asked_config, is_downloaded
 
@@ -257,20 +258,14 @@ def _unplanned(options: Any, machine: Machine | None) -> list[Finding]:
 
 
 def _wandb(options: Any) -> Finding:
-    report_to = getattr(options, "report_to", "none")
-    if "wandb" not in (report_to if isinstance(report_to, list) else [report_to]):
+    if "wandb" not in reporters(options):
         return Finding("wandb", "ok", "not asked for (report_to)")
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
-        return Finding("wandb", "ok", f"WANDB_MODE={os.environ.get('WANDB_MODE', 'online')}")
-    import netrc
-
-    try:
-        known = netrc.netrc().authenticators("api.wandb.ai")
-    except (OSError, netrc.NetrcParseError):  # no such file, or not ours to judge
-        known = None
-    if known:
-        return Finding("wandb", "ok", "logged in")
-    return Finding("wandb", "error", "no account is known", "wandb login, WANDB_MODE=offline or report_to=tensorboard")
+    if wandb_is_offline():
+        cause = "no account is known: the run logs offline, for `wandb sync` to send afterwards"
+        return Finding("wandb", "warning", cause, "wandb login, or WANDB_MODE=offline to say so")
+    if mode := os.environ.get("WANDB_MODE"):
+        return Finding("wandb", "ok", f"WANDB_MODE={mode}")
+    return Finding("wandb", "ok", "logged in")
 
 
 def _models(options: Any) -> list[Finding]:

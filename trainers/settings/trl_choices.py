@@ -17,6 +17,15 @@ TRL_LIMITS: dict[str, dict[str, Any]] = {
     "vllm_gpu_memory_utilization": {"gt": 0, "le": 1},
     "num_iterations": {"ge": 1},
     "warmup_steps": {"ge": 0},
+    "neftune_noise_alpha": {"gt": 0},
+    "adam_beta1": {"ge": 0, "lt": 1},
+    "adam_beta2": {"ge": 0, "lt": 1},
+    "adam_epsilon": {"ge": 0},
+    "weight_decay": {"ge": 0},
+    "max_grad_norm": {"ge": 0},
+    "epsilon": {"ge": 0},
+    "top_entropy_quantile": {"gt": 0, "le": 1},
+    "num_train_epochs": {"gt": 0},
 }
 # Options of TRL that the plan of memory may decide.
 TRL_AUTO = ("per_device_train_batch_size", "vllm_gpu_memory_utilization")
@@ -31,7 +40,13 @@ TRL_CHOICES: dict[str, Any] = {
     "importance_sampling_level": Literal["token", "sequence"],
     "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
     "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
-    "loss_type": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
+    "log_level": Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
+    "packing_strategy": Literal["bfd", "bfd_split", "wrapped"],
+    "truncation_mode": Literal["keep_start", "keep_end"],
+}
+LOSSES = {
+    "grpo": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
+    "sft": Literal["nll", "dft"],
 }
 
 # Options of TRL that this project sets itself, and the one to use instead.
@@ -75,6 +90,11 @@ DERIVED = {
     "assistant_only_loss": "the loss covers what the model writes, nothing before",
     "dataset_text_field": "use question_column, solution_column and reasoning_trace_column",
     "chat_template_path": "use chat_template",
+    "pad_token": "a token that is not the end of turn is chosen by itself",
+    "use_liger_kernel": "TRL takes it out, and its kernels have not been tried on shared weights",
+    "liger_kernel_config": "TRL takes it out, and its kernels have not been tried on shared weights",
+    "include_for_metrics": "no further metrics are computed",
+    "batch_eval_metrics": "no further metrics are computed",
     "optim_args": "optim has no further arguments here",
     "optim_target_modules": "it is for optimizers that this project has not",
     "disable_tqdm": "a bar on a terminal, plain lines elsewhere, is chosen by itself",

@@ -1,0 +1,72 @@
+"""What TRL and transformers would refuse of their own options only once a model is loaded; told before."""
+
+from typing import Any
+
+from trainers.errors import Fault
+
+CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+# What schedules cannot do without: one of these.
+SCHEDULES = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+
+
+def schedule_faults(options: Any) -> list[Fault]:
+    """Schedules of the learning rate that need an argument."""
+    needed, given = SCHEDULES.get(options.lr_scheduler_type, ()), options.lr_scheduler_kwargs or {}
+    if not needed or not isinstance(given, dict) or any(given.get(name) is not None for name in needed):
+        return []
+    value = {"num_decay_steps": "10"}.get(needed[0], "1e-7")
+    remedy = f"lr_scheduler_kwargs={{{needed[0]}: {value}}}"
+    return [Fault("lr_scheduler_type", options.lr_scheduler_type, f"it needs {' or '.join(needed)}", remedy)]
+
+
+def accelerator_faults(options: Any) -> list[Fault]:
+    """Batches of texts cannot be cut up and sent to other processes."""
+    given = options.accelerator_config
+    if not isinstance(given, dict) or not given.get("dispatch_batches"):
+        return []
+    return [Fault("accelerator_config", given, "RL's batches are texts, which cannot be dispatched", "leave it out")]
+
+
+def checkpointing_faults(options: Any) -> list[Fault]:
+    """Arguments that gradient checkpointing has not, and a selection where there is nothing to select from."""
+    key = "gradient_checkpointing_kwargs"
+    chosen = value = getattr(options, key)
+    if not isinstance(chosen, dict):
+        return []
+    known = (*CHECKPOINT_ARGUMENTS, *(("selective",) if options.stage == "sft" else ()))
+    if unknown := [name for name in chosen if name not in known]:
+        return [
+            Fault(key, f"{name}={chosen[name]}", "there is no such argument", f"known: {', '.join(known)}")
+            for name in unknown
+        ]
+    if not chosen.get("selective"):
+        return []
+    if options.gradient_checkpointing is False:
+        return [Fault(key, value, "gradient_checkpointing is off", "gradient_checkpointing=true, or leave it out")]
+    if chosen.get("use_reentrant"):
+        remedy = "gradient_checkpointing_kwargs={selective: true}"
+        return [Fault(key, value, "what is selected needs checkpoints that are not reentrant", remedy)]
+    return []
+
+
+def loss_faults(options: Any) -> list[Fault]:
+    """Losses of GRPO that do not go with how the sampling is corrected."""
+    mode = options.vllm_importance_sampling_mode
+    if options.loss_type != "vespo" or mode.startswith("token"):
+        return []
+    cause, remedy = "vespo corrects the sampling token by token", "token_mask or token_truncate"
+    return [Fault("vllm_importance_sampling_mode", mode, cause, f"vllm_importance_sampling_mode={remedy}")]
+
+
+def packing_faults(options: Any) -> list[Fault]:
+    """How the warm-up's samples may be joined."""
+    if options.packing and options.max_length is None:
+        return [Fault("max_length", None, "packing fills rows of that length", "max_length=1024, or packing=false")]
+    if options.padding_free and not options.packing and options.max_length is not None:
+        cause = "samples that are joined without packing are not held to max_length"
+        return [Fault("padding_free", True, cause, "packing=true, max_length=null, or padding_free=false")]
+    return []
