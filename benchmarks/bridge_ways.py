@@ -334,7 +334,7 @@ def stock_config(way: str, setup: Setup) -> Any:
 
 def adapt_vllm_of_trl(setup: Setup) -> None:
     """Give TRL's engine the arguments that this project's has, so that only the trainers differ."""
-    from trainers.engine import prepare_environment
+    from trainers.engine_setup import prepare_environment
 
     prepare_environment(setup.device)
     import trl.generation.vllm_generation as generation

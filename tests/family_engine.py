@@ -16,7 +16,8 @@ import torch
 from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainers.engine import Engine, prepare_environment
+from trainers.engine import Engine
+from trainers.engine_setup import prepare_environment
 from trainers.models import load_model, make_tokenizer
 from trainers.options import options_class
 from trainers.weights.adapters import add_adapters

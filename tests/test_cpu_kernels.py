@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.engine import prepare_environment
+from trainers.engine_setup import prepare_environment
 
 SLICES = (6, 4)
 WIDTH = sum(SLICES) + 2  # an engine's layer may be padded

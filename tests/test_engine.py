@@ -11,7 +11,8 @@ from small_run import small_options
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers import rl
-from trainers.engine import Engine, engine_arguments, next_token_params, request_seed
+from trainers.engine import Engine, next_token_params, request_seed
+from trainers.engine_setup import engine_arguments, kept_process_state
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
@@ -224,6 +225,36 @@ def test_model_without_a_class_of_vllm_s_own_is_refused_before_it_is_loaded(
     monkeypatch.setattr(rl, "load_teacher", lambda *_: pytest.fail("the weights are loaded"))
     with pytest.raises(ConfigError, match=f"(?i)no class of its own for {family}ForCausalLM.*\n.*use_vllm=false"):
         rl.run_rl(options, tmp_path / "out")
+
+
+def test_what_vllm_sets_for_the_whole_process_is_put_back():
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        for asked, left in (("tf32", "tf32"), (before, "ieee")):
+            matmul.fp32_precision = asked
+            state = torch.random.get_rng_state()
+            with kept_process_state():
+                torch.set_float32_matmul_precision("highest")  # as vLLM's worker does
+                torch.manual_seed(1)
+            assert matmul.fp32_precision == left and torch.equal(torch.random.get_rng_state(), state)
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_cache_that_finds_no_room_again_is_told_with_what_to_do(engine_and_model, prompts, monkeypatch):
+    engine, _, _ = engine_and_model
+    engine.release_cache()
+
+    def no_room(tags):
+        raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.llm, "wake_up", no_room)
+        patched.setattr(engine, "kv_cache_bytes", lambda: 5 * 2**30)
+        with pytest.raises(RuntimeError, match=r"5.0 GiB, given back .* kv_cache_gib=4.0"):
+            engine.generate(prompts, SAMPLING, step=0)
+    engine.restore_cache()
+    assert engine.generate(prompts, SAMPLING, step=0).completion_ids
 
 
 def test_request_seed_depends_on_every_part():

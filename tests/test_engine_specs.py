@@ -11,6 +11,7 @@ from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.settings.engine_specs import (
     GENERATE_SET_HERE,
+    batched_tokens,
     bridge_name,
     device_faults,
     generate_arguments,
@@ -217,6 +218,22 @@ def test_generation_parameters_are_those_of_the_installed_transformers():
     assert generate_arguments() == fields
 
 
+def test_kernels_that_cannot_learn_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    where = ("torch.bfloat16", "streamed")
+    assert "without a backward pass" in device_faults(options(), "cuda", *where)[0].cause
+    assert not device_faults(options(), "cpu", *where) and not device_faults(options("use_vllm=false"), "cuda", *where)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    assert not device_faults(options(), "cuda", *where)
+
+
+def test_what_is_computed_at_once_is_no_more_than_the_sequences_hold():
+    lengths = ("max_prompt_length=256", "max_completion_length=256")
+    assert batched_tokens(options(*lengths), 8) == 8 * 512
+    assert batched_tokens(options(*lengths), 64) == batched_tokens(options(*lengths), None) == 8192
+    assert batched_tokens(options(*lengths, "vllm_max_model_length=600"), 8) == 4800
+
+
 def test_checking_imports_neither_torch_nor_vllm():
     code = "import sys, train; from trainers.checks import load_options; from trainers.config import compose_run\n"
     code += "load_options(compose_run('teacher_rlt_tiny', ['device=cpu', 'vllm_kwargs={block_size: 32}']))\n"
@@ -228,7 +245,7 @@ def test_checking_imports_neither_torch_nor_vllm():
 
 def test_on_a_gpu_torch_keeps_its_threads():
     """vLLM's worker of a GPU leaves torch one of them, and an optimizer on the host would take as many times longer."""
-    code = "import os, torch; from trainers.engine import prepare_environment\n"
+    code = "import os, torch; from trainers.engine_setup import prepare_environment\n"
     code += "from vllm.utils.torch_utils import set_torch_threads_for_runtime as worker\n"
     code += "os.environ.pop('OMP_NUM_THREADS', None); torch.set_num_threads(2); worker()\n"
     code += "assert torch.get_num_threads() == 1\n"

@@ -3,12 +3,13 @@
 vLLM allows one engine in a process at a time: each test closes its own.
 """
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import ROWS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import make_engine, make_trainer, small_options
 from test_engine import largest_difference, train_some, trainer_logprobs
 from torch.autograd.graph import saved_tensors_hooks
@@ -313,3 +314,21 @@ def test_closing_tag_of_several_tokens_ends_a_completion(tags, tmp_path, special
 def test_layers_that_no_model_has_are_refused(renderer, model_dir, tmp_path):
     with pytest.raises(ConfigError, match="lora_target_modules=all-linear"):
         make_engine(small_options(use_peft=True, lora_target_modules=["nope"]), renderer, model_dir, tmp_path)
+
+
+@pytest.mark.parametrize("bridge", ["shared", "copy"])
+def test_a_tied_head_that_the_checkpoint_holds_too(renderer, model_dir, tmp_path, prompts, bridge):
+    """vLLM unties the head of such a checkpoint until it has read both, and ties them where they are equal."""
+    folder = tmp_path / "both"
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(weights | head, folder / "model.safetensors", {"format": "pt"})
+    with running(renderer, folder, tmp_path, weight_bridge=bridge) as (engine, model):
+        for round in range(2):
+            sampled = engine.generate(prompts, SAMPLING, step=round)
+            expected = trainer_logprobs(model, prompts, sampled.completion_ids)
+            assert largest_difference(sampled.logprobs, expected) < 1e-5
+            train_some(model, prompts)
+            engine.sync_weights()

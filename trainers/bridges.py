@@ -54,8 +54,9 @@ class CopyBridge:
         self.engine_model = runner.model
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What the engine loads: the weights by their Hugging Face names."""
-        return merged_weights(self.model)
+        """What the engine loads: the weights by their Hugging Face names, a tied head by its own too: vLLM expects it
+        where the checkpoint holds one."""
+        return merged_weights(self.model, every_name=True)
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -71,7 +72,7 @@ class SharedBridge(CopyBridge):
     """The trainer's parameters are views of the engine's tensors."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p.data) for name, p in base_parameters(self.model).items())
+        return ((name, p.data) for name, p in base_parameters(self.model, every_name=True).items())
 
     def attach(self, runner: Any) -> None:
         super().attach(runner)
@@ -166,13 +167,13 @@ def lora_ranks() -> tuple[int, ...]:
     return MaxLoRARanks.__args__
 
 
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model by the names they have without adapters, each adapter added to its layer's.
 
     One layer's sum at a time: a caller that copies as it goes holds no second set of weights.
     """
     modules = dict(base_model(model).named_modules())
-    for name, parameter in base_parameters(model).items():
+    for name, parameter in base_parameters(model, every_name).items():
         path, _, kind = name.rpartition(".")
         layer, weight = modules.get(path), parameter.data
         if kind == "weight" and isinstance(layer, LoraLayer):

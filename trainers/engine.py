@@ -3,45 +3,26 @@
 import gc
 import hashlib
 import logging
-import os
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
-from trainers.errors import ConfigError, Fault
+from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment, vllm_can_release
 from trainers.rollout.rollouts import Ended, Rollout
-from trainers.settings.engine_specs import CPU_KV_CACHE, MAX_BATCHED_TOKENS, bridge_name
+from trainers.settings.engine_specs import bridge_name
 from trainers.weights.shared_weights import held_bytes
 
 logger = logging.getLogger(__name__)
 
 OnGroup = Callable[[list[int], list[list[int]], list[list[float]]], None]
 OnAnswer = Callable[[list[float]], None]
-
-
-def prepare_environment(device: torch.device) -> None:
-    """Set what vLLM reads from the environment; call before vLLM is imported. What the user has set stays."""
-    defaults = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
-        "VLLM_CONFIGURE_LOGGING": "0",  # its messages go where ours go
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    # Otherwise vLLM takes all threads but one from torch, whose optimizer or student may compute on the CPU here.
-    if device.type == "cpu":
-        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    else:
-        defaults["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
 
 
 class Engine:
@@ -79,7 +60,7 @@ class Engine:
             from trainers.weights.cpu_kernels import adapt_vllm
 
             adapt_vllm()
-        self.seed, self.end_ids, self.device, self.output_dir = options.seed, list(end_ids), device, output_dir
+        self.seed, self.end_ids, self.device = options.seed, list(end_ids), device
         self.bridge = make_bridge(bridge_name(options), model)
         self._stop: dict[str, Any] = {"stop_token_ids": self.end_ids, "detokenize": False}
         self.closing_tag: str | int | None = closing_tag  # as vLLM names what stopped it
@@ -91,10 +72,13 @@ class Engine:
             self._stop["skip_special_tokens"] = False  # the tag may be made of them
         self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
         self._arguments |= {"tokenizer": tokenizer_path or model_path} | options.vllm_kwargs
-        self.can_release = device.type == "cuda" and not self.bridge.rebuilds and _vllm_can_release()
+        self.can_release = device.type == "cuda" and not self.bridge.rebuilds and vllm_can_release()
         if self.can_release:
             self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
         self._released = False
+        # Of one engine after the other: vLLM keeps what it compiles under the model's path.
+        if self.bridge.rebuilds:
+            self._checkpoint = Path(mkdtemp(prefix="engine-weights-", dir=output_dir))
         self._along: list[tuple[tuple[tuple[int, ...], Any], list[int], OnAnswer]] = []  # asked with the next requests
         self._build()
         held = self.bridge.weight_bytes() / 2**20
@@ -104,11 +88,15 @@ class Engine:
         """Start vLLM on the trainer's current weights."""
         from vllm import LLM
 
-        with _kept_random_state():  # vLLM seeds the generators of the whole process
+        with kept_process_state():
             if isinstance(self.bridge, RestartBridge):
-                with TemporaryDirectory(prefix="engine-weights-", dir=self.output_dir) as folder:
-                    self.bridge.save(folder)
-                    self.llm = LLM(**self._arguments | {"model": folder})
+                folder = self._checkpoint
+                folder.mkdir(exist_ok=True)
+                try:
+                    self.bridge.save(str(folder))
+                    self.llm = LLM(**self._arguments | {"model": str(folder)})
+                finally:
+                    rmtree(folder)
             else:
                 register_loader(self.bridge.weights)
                 self.llm = LLM(**self._arguments)
@@ -183,10 +171,22 @@ class Engine:
         self._released = True
 
     def restore_cache(self) -> None:
-        """Take the KV cache's memory again."""
-        if self._released:
+        """Take the KV cache's memory again.
+
+        Raises:
+            RuntimeError: If the device has no room for it.
+        """
+        if not self._released:
+            return
+        try:
             self.llm.wake_up(tags=["kv_cache" if self.can_release else "scheduling"])
-            self._released = False
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            size = self.kv_cache_bytes() / 2**30
+            cause = f"the KV cache of {size:.1f} GiB, given back for the update, finds no room again"
+            raise RuntimeError(f"{cause}: choose a smaller one, kv_cache_gib={0.8 * size:.1f}") from error
+        self._released = False
 
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache."""
@@ -199,7 +199,7 @@ class Engine:
 
         The completions of one prompt are one request. Each has its own seed: a hash of (run seed, step, prompt), plus
         how often the prompt came before in this call. On a CPU the same run samples the same tokens whatever else is
-        in the batch; on a GPU vLLM's kernels may round differently in another batch, unless VLLM_BATCH_INVARIANT=1.
+        in the batch; on a GPU vLLM's kernels may round differently in another batch.
 
         Args:
             prompt_ids: Token ids, with a prompt repeated for each completion wanted of it.
@@ -302,60 +302,6 @@ class Engine:
             engine.abort_request(ids, internal=True)  # those that an error has left
 
 
-def engine_arguments(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of vllm.LLM for these options, those of the bridge and `vllm_kwargs` aside."""
-    arguments = {
-        "model": model_path,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": options.seed,
-        "max_model_len": options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length,
-        "enforce_eager": options.enforce_eager or device.type == "cpu",
-        "enable_prefix_caching": options.enable_prefix_caching,
-        "logprobs_mode": "processed_logprobs",
-        "trust_remote_code": options.trust_remote_code,
-        "disable_log_stats": True,
-    }
-    if options.max_num_seqs is not None:
-        arguments["max_num_seqs"] = options.max_num_seqs
-    if options.vllm_gpu_memory_utilization != "auto":
-        arguments["gpu_memory_utilization"] = options.vllm_gpu_memory_utilization
-    if options.kv_cache_gib is not None or device.type == "cpu":
-        arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gib or CPU_KV_CACHE / 2**30) * 2**30)
-        # Without effect beside it, but vLLM refuses to start where so much of the card is not free.
-        arguments.setdefault("gpu_memory_utilization", 0.01)
-    if device.type == "cuda":
-        arguments["max_num_batched_tokens"] = MAX_BATCHED_TOKENS
-    else:
-        # A prompt cut in two makes vLLM rewind the request's generator, which torch cannot do on a CPU.
-        arguments["enable_chunked_prefill"] = False
-        arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks
-        arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
-    return arguments
-
-
-def check_architecture(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> None:
-    """See that vLLM has a class of its own for a model, before any weights are loaded.
-
-    Its Transformers backend decorates transformers' own classes, for the whole process: the trainer's forward pass then
-    asks the trainer's model for what only vLLM's has.
-
-    Raises:
-        ConfigError: If it would fall back on that backend.
-    """
-    prepare_environment(device)
-    from vllm.engine.arg_utils import EngineArgs
-
-    arguments = engine_arguments(options, model_path, device, dtype) | options.vllm_kwargs
-    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
-    with _kept_random_state():
-        config = EngineArgs(**known).create_model_config()
-    if config.using_transformers_backend():
-        cause = f"vLLM has no class of its own for {', '.join(config.architectures)}, and its Transformers backend "
-        cause += "alters the classes that the trainer computes with"
-        remedy = "use_vllm=false, or a model of another architecture"
-        raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
-
-
 def next_token_params(tokens: list[int], temperature: float) -> Any:
     """vllm.SamplingParams that ask for the log-probabilities of these tokens as the next one."""
     from vllm import SamplingParams
@@ -367,30 +313,6 @@ def next_token_answer(output: Any, tokens: list[int]) -> list[float]:
     """What vLLM answered to that."""
     first = output.outputs[0].logprobs[0]
     return [first[token].logprob for token in tokens]
-
-
-def _vllm_can_release() -> bool:
-    """Whether this vLLM can give the KV cache back by itself, as the plan of memory counts on."""
-    import vllm
-
-    found = hasattr(vllm.LLM, "release_kv_cache_memory")
-    if not found:
-        logger.warning(
-            "vLLM %s cannot release its KV cache (0.31 and later can): it stays on the GPU while the student scores "
-            "and the teacher learns, beside what the plan of memory counts there",
-            vllm.__version__,
-        )
-    return found
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Put the process's random generators back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
 
 
 def request_seed(run_seed: int, step: int, prompt_ids: tuple[int, ...]) -> int:

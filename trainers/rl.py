@@ -10,7 +10,8 @@ from trl import GRPOConfig
 
 from data.render import Renderer
 from trainers.config import named_run
-from trainers.engine import Engine, check_architecture
+from trainers.engine import Engine
+from trainers.engine_setup import check_architecture
 from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
@@ -124,7 +125,7 @@ def load_reference(
 
 
 def train_and_report(trainer: TeacherGRPOTrainer, options: Any, output_dir: Path) -> None:
-    """Train, save, and tell what changed where that is asked for."""
+    """Train, save, tell what changed where that is asked for, and stop the engine."""
     trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate() if options.report_before_after else None
     trainer.train()
@@ -132,6 +133,9 @@ def train_and_report(trainer: TeacherGRPOTrainer, options: Any, output_dir: Path
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))
+    if trainer.engine is not None:
+        trainer.engine.restore_cache()  # vLLM frees at its end what it holds, and a cache that rests is not there
+        trainer.engine.close()
 
 
 def make_student_reward(options: Any, scorer: ExplanationScorer, device: torch.device) -> StudentReward:

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ ENGINE_ONLY |= {"vllm_gpu_memory_utilization": ("auto", trl_options("grpo")["vll
 RESHAPING = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 RESHAPING_KWARGS = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "bad_words": [], "min_tokens": 0}
 RESHAPING_KWARGS |= {"allowed_token_ids": None, "structured_outputs": None, "thinking_token_budget": -1}
-MAX_BATCHED_TOKENS = 8192  # that vLLM computes at once: what the plan of memory counts on
+MAX_BATCHED_TOKENS = 8192
 CPU_KV_CACHE = 2**30  # bytes
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
 PARALLEL += ("prefill_context_parallel_size", "decode_context_parallel_size")
@@ -72,6 +73,19 @@ def bridge_name(options: Any) -> str:
 def has_engine(options: Any) -> bool:
     """Whether vLLM generates in this run."""
     return options.use_vllm and options.replay_rollouts is None
+
+
+def model_length(options: Any) -> int:
+    """Longest prompt and completion together that the engine takes, in tokens."""
+    return options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length
+
+
+def batched_tokens(options: Any, num_seqs: int | None) -> int:
+    """Tokens that the engine computes at once on a GPU, which the plan of memory counts on.
+
+    vLLM's warm-up spreads so many over `num_seqs` sequences, and none may come out longer than the engine takes.
+    """
+    return min(MAX_BATCHED_TOKENS, num_seqs * model_length(options)) if num_seqs else MAX_BATCHED_TOKENS
 
 
 @cache
@@ -142,6 +156,9 @@ def _generation_kwargs_faults(options: Any) -> list[Fault]:
 
 def _sampling_faults(options: Any) -> list[Fault]:
     faults, given = [], options.generation_kwargs or {}
+    if options.use_vllm and options.temperature > 2:
+        cause, remedy = "vLLM samples at temperatures up to 2", "temperature=2, or use_vllm=false"
+        faults.append(Fault("temperature", options.temperature, cause, remedy))
     if options.use_vllm and reads_teacher_logprobs(options):
         cause = (
             "vLLM tells log-probabilities of what it makes of the distribution, and the reward's KL needs the teacher's"
@@ -178,6 +195,10 @@ def device_faults(options: Any, device: str, dtype: str, student_mode: str | Non
     if device == "cpu" and "enable_chunked_prefill" in options.vllm_kwargs:
         cause = "on a CPU seeds of requests need whole prompts"
         faults.append(Fault("vllm_kwargs", "enable_chunked_prefill", cause, "leave it out"))
+    invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0")
+    if options.use_vllm and device == "cuda" and invariant not in ("", "0"):
+        cause = "for the whole process, the trainer too, it replaces products by kernels without a backward pass"
+        faults.append(Fault("VLLM_BATCH_INVARIANT", invariant, cause, "unset VLLM_BATCH_INVARIANT"))
     return faults
 
 

@@ -41,7 +41,7 @@ class MemoryWatch:
             self._since = self._mark()
 
     def used(self) -> int:
-        """Bytes in use now. On a GPU all of it that is taken, by whomever: vLLM's pools are not in torch's figures."""
+        """Bytes in use now. On a GPU all of it that is taken, by whomever."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             return total - free

@@ -14,9 +14,13 @@ from trainers.errors import ConfigError, Fault
 from trainers.weights.adapters import base_model
 
 
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model without its adapters, by the names they have where there are none."""
-    parameters = base_model(model).named_parameters()
+def base_parameters(model: nn.Module, every_name: bool = False) -> dict[str, nn.Parameter]:
+    """The parameters of a model without its adapters, by the names they have where there are none.
+
+    Args:
+        every_name: Give one that is tied under each of its names, not under the first alone.
+    """
+    parameters = base_model(model).named_parameters(remove_duplicate=not every_name)
     return {name.replace(".base_layer.", "."): p for name, p in parameters if ".lora_" not in name}
 
 

@@ -1,0 +1,114 @@
+"""What vLLM is started with, and what it may do to the process."""
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainers.errors import ConfigError, Fault
+from trainers.settings.engine_specs import CPU_KV_CACHE, batched_tokens, model_length
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_environment(device: torch.device) -> None:
+    """Set what vLLM reads from the environment, once it builds an engine. What the user has set stays."""
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
+        "VLLM_CONFIGURE_LOGGING": "0",  # its messages go where ours go
+        "VLLM_NO_USAGE_STATS": "1",
+        "TRITON_PRINT_AUTOTUNING": "0",  # vLLM would have it printed, of the trainer's kernels too
+    }
+    # Otherwise vLLM takes all threads but one from torch, whose optimizer or student may compute on the CPU here.
+    if device.type == "cpu":
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    else:
+        defaults["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def engine_arguments(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of vllm.LLM for these options, those of the bridge and `vllm_kwargs` aside."""
+    arguments = {
+        "model": model_path,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "max_model_len": model_length(options),
+        "enforce_eager": options.enforce_eager or device.type == "cpu",
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": options.trust_remote_code,
+        "disable_log_stats": True,
+    }
+    if options.max_num_seqs is not None:
+        arguments["max_num_seqs"] = options.max_num_seqs
+    if options.vllm_gpu_memory_utilization != "auto":
+        arguments["gpu_memory_utilization"] = options.vllm_gpu_memory_utilization
+    if options.kv_cache_gib is not None or device.type == "cpu":
+        arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gib or CPU_KV_CACHE / 2**30) * 2**30)
+        # Without effect beside it, but vLLM refuses to start where so much of the card is not free.
+        arguments.setdefault("gpu_memory_utilization", 0.01)
+    if device.type == "cuda":
+        arguments["max_num_batched_tokens"] = batched_tokens(options, options.max_num_seqs)
+    else:
+        # A prompt cut in two makes vLLM rewind the request's generator, which torch cannot do on a CPU.
+        arguments["enable_chunked_prefill"] = False
+        arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks
+        arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
+    return arguments
+
+
+def check_architecture(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> None:
+    """See that vLLM has a class of its own for a model, before any weights are loaded.
+
+    Its Transformers backend decorates transformers' own classes, for the whole process: the trainer's forward pass then
+    asks the trainer's model for what only vLLM's has.
+
+    Raises:
+        ConfigError: If it would fall back on that backend.
+    """
+    prepare_environment(device)
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = engine_arguments(options, model_path, device, dtype) | options.vllm_kwargs
+    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    with kept_process_state():
+        config = EngineArgs(**known).create_model_config()
+    if config.using_transformers_backend():
+        cause = f"vLLM has no class of its own for {', '.join(config.architectures)}, and its Transformers backend "
+        cause += "alters the classes that the trainer computes with"
+        remedy = "use_vllm=false, or a model of another architecture"
+        raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
+
+
+def vllm_can_release() -> bool:
+    """Whether this vLLM can give the KV cache back by itself, as the plan of memory counts on."""
+    import vllm
+
+    found = hasattr(vllm.LLM, "release_kv_cache_memory")
+    if not found:
+        logger.warning(
+            "vLLM %s cannot release its KV cache (0.31 and later can): it stays on the GPU while the student scores "
+            "and the teacher learns, beside what the plan of memory counts there",
+            vllm.__version__,
+        )
+    return found
+
+
+@contextmanager
+def kept_process_state() -> Iterator[None]:
+    """Put back what vLLM sets for the whole process: the random generators, and TF32 where it was asked for."""
+    python, numpy, matmul = random.getstate(), np.random.get_state(), torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    if precision == "tf32":  # otherwise it stays as vLLM leaves it: full fp32
+        matmul.fp32_precision = precision
