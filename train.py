@@ -18,11 +18,12 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from trainers.checks import load_options
-from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run
+from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run, resolved
 from trainers.errors import ConfigError
+from trainers.plan.hardware import prepare_allocator
 from trainers.plan.planning import planned_options, run_plan
 
 
@@ -48,7 +49,7 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
         options = planned_options(options, num_devices)
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
-    prepare_wandb(getattr(options, "report_to", "none"))
+    prepare_wandb(options)
     if options.stage == "rescore":
         from trainers.rescore import run_rescore
 
@@ -76,8 +77,8 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
-    composed = OmegaConf.to_container(config, resolve=True)
     try:
+        composed = resolved(config)
         options = load_options(composed, int(os.environ.get("WORLD_SIZE", "1")), REPO)
         run(options, composed, HydraConfig.get().runtime.choices["run_cfg"])
     except ConfigError as error:
@@ -110,6 +111,7 @@ def plan(arguments: list[str]) -> bool:
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     use_one_gpu()
+    prepare_allocator()
     if "--help" in arguments or "-h" in arguments:
         from trainers.settings.help import print_help
 

@@ -31,6 +31,7 @@ BATCH |= {"max_completion_length": 64, "per_device_train_batch_size": 4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "50m-full": ("50m", {}),
     "50m-full-streamed": ("50m", {"student_mode": "streamed"}),
+    "50m-full-checkpointed": ("50m", {"gradient_checkpointing": True}),
     "50m-lora": ("50m", {"use_peft": True}),
     "0.16b-full": ("0.16b", {}),
     "0.16b-full-streamed": ("0.16b", {"student_mode": "streamed"}),

@@ -1,5 +1,6 @@
 """What activations take, as planned and as torch's allocator sees it. Run: ./run_tests.sh tests/test_activations.py"""
 
+import io
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,7 @@ from trainers.config import compose_run
 from trainers.memory import make_plan
 from trainers.models import DTYPES
 from trainers.plan import activations as layers
+from trainers.plan.hardware import cpu_multiplies_bf16
 from trainers.plan.model_shapes import FAMILY_DEFAULTS, model_shape
 from trainers.plan.workload import GIB, Workload
 from trainers.scoring.frozen import ResidentBackbone
@@ -74,7 +76,7 @@ def measured(step):
     return allocator_peak(profile)
 
 
-def backward_peak(given, precision, use_peft=False, checkpointing=True, attention="eager"):
+def backward_peak(given, precision, use_peft=False, checkpointing=True, attention="eager", masked=True):
     model = make(given, precision, attention).train()
     if use_peft:
         model = add_adapters(model, work(given, precision, use_peft=True).options)
@@ -87,7 +89,8 @@ def backward_peak(given, precision, use_peft=False, checkpointing=True, attentio
 
     def step():
         with cast:  # as in training
-            states = base_model(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            rows = {"input_ids": ids, "attention_mask": mask if masked else None}
+            states = base_model(model).base_model(**rows, use_cache=False).last_hidden_state
         states.float().pow(2).mean().backward()
 
     return measured(step)
@@ -104,8 +107,8 @@ def test_what_all_layers_keep_is_planned_for_each_family(family, precision, use_
     given = config(family, **DEEP)
     chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": False, "share_prompts": False}
     planned = activations(work(given, precision, use_peft=use_peft, **chosen))
-    measured_peak = backward_peak(given, precision, use_peft, checkpointing=False, attention="sdpa")
-    assert planned == pytest.approx(measured_peak, rel=0.05)
+    taken = backward_peak(given, precision, use_peft, checkpointing=False, attention="sdpa", masked=False)
+    assert planned == pytest.approx(taken, rel=0.05)
 
 
 # Widths of models that are used, to scale: heads wider than the hidden states, few key heads, deep inner layers.
@@ -118,16 +121,55 @@ WIDTHS = {
 }
 
 
+def planned_and_taken(name, precision, checkpointing, use_peft, masked):
+    given = WIDTHS[name] | {"head_dim": 64}
+    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing, "share_prompts": False}
+    chosen |= {"torch_compile": masked}  # which keeps the rows as TRL pads them
+    planned = activations(work(given, precision, use_peft=use_peft, **chosen))
+    return planned, backward_peak(given, precision, use_peft, checkpointing, "sdpa", masked)
+
+
 @pytest.mark.parametrize("use_peft", [False, True], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "without"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", WIDTHS)
 def test_widths_of_real_models_are_planned(name, precision, checkpointing, use_peft):
-    given = WIDTHS[name] | {"head_dim": 64}
-    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing, "share_prompts": False}
-    planned = activations(work(given, precision, use_peft=use_peft, **chosen))
-    taken = backward_peak(given, precision, use_peft, checkpointing, attention="sdpa")
+    planned, taken = planned_and_taken(name, precision, checkpointing, use_peft, masked=False)
     assert planned == pytest.approx(taken, rel=0.06)
+
+
+@pytest.mark.parametrize("use_peft", [False, True], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "without"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_with_a_mask_are_planned(precision, checkpointing, use_peft):
+    """As TRL pads them, in a warm-up and for a compiled model: keys and values are repeated for each head."""
+    planned, taken = planned_and_taken("Qwen3-4B", precision, checkpointing, use_peft, masked=True)
+    assert planned == pytest.approx(taken, rel=0.06)
+
+
+def test_a_window_shorter_than_the_rows_is_planned_with_its_mask():
+    def planned(window):
+        given = config("mistral", sliding_window=window)
+        return activations(work(given, "fp32", attn_implementation="sdpa", share_prompts=False))
+
+    assert planned(None) == planned(TOKENS) < planned(TOKENS - 1)
+    assert model_shape(config("qwen2", sliding_window=8)).window is None
+    assert model_shape(config("gemma3_text")).window == 4096
+
+
+def test_what_the_processor_has_for_bf16_is_read(monkeypatch):
+    def with_flags(flags, limit):
+        monkeypatch.setattr("builtins.open", lambda *args, **kwargs: io.StringIO(f"model name : x\nflags : {flags}\n"))
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        cpu_multiplies_bf16.cache_clear()
+        return cpu_multiplies_bf16()
+
+    try:
+        assert with_flags("fpu avx512f amx_bf16", "ALL") and with_flags("fpu avx512_bf16", "AVX512_CORE_BF16")
+        assert not with_flags("fpu avx512f", "ALL") and not with_flags("fpu amx_bf16", "AVX512_CORE")
+    finally:
+        monkeypatch.undo()
+        cpu_multiplies_bf16.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -119,6 +119,17 @@ def test_locks_agree_on_what_both_name():
         assert gpu[name] == cpu[name], name
 
 
+def test_the_allocator_is_asked_for_pages_unless_the_user_says_otherwise(monkeypatch):
+    from trainers.plan.hardware import prepare_allocator
+
+    monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
+    prepare_allocator()
+    assert os.environ == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}  # torch would prefer the other name
+    os.environ.clear()
+    prepare_allocator()
+    assert os.environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
 @pytest.mark.parametrize(
     ("given", "seen"), [(None, "0"), ("3,1", "3"), ("GPU-5f,GPU-6a", "GPU-5f"), ("", ""), ("-1", "-1")]
 )

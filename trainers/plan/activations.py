@@ -7,10 +7,13 @@ from trainers.plan.model_shapes import ModelShape
 from trainers.plan.workload import Workload
 
 # Bytes that one token keeps, or needs at the peak of the backward pass, in a layer: so many per element of the layer's
-# inner width, of its hidden width, of its queries, and of the attention mask's row. By the weights' itemsize; `peak`
+# inner width, of its hidden width, of its queries, and of the attention mask's row, where there is one, and keys and
+# values are repeated for each head. By the weights' itemsize; `peak`
 # while the layer is differentiated, `kept` where nothing is computed again (no gradient checkpointing).
-LAYER_PEAK = {4: (24, 27.7, 16.2, 5.5), 2: (14.2, 20.7, 8.2, 3.3)}
+LAYER_PEAK = {4: (24, 27.7, 16.2, 5.5), 2: (12, 20.7, 8.2, 3.3)}
 LAYER_KEPT = {4: (16, 24, 20), 2: (8, 16, 10)}
+# What the backward pass of a product of bf16 has beside it, for the inner width, on a CPU that has no such product.
+WITHOUT_BF16 = 2.2
 # With adapters, whose inputs are cast to fp32 and back; the last is for each rank.
 LORA_PEAK = {4: (24, 19.7, 16.2, 5.5, 24), 2: (14, 29.7, 10.2, 3.3, 28.5)}
 LORA_KEPT = {4: (16, 17, 20, 21), 2: (8, 19.5, 11, 18)}
@@ -62,9 +65,11 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     at_once = max(completions, prompts)
     inner, hidden, queries, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
     ranks = rank[0] * work.adapter.rank if rank else 0
+    inner += WITHOUT_BF16 if work.converts_bf16 and not work.use_peft else 0
     norms = _family(FAMILY_LORA_PEAK if work.use_peft else FAMILY_PEAK, work)
     each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
-    layer = int(at_once * (each + mask * work.length + ranks))
+    each += 0 if work.reads_without_mask else mask * work.length
+    layer = int(at_once * (each - _not_repeated(work) + ranks))
     held = others = kept_bytes(work)
     if work.is_eager(teacher):
         at_peak, kept_scores = _eager_peak(work, norms, at_once)
@@ -86,6 +91,13 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
 def _queries(teacher: ModelShape) -> int:
     """Width of a token's queries, over all heads."""
     return teacher.num_heads * teacher.head_dim
+
+
+def _not_repeated(work: Workload) -> int:
+    """Bytes of a token's keys and values that are not held once for each head, where no mask asks for that."""
+    teacher = work.teacher
+    unused = _queries(teacher) - teacher.num_kv_heads * teacher.head_dim
+    return 2 * work.itemsize * unused if work.reads_without_mask else 0
 
 
 def _family(table: dict[str, dict[int, tuple[float, float]]], work: Workload) -> float:
@@ -118,7 +130,7 @@ def _kept_widths(work: Workload) -> list[tuple[float, int]]:
 
 def _kept_by_token(work: Workload) -> float:
     """Bytes of all that."""
-    return sum(each * width for each, width in _kept_widths(work))
+    return sum(each * width for each, width in _kept_widths(work)) - _not_repeated(work)
 
 
 def offloaded_bytes(work: Workload) -> int:
@@ -194,7 +206,7 @@ def reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float =
     size, tokens = work.itemsize, texts * length
     widest = 2 if shape.model_type == "phi3" else 1  # its gate and what it gates come as one
     widths = 2 + widest
-    if work.device == "cpu" and size == 2:  # a product of bf16 has as much beside it there
+    if work.converts_bf16:  # a product has as much beside it
         widths += widest
     feedforward = tokens * (widths * shape.intermediate + 2.3 * shape.hidden + beside) * size
     if not work.is_eager(shape):

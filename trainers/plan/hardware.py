@@ -40,3 +40,27 @@ def num_cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def prepare_allocator() -> None:
+    """Let torch's memory of a GPU grow and shrink in pages, before it takes any.
+
+    In blocks it keeps a whole one for the smallest tensor in it, and the KV cache that was given back for an update
+    wants all of its memory again. vLLM keeps its own pools apart from this. What the user has set stays.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has products of bf16, and oneDNN, which computes them for torch, may use them."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if limit not in ("ALL", "DEFAULT") and not any(name in limit for name in ("BF16", "AMX", "AVX10")):
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
+    except OSError:  # not Linux
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

@@ -59,6 +59,14 @@ def can_share_prompts(config: dict[str, Any]) -> bool:
     return not any(str(kind.get("rope_type", kind.get("type"))) in ("longrope", "su", "dynamic") for kind in kinds)
 
 
+def sliding_window(config: dict[str, Any]) -> int | None:
+    """See `ModelShape.window`."""
+    family = config.get("model_type")
+    if not config.get("use_sliding_window", family not in ("qwen2", "qwen3")):
+        return None
+    return config.get("sliding_window", 4096 if family in ("mistral", "gemma2", "gemma3_text") else None)
+
+
 class AdapterShape(NamedTuple):
     """The rank of a LoRA adapter, and the layers that have one (as the option lora_target_modules names them)."""
 
@@ -79,6 +87,7 @@ class ModelShape:
         can_share_prompts: See the function of that name.
         caps_scores: Whether its attention scores go through tanh, and the result is kept too.
         eager_unless_told: Whether its attention is eager where none is asked for (trainers/models.py, attention_of).
+        window: Tokens that some of its layers look back at the most; None where all see everything before them.
     """
 
     name: str
@@ -99,6 +108,7 @@ class ModelShape:
     can_share_prompts: bool = False
     caps_scores: bool = False
     eager_unless_told: bool = False
+    window: int | None = None
 
     @cached_property
     def num_parameters(self) -> int:
@@ -201,6 +211,7 @@ def _known_family(config: dict[str, Any], name: str) -> ModelShape:
     sizes = (hidden, inner, layers, heads, kv_heads, head_dim, vocab, positions, 2 * kv_heads * head_dim)
     capped = bool(config.get("attn_logit_softcapping", FAMILY_DEFAULTS[family].get("attn_logit_softcapping")))
     further = {"can_share_prompts": can_share_prompts(config), "caps_scores": capped, "eager_unless_told": capped}
+    further["window"] = sliding_window(config)
     return ModelShape(name, family, parameters, prefix, *sizes, **further)
 
 
@@ -282,7 +293,8 @@ def _built_shape(model: Any, config: Any, model_type: str, name: str) -> ModelSh
     can_stream = text is config and all(len(shape) < 3 for shape in inside)
     shape = ModelShape(name, model_type, parameters, prefix, *sizes, max_positions(config), kv_width, can_stream)
     capped = bool(getattr(text, "attn_logit_softcapping", None))
-    return replace(shape, caps_scores=capped, eager_unless_told=capped or config._attn_implementation == "eager")
+    further = {"eager_unless_told": capped or config._attn_implementation == "eager"}
+    return replace(shape, caps_scores=capped, window=sliding_window(text.to_dict()), **further)
 
 
 def max_positions(config: Any) -> int:

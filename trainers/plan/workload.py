@@ -5,6 +5,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from trainers.plan.hardware import cpu_multiplies_bf16
 from trainers.plan.model_shapes import AdapterShape, ModelShape
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import bridge_name
@@ -102,6 +103,19 @@ class Workload:
         batch = batch_plan(o).generation_batch  # which is shuffled, if it is more than a micro-batch
         prompts = min(self.micro_batch, -(-batch // o.num_generations))
         return prompts if prompts < self.micro_batch else None
+
+    @property
+    def converts_bf16(self) -> bool:
+        """Whether bf16 is computed with on a processor that has no products of it."""
+        return self.device == "cpu" and self.itemsize == 2 and not cpu_multiplies_bf16()
+
+    @property
+    def reads_without_mask(self) -> bool:
+        """Whether the update's rows begin at their first token, so that plain causal attention serves them, which
+        repeats no keys (rollout/whole_rows.py)."""
+        whole = self.is_rl and self.shared_prompts is None and not getattr(self.options, "torch_compile", False)
+        window = self.teacher.window  # a shorter one takes a mask
+        return whole and not self.is_eager(self.teacher) and (window is None or window >= self.length)
 
     @property
     def accumulates(self) -> bool:

@@ -52,14 +52,14 @@ def can_share(model: Any) -> bool:
 
 def shared_prompt_outputs(
     model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, first: Tensor, of_row: Tensor
-) -> Any:
+) -> tuple[Tensor, Tensor]:
     """TRL's fused output (`add_fused_lm_head`) for the completions of a batch.
 
     Args:
         first, of_row: What `distinct_prompts` returns.
 
     Returns:
-        Its `log_probs` and `entropy` are `[rows, logits_to_keep]`, 0 where `attention_mask` is.
+        Log-probabilities and entropies, `[rows, logits_to_keep]`, 0 where `attention_mask` is.
     """
     read = input_ids.size(1) - logits_to_keep - 1
     cache = model(
@@ -72,6 +72,7 @@ def shared_prompt_outputs(
         layer.keys, layer.values = layer.keys.index_select(0, of_row), layer.values.index_select(0, of_row)
     rest = input_ids[:, read:]
     labels = rest.masked_fill(attention_mask[:, read:] == 0, -100)
-    return model(
+    outputs = model(
         input_ids=rest, attention_mask=attention_mask, past_key_values=cache, labels=labels, fused_lm_head=True
     )
+    return outputs.log_probs[:, -logits_to_keep:], outputs.entropy[:, -logits_to_keep:]
