@@ -1,12 +1,13 @@
 """Rows of question, solution and perhaps a reasoning trace, from a file, a folder or a hub data set."""
 
+import csv
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
@@ -65,11 +66,11 @@ def _read(path: str, split: str, key: str) -> Dataset:
         if suffix == ".parquet" and file.exists():
             return load_dataset("parquet", data_files=str(file), split="train")
         if suffix == ".csv" and file.exists():  # all of it text: 007 and NA are solutions too
-            return Dataset.from_pandas(pd.read_csv(file, dtype=str, keep_default_na=False), preserve_index=False)
+            return _from_csv(file, key, path)
         found = load_dataset(str(file) if file.exists() else path)
     except ConfigError:
         raise
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, csv.Error, DatasetsError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         remedy = "a local .jsonl, .json, .parquet or .csv file works without a network; is it a local path?"
         raise ConfigError(Fault(key, path, f"cannot be read: {reason}", remedy)) from error
@@ -77,6 +78,19 @@ def _read(path: str, split: str, key: str) -> Dataset:
     if split not in found:
         raise ConfigError(Fault(key, path, f"has no split {split!r}", f"one of: {', '.join(found)}"))
     return found[split]
+
+
+def _from_csv(file: Path, key: str, path: str) -> Dataset:
+    """Rows of text; a comma at the end of lines, which names no column, is passed over."""
+    csv.field_size_limit(sys.maxsize)  # of its own accord 128 KiB
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        names, *rows = [row for row in csv.reader(lines) if row]
+    for number, row in enumerate(rows):
+        if any(row[len(names) :]):
+            cause = f"cannot be read: row {number} has {len(row)} fields, the header {len(names)}"
+            raise ConfigError(Fault(key, path, cause, 'put texts with commas or line breaks in quotes: "..."'))
+    columns = {name: [row[i] if i < len(row) else None for row in rows] for i, name in enumerate(names) if name}
+    return Dataset.from_dict(columns, features=Features({name: Value("string") for name in columns}))
 
 
 class _Number(str):

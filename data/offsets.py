@@ -84,11 +84,14 @@ def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[lis
     lead, lead_ids = _lead(tokenizer, text)
     encoded = tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True)
     places = [(start - len(lead), end - len(lead)) for start, end in encoded["offset_mapping"][len(lead_ids) :]]
+    if not places:  # a text of spaces, for a tokenizer that drops them
+        return [], []
     ends: list[int] = []
     following = [start for start, _ in places[1:]] + [len(text)]
     for (_, end), start in zip(places, following, strict=True):
-        # Tokens of one character's bytes all have that character's place.
-        ends.append(max(ends[-1] if ends else 0, min(end, start)))
-    if ends:
-        ends[-1] = len(text)
+        # Tokens of one character's bytes all have that character's place, and one that begins before it ends where the
+        # last whole character did.
+        before = ends[-1] if ends else 0
+        ends.append(max(before, end) if end <= start else before)
+    ends[-1] = len(text)
     return encoded["input_ids"][len(lead_ids) :], ends

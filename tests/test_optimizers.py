@@ -21,6 +21,7 @@ ON_CPU = ("adamw_torch", "adamw_8bit", "cpu_offload", "adafactor")
 
 def arguments(**chosen):
     adam = {"learning_rate": 1e-6, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0}
+    adam["max_grad_norm"] = 1.0
     return SimpleNamespace(**adam | chosen)
 
 
@@ -347,6 +348,28 @@ def test_optimizers_that_work_are_not_refused():
 def test_an_optimizer_that_loses_small_steps_says_so(caplog, name, dtype, warns):
     make_optimizer(Model(dtype), name, arguments())
     assert ("are lost" in caplog.text) == warns
+
+
+def test_scaled_gradients_take_adam_s_steps_and_come_back_as_they_were():
+    """Of 1e-7: fp16, in which FlashAdamW has the scales of its states, ends at 6e-8."""
+    plain, scaled = Model(torch.float32), Model(torch.float32)
+    adam = {"lr": 1e-3, "weight_decay": 0.1}
+    first = torch.optim.AdamW(plain.parameters(), eps=1e-8, **adam)
+    second = optimizers.with_scaled_gradients(torch.optim.AdamW)(
+        scaled.parameters(), eps=1e-8 * optimizers.GRADIENT_SCALE, scale=optimizers.GRADIENT_SCALE, **adam
+    )
+    for seed in range(3):
+        for model, optimizer in ((plain, first), (scaled, second)):
+            give_gradients(model, seed)
+            for p in model.parameters():
+                p.grad.mul_(1e-7)
+            given = [p.grad.clone() for p in model.parameters()]
+            optimizer.step()
+            assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), given, strict=True))
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=0)
+    moments = [state["exp_avg_sq"].sqrt().max() for state in second.state.values()]
+    assert all(moment > 6e-8 for moment in moments) and first.state[plain.up]["exp_avg_sq"].sqrt().max() < 6e-8
 
 
 @pytest.mark.gpu

@@ -55,6 +55,14 @@ def test_same_formula_gives_the_same_rewards_and_no_change(tmp_path):
     assert changes == {"groups": 1, "pairs": 1, "pairs_reversed": 0, "best_changed": 0}
 
 
+def test_a_reward_that_is_not_finite_stops_it_and_leaves_no_file(tmp_path):
+    kept = [row("q", [-1.0], [-2000.0], [-0.1])]
+    ScoreKeeper(tmp_path / "scores", by_batch=False, formula=TeacherLogprobKL()).keep(kept)
+    with pytest.raises(FloatingPointError, match="not finite under this formula.*question 'q'"):
+        rescore(tmp_path / "scores", tmp_path / "out", "use_schulman_kl_estimation=true")
+    assert not (tmp_path / "out" / "rescored.jsonl").exists()
+
+
 def test_another_formula_turns_the_ranking_as_worked_out_by_hand(tmp_path):
     # q1 first: r_SS -2.03, KL 4.56, so -6.59; second: -2.02 and -1 for the missing tag, so -3.02: the second is best.
     # Without the KL and the penalty: -2.03 against -2.02, still the second.

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import REPO, ROWS
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from trainers.checks import load_options
 from trainers.config import compose_run
@@ -17,6 +19,9 @@ from trainers.models import check_vocabulary, load_model
 from trainers.options import options_class
 from trainers.rescore import run_rescore
 from trainers.score import load_score_rows, run_score
+from trainers.scoring.explanation_scorer import is_same_tokenizer
+from trainers.scoring.frozen import FrozenModel, ResidentBackbone
+from trainers.scoring.loading import check_head
 
 
 def options(model_dir, file, **values):
@@ -177,6 +182,46 @@ def test_what_cannot_be_is_told_before_a_warm_up_is_trained_for_it(model_dir, tm
     monkeypatch.setattr("trainers.score.resolve_model", lambda *_: pytest.fail("a warm-up was trained"))
     with pytest.raises(ConfigError, match="memory"):
         run_score(chosen, tmp_path)
+
+
+def test_scores_are_not_written_over_what_they_are_of(model_dir, tmp_path):
+    file = write(tmp_path / "scores.jsonl", [{"question": "a", "solution": "b", "explanation": "c"}])
+    given = options(model_dir, file)
+    with pytest.raises(ConfigError, match="the scores would be written over it"):
+        run_score(given, tmp_path)
+    assert len(file.read_text().splitlines()) == 1
+
+
+def test_rows_without_an_explanation_are_counted(model_dir, tmp_path, caplog):
+    rows = [{"question": "a", "solution": "b", "explanation": e} for e in ("c", None, "")]
+    load_score_rows(options(model_dir, write(tmp_path / "rows.jsonl", rows)))
+    assert "1 of 3 rows have no explanation" in caplog.text
+
+
+def test_a_model_whose_files_lack_weights_is_refused(model_dir, tmp_path):
+    folder = tmp_path / "lacking"
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="lack 1 of its weights, the first is model.layers.1.mlp.up_proj.weight"):
+        load_model(str(folder), torch.float32, None, "student_model", False)
+
+
+def test_a_model_that_does_more_than_its_head_is_refused(model_dir):
+    model = load_model(str(model_dir), torch.float32, None, "student_model", False)
+    backbone = ResidentBackbone(model, torch.device("cpu"))
+    check_head(FrozenModel(backbone, 0.7, 64), backbone, 0.7, "student_model")
+    model.lm_head.register_forward_hook(lambda module, given, logits: 1.1 * logits)
+    with pytest.raises(ConfigError, match="Qwen2ForCausalLM does more between its layers and its logits"):
+        check_head(FrozenModel(backbone, 0.7, 64), backbone, 0.7, "student_model")
+
+
+def test_one_vocabulary_cut_in_two_ways_is_two_tokenizers(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    assert is_same_tokenizer(tokenizer, other)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    assert tokenizer.get_vocab() == other.get_vocab() and not is_same_tokenizer(tokenizer, other)
 
 
 def test_missing_explanations_are_named(model_dir, tmp_path):

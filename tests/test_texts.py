@@ -9,7 +9,7 @@ from pathlib import Path
 import mistral_common
 import pytest
 from conftest import ROWS
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data.explanation import read_explanation, written_explanation
@@ -198,6 +198,38 @@ def test_ends_of_written_and_of_read_tokens_agree_whatever_the_tokenizer_does(ma
     assert read == (composed if make is composing else text)
     if text == composed:
         assert ends == read_ends
+
+
+def straddling():
+    """A vocabulary with a token of a space and the first byte of what follows it."""
+    bytes_of_text = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate([*bytes_of_text, "Ġâ"])}, [("Ġ", "â")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_token_that_begins_before_a_character_and_ends_in_it_ends_before_it():
+    ids, ends = encode_with_ends(straddling(), "a ☕ b")
+    assert len(ids) == 6 and ends == [1, 1, 1, 3, 4, 5]  # a, space and a byte, two bytes, space, b
+    assert token_ends(straddling(), ids) == ("a ☕ b", ends)
+
+
+def test_a_text_of_which_no_token_is_made():
+    backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert encode_with_ends(PreTrainedTokenizerFast(tokenizer_object=backend), "   ") == ([], [])
+
+
+def test_csv_with_a_comma_at_the_end_of_its_lines_and_with_one_too_many(tmp_path, tags):
+    file = tmp_path / "rows.csv"
+    file.write_text('question,solution,explanation\nWhat is 2+3?,5,2+3=5,\n"a, b?",4,\n')
+    rows = load_rows(str(file), "train", None, COLUMNS | {"explanation": "explanation"}, tags, "dataset_id_or_path")
+    assert rows[0] == {"question": "What is 2+3?", "solution": "5", "explanation": "2+3=5"}
+    assert rows[1]["question"] == "a, b?"
+    file.write_text("question,solution,explanation\nWhat?,5,first this, then that\n")
+    with pytest.raises(ConfigError, match="row 0 has 4 fields, the header 3"):
+        load_rows(str(file), "train", None, COLUMNS, tags, "dataset_id_or_path")
 
 
 @pytest.mark.parametrize("explanation", ["a b", " a", "2 × 3 ☕", "\n\nb", ""])

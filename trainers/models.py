@@ -205,12 +205,15 @@ def _not_loadable(key: str, path: str, error: Exception) -> Fault:
 def load_model(
     path: str, dtype: torch.dtype, attention: str | None, key: str, trust: bool, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a causal language model in `dtype`, on the CPU unless `kwargs` (of `from_pretrained`) say otherwise."""
+    """Load a causal language model in `dtype`, on the CPU unless `kwargs` (of `from_pretrained`) say otherwise.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or its files lack weights, which would be random.
+    """
     attention = attention_of(attention, load_config(path, key, trust))
+    arguments = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust} | kwargs
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, **kwargs
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError) as error:
         if fault := attention_fault(attention, error):
             raise ConfigError(fault) from error
@@ -218,6 +221,10 @@ def load_model(
             cause = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
             raise ConfigError(Fault(key, path, cause, "install the package that it names")) from error
         raise ConfigError(_not_loadable(key, path, error)) from error
+    if missing := sorted(found["missing_keys"]):
+        cause = f"its files lack {len(missing)} of its weights, the first is {missing[0]}: they would be random"
+        raise ConfigError(Fault(key, path, cause, "name a folder with all of them"))
+    return model
 
 
 def attention_fault(attention: str | None, error: Exception) -> Fault | None:

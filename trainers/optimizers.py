@@ -17,6 +17,8 @@ from trainers.watch.visible_fraction import VisibleFraction
 
 logger = logging.getLogger(__name__)
 
+GRADIENT_SCALE = 4096  # of flash_adamw
+
 
 def make_optimizer(model: nn.Module, name: str, args: Any) -> Optimizer:
     """Make the optimizer of a model's trainable parameters.
@@ -24,7 +26,8 @@ def make_optimizer(model: nn.Module, name: str, args: Any) -> Optimizer:
     Args:
         model: On its device, the engine started: states are made where the weights are at the first step.
         name: As `optim_specs.optimizer_name` returns it.
-        args: TRL's arguments: learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon are read.
+        args: TRL's arguments: learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon and max_grad_norm
+            are read.
 
     Raises:
         ValueError: If there is no such optimizer.
@@ -54,7 +57,11 @@ def make_optimizer(model: nn.Module, name: str, args: Any) -> Optimizer:
 
         # 24 bits lose a step of 1e-6 on a norm's weight of 1: vectors get 32.
         by_bits = groups(lambda p: p.ndim > 1) + groups(lambda p: p.ndim < 2, master_bytewidth=4)
-        return FlashAdamW(by_bits, master_weight_bits=24, **adam)
+        # Gradients that are not clipped might be too large to be scaled.
+        scale = GRADIENT_SCALE if 0 < args.max_grad_norm <= 8 else 1
+        return with_scaled_gradients(FlashAdamW)(
+            by_bits, master_weight_bits=24, **adam | {"eps": adam["eps"] * scale}, scale=scale
+        )
     if name == "adafactor":
         fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}  # our learning rate counts
         return ExactAdafactor(groups(), lr=args.learning_rate, **fixed)
@@ -75,6 +82,31 @@ def _adamw_8bit(groups: Callable[..., list[dict[str, Any]]], adam: dict[str, Any
     if rest := groups(lambda p: not quantized(p)):
         parts.append(MasterAdamW(rest, **adam))
     return parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
+
+
+def with_scaled_gradients(kind: type[Optimizer]) -> type[Optimizer]:
+    """An Adam that sees gradients `scale` times as large; with an eps that is, too, its steps are the same.
+
+    FlashAdamW scales its 8-bit states by fp16 numbers, whose smallest is 6e-8. A clipped gradient of billions of
+    weights has elements of 1e-6 and below, and the roots of their second moments begin at a thirtieth of that.
+    """
+
+    class Scaled(kind):
+        def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.scale = scale  # a power of two: exact
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            loss = _loss(closure)
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, self.scale)
+            super().step()
+            torch._foreach_div_(gradients, self.scale)
+            return loss
+
+    Scaled.__name__ = f"Scaled{kind.__name__}"
+    return Scaled
 
 
 def _loss(closure: Callable[[], Any] | None) -> Any:

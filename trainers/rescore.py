@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.scoring.kept_scores import load_kept
 from trainers.settings.reward_specs import changed_formula, kept_formula
+from trainers.watch.outputs import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,12 @@ def run_rescore(options: Any, output_dir: Path) -> Path:
     rows = load_kept(folder)
     groups: dict[tuple[int, str, str], list[tuple[float, float]]] = defaultdict(list)
     path = output_dir / "rescored.jsonl"
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for row in rows:
             reward, parts = formula(row.scored)
+            if bad := {k: v for k, v in (parts | {"reward": reward}).items() if not math.isfinite(v)}:
+                sample = f"explanation {row.explanation[:200]!r} of the question {row.question[:200]!r}"
+                raise FloatingPointError(f"not finite under this formula: {bad}, the {sample}")
             groups[row.batch, row.question, row.solution].append((row.reward, reward))
             texts = {"question": row.question, "solution": row.solution, "explanation": row.explanation}
             file.write(json.dumps({"reward": reward, "reward_before": row.reward, **parts, **texts}) + "\n")

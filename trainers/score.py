@@ -20,6 +20,7 @@ from trainers.scoring.explanation_scorer import Scored, teacher_logprobs
 from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
 from trainers.scoring.quantized import samples_of
 from trainers.warmup import resolve_model
+from trainers.watch.outputs import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ def run_score(options: Any, output_dir: Path) -> Path:
         The file with the scores.
     """
     device, dtype = resolve_place(options)
+    if Path(options.dataset_id_or_path).expanduser().absolute() == output_dir / "scores.jsonl":
+        cause = "the scores would be written over it"
+        raise ConfigError(Fault("dataset_id_or_path", options.dataset_id_or_path, cause, "name another output_dir"))
     rows = load_score_rows(options)
     check_models(options)
     if any(named_run(getattr(options, key)) for key in MODELS):
@@ -50,7 +54,7 @@ def run_score(options: Any, output_dir: Path) -> Path:
     teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, temperature)
     path = output_dir / "scores.jsonl"
     rewards: list[float] = []
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for start in range(0, len(rows), SCORED_AT_ONCE):
             batch = rows.select(range(start, min(start + SCORED_AT_ONCE, len(rows)))).to_list()
             explanations = [written_explanation(teacher, row["explanation"], row["closed"]) for row in batch]
@@ -87,6 +91,8 @@ def load_score_rows(options: Any) -> Dataset:
         "solution": options.solution_column,
         "explanation": options.explanation_column,
     }
+    if missing := sum(value is None for value in raw[options.explanation_column]):
+        logger.warning("%d of %d rows have no explanation: scored as an empty one", missing, len(raw))
     rows = select_texts(raw, columns, key, path)
     has_closed = options.closed_column in raw.column_names
     if not has_closed and options.closed_column != type(options).model_fields["closed_column"].default:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, leave_without, parser, start
 
-leave_without("student", "trl", "accelerate", "transformers", "jinja2")
+leave_without("student", "trl", "accelerate", "transformers", "jinja2", "datasets", "hydra", "omegaconf")
 
 import torch
 from accelerate import cpu_offload

@@ -1,9 +1,11 @@
 """From explanations to rewards: asks the student, applies the formula."""
 
+import json
 import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -57,7 +59,7 @@ class ExplanationScorer:
         self.student, self.reward, self.teacher, self.keeper = student, reward, teacher, keeper
         self.padding_in_kl = padding_in_kl
         self._shown = False
-        self.same_tokenizer = teacher.tokenizer.get_vocab() == student.renderer.tokenizer.get_vocab()
+        self.same_tokenizer = is_same_tokenizer(teacher.tokenizer, student.renderer.tokenizer)
         if not self.same_tokenizer:
             logger.info("teacher and student have different tokenizers: the KL is taken over text both can cut out")
 
@@ -158,6 +160,16 @@ def teacher_logprobs(
     for i, (logprobs, _), span in zip(read, scores, spans, strict=True):
         results[i] = logprobs[slice(*span)]
     return results
+
+
+def is_same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same ids of every text: by their vocabulary and how they cut a text up."""
+    if one.get_vocab() != other.get_vocab() or one.is_fast != other.is_fast:
+        return False
+    if not one.is_fast:
+        return type(one) is type(other)
+    first, second = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (one, other))
+    return all(first[part] == second[part] for part in ("normalizer", "pre_tokenizer", "model"))
 
 
 def _not_finite(score: StudentScore, teacher: Tensor, numbers: dict[str, float]) -> dict[str, float]:

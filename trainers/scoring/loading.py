@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from data.render import Renderer
+from data.render import Encoded, Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
@@ -75,6 +75,30 @@ def check_models(options: Any) -> None:
         raise ConfigError(faults)
 
 
+def check_head(model: FrozenModel, backbone: ResidentBackbone, temperature: float, key: str) -> None:
+    """Compare the log-probabilities of three tokens with those of the model's own logits: TRL's fused head knows what
+    most families do between their last layer and their logits, not what all do.
+
+    Raises:
+        ConfigError: If they differ.
+    """
+    ids = [1, 2, 3]
+    whole, tolerance = backbone.model, 1e-3 if backbone.model.dtype == torch.float32 else 0.5  # of the logits
+    with torch.no_grad():
+        logits = whole(input_ids=torch.tensor([ids], device=backbone.device), use_cache=False).logits[0, :-1]
+    own = torch.log_softmax(logits.float() / temperature, -1).gather(1, logits.new_tensor(ids[1:]).long()[:, None])
+    kind, remedy = type(whole).__name__, "a model of another family"
+    try:
+        ((found, _),) = model.score([Encoded(ids, {}, [])], [[(1, len(ids))]])
+    except AttributeError as error:
+        cause = f"the layers of {kind} cannot be asked apart from its head ({error})"
+        raise ConfigError(Fault(key, whole.name_or_path, cause, remedy)) from error
+    if not torch.allclose(found[1:], own[:, 0].cpu(), rtol=0, atol=tolerance / min(1, temperature)):
+        cause = f"{kind} does more between its layers and its logits than is known here: log-probabilities would be "
+        cause += f"{found[1:].tolist()} in place of {own[:, 0].tolist()}"
+        raise ConfigError(Fault(key, whole.name_or_path, cause, remedy))
+
+
 def load_frozen(
     options: Any,
     path: str,
@@ -98,6 +122,9 @@ def load_frozen(
     Raises:
         ConfigError: If it cannot be loaded, or not in this mode.
     """
+    if device.type == "cuda":
+        # As vLLM has it for the whole process: cuDNN's attention makes a plan for each new number of texts and tokens.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     mode = mode or (options.student_mode if key == "student_model" else options.reference_mode)
     assert mode != "auto", "the plan of memory decides it"
     trust, attention = options.trust_remote_code, options.attn_implementation
@@ -115,9 +142,12 @@ def load_frozen(
             arguments["quantization_config"] = quantization_config(quantization, dtype)
         model = load_model(path, dtype, attention, key, trust, **arguments)
         backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
+    frozen = FrozenModel(backbone, temperature, options.student_tokens_per_pass)
+    if isinstance(backbone, ResidentBackbone) and not quantization:
+        check_head(frozen, backbone, temperature, key)
     name = "student" if key == "student_model" else "teacher" if options.stage == "score" else "reference"
     logger.info("%s: %s on %s", name, mode, device)
-    return FrozenModel(backbone, temperature, options.student_tokens_per_pass)
+    return frozen
 
 
 def make_scorer(

@@ -103,9 +103,8 @@ class StreamedBackbone:
                 value = self.source.tensor(self._names[name]).to(self.device, self.dtype, copy=True)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for module in self.model.modules():
-            if module is not self._embedding:  # looked up where its weights lie, on the host
-                for leaf, buffer in module._buffers.items():
-                    module._buffers[leaf] = None if buffer is None else buffer.to(self.device)
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = None if buffer is None else buffer.to(self.device)
 
     def run(self, batches: list[Tensor]) -> Iterator[Tensor]:
         """See `Backbone.run`. Each layer's weights are read once for all batches."""
@@ -118,8 +117,8 @@ class StreamedBackbone:
                 calls.append(call)
             for i, layer in enumerate(self.layers):
                 layer_weights = next(weights)
-                if i + 1 == len(self.layers):
-                    head = feeder.begin(self._head_names)  # on its way while the last layer computes
+                if i == max(0, len(self.layers) - 2):
+                    head = feeder.begin(self._head_names)  # on its way, behind the last layer, while these compute
                 for b, call in enumerate(calls):
                     args, kwargs = call[i]
                     # In place: blocks that live on among short-lived ones would fragment the memory.
@@ -168,10 +167,14 @@ class StreamedBackbone:
         return entered[0], calls
 
     def _embed(self, ids: Tensor) -> Tensor:
-        """Look tokens up where the embedding lies: only the rows that occur are read."""
+        """Look tokens up: only the rows that occur are read, and brought to the device."""
         unique, inverse = ids.unique(return_inverse=True)
-        rows = self.source.tensor(self._names[_name_of(self.model, self._embedding)])[unique].to(self.dtype)
-        return functional_call(self._embedding, {"weight": rows}, (inverse,)).to(self.device)
+        table = self.source.tensor(self._names[_name_of(self.model, self._embedding)])
+        pinned = self.device.type == "cuda"
+        rows = torch.empty(len(unique), table.size(1), dtype=table.dtype, pin_memory=pinned)
+        torch.index_select(table, 0, unique, out=rows)
+        rows = rows.to(self.device, non_blocking=True).to(self.dtype)
+        return functional_call(self._embedding, {"weight": rows}, (inverse.to(self.device),))
 
     def _finish(self, states: Tensor) -> Tensor:
         """What the model makes of the states behind its last layer."""

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import netrc
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import yaml
@@ -16,6 +16,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from trainers.config import REPO
 from trainers.errors import ConfigError, Fault
+from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.watch.phases import PhaseTimer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,17 @@ def make_output_dir(output_dir: str | None, run: str, num_processes: int = 1, ro
     path.mkdir(parents=True, exist_ok=True)
     replace_link(base / "latest", path)
     return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """Write a file that takes its name, and the place of an earlier one, when it is whole."""
+    if path.exists():
+        logger.warning("%s is written anew", path)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        yield file
+    part.replace(path)
 
 
 def launch_time() -> float:
@@ -127,14 +139,9 @@ def take_over_library_logs() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def prepare_wandb(report_to: str | list[str]) -> None:
+def prepare_wandb(options: Any) -> None:
     """Let wandb log offline where it has no account to log to, rather than fail after the models are loaded."""
-    if "wandb" not in report_to and report_to != "all":
-        return
-    logged_in = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
-    with suppress(FileNotFoundError, netrc.NetrcParseError):
-        logged_in = logged_in or any("wandb" in host for host in netrc.netrc().hosts)
-    if not logged_in:
+    if "wandb" in reporters(options) and wandb_is_offline():
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("wandb: not logged in, so it logs offline (`wandb login`, or `wandb sync` the run afterwards)")
 
