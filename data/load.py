@@ -84,7 +84,10 @@ def _from_csv(file: Path, key: str, path: str) -> Dataset:
     """Rows of text; a comma at the end of lines, which names no column, is passed over."""
     csv.field_size_limit(sys.maxsize)  # of its own accord 128 KiB
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        names, *rows = [row for row in csv.reader(lines) if row]
+        names, *rows = [row for row in csv.reader(lines) if row] or [[]]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        cause = f"cannot be read: {len(twice)} columns are named twice, the first is {twice[0]!r}"
+        raise ConfigError(Fault(key, path, cause, "give each column a name of its own"))
     for number, row in enumerate(rows):
         if any(row[len(names) :]):
             cause = f"cannot be read: row {number} has {len(row)} fields, the header {len(names)}"

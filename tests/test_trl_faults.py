@@ -39,7 +39,7 @@ RL, SFT = "teacher_rlt_tiny", "teacher_sft_tiny"
         (SFT, "loss_type=grpo", "'nll' or 'dft'"),
         (RL, "loss_type=dft", "'grpo', 'dr_grpo'"),
         (SFT, "pad_token=x", "chosen by itself"),
-        (RL, "use_liger_kernel=true", "TRL takes it out"),
+        (RL, "use_liger_kernel=true", "TRL drops it"),
         (RL, "adam_beta1=2", "less than 1"),
         (RL, "log_level=loud", "'detail', 'debug'"),
         (SFT, "neftune_noise_alpha=-1", "greater than 0"),
@@ -88,6 +88,7 @@ def test_the_hub_is_not_sent_to_without_an_account(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(reporting, "_hub_token", lambda: None)
     assert "no account of the hub is known" in refused(RL, "log_completions_hub_repo=me/texts")
+    load_options(compose_run(RL, ["push_to_hub=true", "hub_token=hf_x"]), repo=REPO)
     monkeypatch.setattr(reporting, "_hub_token", lambda: "token")
     load_options(compose_run(RL, ["push_to_hub=true"]), repo=REPO)
 

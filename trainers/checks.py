@@ -274,7 +274,9 @@ def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     if not _evaluates(options) or options.eval_dataset_id_or_path or options.eval_dataset_split:
         return []
     remedy = "name held-out data (eval_dataset_id_or_path or eval_dataset_split), or "
-    remedy += "report_before_after=false" if options.stage == "rl" else "eval_strategy=no"
+    off = {"report_before_after": "false", "eval_strategy": "no", "eval_on_start": "false"}
+    neutral = (False, "no")
+    remedy += " ".join(f"{k}={v}" for k, v in off.items() if getattr(options, k, False) not in neutral)
     return [Fault("eval_dataset_id_or_path", None, "held-out data is to be evaluated, but none is named", remedy)]
 
 

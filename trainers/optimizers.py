@@ -94,15 +94,23 @@ def with_scaled_gradients(kind: type[Optimizer]) -> type[Optimizer]:
     class Scaled(kind):
         def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.scale = scale  # a power of two: exact
+            for group in self.param_groups:
+                group["gradient_scale"] = scale  # a power of two: exact; saved beside the moments and eps it belongs to
 
         @torch.no_grad()
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             loss = _loss(closure)
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, self.scale)
+            scaled = [
+                ([p.grad for p in group["params"] if p.grad is not None], group.get("gradient_scale", 1))
+                for group in self.param_groups
+            ]
+            for gradients, factor in scaled:
+                if gradients:
+                    torch._foreach_mul_(gradients, factor)
             super().step()
-            torch._foreach_div_(gradients, self.scale)
+            for gradients, factor in scaled:
+                if gradients:
+                    torch._foreach_div_(gradients, factor)
             return loss
 
     Scaled.__name__ = f"Scaled{kind.__name__}"

@@ -37,7 +37,7 @@ def run_score(options: Any, output_dir: Path) -> Path:
         The file with the scores.
     """
     device, dtype = resolve_place(options)
-    if Path(options.dataset_id_or_path).expanduser().absolute() == output_dir / "scores.jsonl":
+    if Path(options.dataset_id_or_path).expanduser().resolve() == (output_dir / "scores.jsonl").resolve():
         cause = "the scores would be written over it"
         raise ConfigError(Fault("dataset_id_or_path", options.dataset_id_or_path, cause, "name another output_dir"))
     rows = load_score_rows(options)

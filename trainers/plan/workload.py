@@ -114,8 +114,11 @@ class Workload:
         """Whether the update's rows begin at their first token, so that plain causal attention serves them, which
         repeats no keys (rollout/whole_rows.py)."""
         whole = self.is_rl and self.shared_prompts is None and not getattr(self.options, "torch_compile", False)
-        window = self.teacher.window  # a shorter one takes a mask
-        return whole and not self.is_eager(self.teacher) and (window is None or window >= self.length)
+        teacher, window = self.teacher, self.teacher.window
+        if self.device == "cuda" and self.precision != "bf16" and teacher.num_heads != teacher.num_kv_heads:
+            return False
+        # One that is not longer than the rows takes a mask.
+        return whole and not self.is_eager(teacher) and (window is None or window > self.length)
 
     @property
     def accumulates(self) -> bool:

@@ -196,7 +196,7 @@ def device_faults(options: Any, device: str, dtype: str, student_mode: str | Non
         cause = "on a CPU seeds of requests need whole prompts"
         faults.append(Fault("vllm_kwargs", "enable_chunked_prefill", cause, "leave it out"))
     invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0")
-    if options.use_vllm and device == "cuda" and invariant not in ("", "0"):
+    if has_engine(options) and device == "cuda" and invariant not in ("", "0"):
         cause = "for the whole process, the trainer too, it replaces products by kernels without a backward pass"
         faults.append(Fault("VLLM_BATCH_INVARIANT", invariant, cause, "unset VLLM_BATCH_INVARIANT"))
     return faults

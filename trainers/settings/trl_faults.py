@@ -16,7 +16,7 @@ SCHEDULES = {
 def schedule_faults(options: Any) -> list[Fault]:
     """Schedules of the learning rate that need an argument."""
     needed, given = SCHEDULES.get(options.lr_scheduler_type, ()), options.lr_scheduler_kwargs or {}
-    if not needed or not isinstance(given, dict) or any(given.get(name) is not None for name in needed):
+    if not needed or not isinstance(given, dict) or sum(given.get(name) is not None for name in needed) == 1:
         return []
     value = {"num_decay_steps": "10"}.get(needed[0], "1e-7")
     remedy = f"lr_scheduler_kwargs={{{needed[0]}: {value}}}"

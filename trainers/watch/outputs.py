@@ -59,9 +59,12 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     if path.exists():
         logger.warning("%s is written anew", path)
     part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        yield file
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def launch_time() -> float:
