@@ -18,7 +18,7 @@ from trainers.settings.engine_specs import batched_tokens, model_length
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/scoring/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
-SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 128}
+SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 64}
 
 # Of a GPU: CUDA context and libraries (vLLM reports 0.33 GiB outside of torch, vllm#14452, and cuBLAS keeps
 # workspaces), and each captured graph (26 MiB of a large model, vllm#22897). Not measured here.

@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 # Padded tokens that go through a layer together: enough to keep a GPU's matrix units busy; on a CPU, memory is dearer.
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
-HEAD_TOKENS = {"cuda": 4096, "cpu": 128}  # positions projected onto the vocabulary together
+HEAD_TOKENS = {"cuda": 4096, "cpu": 64}  # positions projected onto the vocabulary together
 
 
 class Backbone(Protocol):
