@@ -7,8 +7,8 @@ import torch
 from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainers.attention import attention_of
 from trainers.errors import ConfigError
-from trainers.models import attention_of
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.model_shapes import FAMILY_DEFAULTS, model_shape, read_config
 

@@ -9,9 +9,9 @@ from small_run import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from trainers.attention import attention_of
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.models import attention_of
 from trainers.plan.activations import kept_bytes
 from trainers.plan.model_shapes import model_shape
 from trainers.plan.workload import Workload

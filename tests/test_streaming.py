@@ -12,8 +12,9 @@ from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.render import Encoded
+from trainers.attention import attention_of
 from trainers.errors import ConfigError
-from trainers.models import attention_of, load_model
+from trainers.models import load_model
 from trainers.scoring import frozen
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone, passes
 from trainers.scoring.streaming import StreamedBackbone

@@ -78,9 +78,3 @@ def test_positions_begin_at_the_first_token():
 
 def test_a_compiled_model_keeps_its_width():
     assert can_align(make("qwen2")) and not can_align(torch.nn.DataParallel(make("qwen2")))
-
-
-def test_on_a_gpu_keys_that_heads_share_are_left_so_in_bf16_alone(monkeypatch):
-    shared, apart = make("qwen2"), make("qwen2", num_key_value_heads=2)
-    monkeypatch.setattr(type(shared), "device", torch.device("cuda"))
-    assert not can_align(shared) and can_align(apart) and can_align(shared.bfloat16())

@@ -1,7 +1,6 @@
 """Loading models and tokenizers, and making tiny ones from nothing."""
 
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trainers.attention import attention_fault, attention_of
 from trainers.errors import ConfigError, Fault
 from trainers.plan.hardware import num_cuda_devices
 
@@ -180,22 +180,6 @@ def load_config(path: str, key: str, trust: bool) -> Any:
     return config
 
 
-def attention_of(asked: str | None, config: Any) -> str | None:
-    """The attention to load a model with; None leaves it to transformers (sdpa where a model has it, else eager).
-
-    Transformers' sdpa leaves out the cap that Gemma 2 puts on its attention scores, and vLLM does not.
-
-    Raises:
-        ConfigError: If sdpa is asked for with such a model.
-    """
-    if not (cap := getattr(config.get_text_config(), "attn_logit_softcapping", None)):
-        return asked
-    if asked == "sdpa":
-        cause = f"it leaves out the cap of {cap:g} that {config.model_type} puts on its attention scores"
-        raise ConfigError(Fault("attn_implementation", asked, cause, "attn_implementation=eager or flash_attention_2"))
-    return asked or "eager"
-
-
 def _not_loadable(key: str, path: str, error: Exception) -> Fault:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = "give a local folder (is it one?), or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
@@ -225,14 +209,6 @@ def load_model(
         cause = f"its files lack {len(missing)} of its weights, the first is {missing[0]}: they would be random"
         raise ConfigError(Fault(key, path, cause, "name a folder with all of them"))
     return model
-
-
-def attention_fault(attention: str | None, error: Exception) -> Fault | None:
-    """Of an attention that a model has not or that is not installed; None where something else is wrong."""
-    cause = str(error).strip().splitlines() or [""]
-    if attention is None or not re.search("attention|attn|scaled_dot_product", cause[0], re.IGNORECASE):
-        return None
-    return Fault("attn_implementation", attention, cause[0], "attn_implementation=null or eager")
 
 
 def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: torch.dtype, attention: str | None) -> Any:

@@ -94,10 +94,10 @@ def _queries(teacher: ModelShape) -> int:
 
 
 def _not_repeated(work: Workload) -> int:
-    """Bytes of a token's keys and values that are not held once for each head, where no mask asks for that."""
+    """Bytes of a token's keys and values that are not held once for each head, where nothing asks for that."""
     teacher = work.teacher
     unused = _queries(teacher) - teacher.num_kv_heads * teacher.head_dim
-    return 2 * work.itemsize * unused if work.reads_without_mask else 0
+    return 0 if work.repeats_keys else 2 * work.itemsize * unused
 
 
 def _family(table: dict[str, dict[int, tuple[float, float]]], work: Workload) -> float:

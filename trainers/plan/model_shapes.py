@@ -86,7 +86,7 @@ class ModelShape:
         adapter: Of an adapter, whose base the other sizes are of.
         can_share_prompts: See the function of that name.
         caps_scores: Whether its attention scores go through tanh, and the result is kept too.
-        eager_unless_told: Whether its attention is eager where none is asked for (trainers/models.py, attention_of).
+        eager_unless_told: Whether its attention is eager where none is asked for (trainers/attention.py).
         window: Tokens that some of its layers look back at the most; None where all see everything before them.
     """
 

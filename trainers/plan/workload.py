@@ -111,14 +111,18 @@ class Workload:
 
     @property
     def reads_without_mask(self) -> bool:
-        """Whether the update's rows begin at their first token, so that plain causal attention serves them, which
-        repeats no keys (rollout/whole_rows.py)."""
+        """Whether the update's rows begin at their first token, so that plain causal attention serves them
+        (rollout/whole_rows.py)."""
         whole = self.is_rl and self.shared_prompts is None and not getattr(self.options, "torch_compile", False)
         teacher, window = self.teacher, self.teacher.window
-        if self.device == "cuda" and self.precision != "bf16" and teacher.num_heads != teacher.num_kv_heads:
-            return False
         # One that is not longer than the rows takes a mask.
         return whole and not self.is_eager(teacher) and (window is None or window > self.length)
+
+    @property
+    def repeats_keys(self) -> bool:
+        """Whether the teacher's attention gives each head keys of its own: as it does with a mask, and on a GPU whose
+        kernel for plain causal attention asks for it (trainers/attention.py), taken to be one without bf16 then."""
+        return not self.reads_without_mask or (self.device == "cuda" and self.precision != "bf16")
 
     @property
     def accumulates(self) -> bool:

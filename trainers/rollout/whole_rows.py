@@ -8,23 +8,14 @@ in the engine.
 
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 
 def can_align(model: Any) -> bool:
-    """Whether a model takes rows of any width (one that is compiled would be compiled for each), and gains by it.
-
-    Without a mask transformers leaves keys that several heads share as they are. Of a GPU's kernels only FlashAttention
-    takes them so, in 16 bits; in fp32 torch would write all scores down.
-    """
-    if not isinstance(model, PreTrainedModel | PeftModel):
-        return False
-    config = model.config.get_text_config()
-    shares_keys = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
-    return model.device.type == "cpu" or model.dtype == torch.bfloat16 or not shares_keys
+    """Whether a model takes rows of any width; one that is compiled would be compiled for each."""
+    return isinstance(model, PreTrainedModel | PeftModel)
 
 
 def whole_row_outputs(

@@ -9,10 +9,10 @@ from accelerate.utils.memory import clear_device_cache
 
 from data.render import Encoded, Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.attention import attention_of, suit_attention
 from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 from trainers.models import (
-    attention_of,
     check_vocabulary,
     choose_pad_token,
     generation_end_ids,
@@ -143,6 +143,7 @@ def load_frozen(
         if quantization:
             arguments["quantization_config"] = quantization_config(quantization, dtype)
         model = load_model(path, dtype, attention, key, trust, **arguments)
+        suit_attention(model, device)
         backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
     frozen = FrozenModel(backbone, temperature, options.student_tokens_per_pass)
     if isinstance(backbone, ResidentBackbone) and not quantization:

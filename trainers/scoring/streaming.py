@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from trainers.attention import attention_fault, suit_attention
 from trainers.errors import ConfigError, Fault
-from trainers.models import attention_fault
 from trainers.weights.weight_files import HostWeights, WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class StreamedBackbone:
             if fault := attention_fault(attention, error):
                 raise ConfigError(fault) from error
             raise
-        self.model.eval().requires_grad_(False)
+        suit_attention(self.model.eval().requires_grad_(False), device)
         self.model.tie_weights()
         self.base = self.model.base_model
         self._names = _checkpoint_names(self.model, source, key)

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trainers.attention import suit_attention
 from trainers.errors import ConfigError
 from trainers.merge import whole_model
-from trainers.models import load_model
+from trainers.models import load_model, resolve_device
 from trainers.weights.adapter_files import AdapterFiles, is_adapter, is_continued, open_adapter, start_faults
 from trainers.weights.adapters import add_adapters, continue_adapter
 
@@ -63,6 +64,7 @@ def resolve_start(options: Any, path: str, output_dir: Path, dtype: torch.dtype)
 def load_teacher(options: Any, path: str, dtype: torch.dtype, adapter: AdapterFiles | None = None) -> Any:
     """Load the model to train, with adapters where they are what is trained: fresh ones unless one is given."""
     model = load_model(path, dtype, options.attn_implementation, KEY, options.trust_remote_code)
+    suit_attention(model, resolve_device(options.device))
     if adapter is not None:
         return continue_adapter(model, adapter, options, reference=bool(getattr(options, "beta", 0)))
     return add_adapters(model, options) if options.use_peft else model
