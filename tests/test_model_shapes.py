@@ -146,3 +146,13 @@ def test_a_cap_of_the_scores_is_what_transformers_takes_a_config_for(given, capp
     assert (shape.caps_scores, shape.eager_unless_told) == (capped, capped)
     full = AutoConfig.for_model(**config)
     assert (attention_of(None, full) == "eager") is capped
+
+
+def test_an_infinite_float_of_a_saved_config(tmp_path):
+    """As the limit of Mamba 2's time steps."""
+    sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+    config = AutoConfig.for_model("falcon_h1", **COMMON | sizes)
+    config.save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text()
+    model = AutoModelForCausalLM.from_config(config)
+    assert model_shape(read_config(str(tmp_path), "student_model")).num_parameters == model.num_parameters()

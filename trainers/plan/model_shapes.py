@@ -168,9 +168,14 @@ def read_config(path: str, key: str) -> dict[str, Any]:
     return config
 
 
+def _float_written_out(value: dict[str, Any]) -> Any:
+    """transformers 5 saves an infinite float as `{"__float__": "Infinity"}`."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 @cache
 def _shape_of(config_json: str, name: str, trust: bool) -> ModelShape:
-    config = json.loads(config_json)
+    config = json.loads(config_json, object_hook=_float_written_out)
     if config.get("model_type") in FAMILY_DEFAULTS and SIZES <= config.keys():
         return _known_family(config, name)
     return _from_transformers(config, name, trust)
