@@ -29,6 +29,8 @@ from trainers.plan.planning import planned_options, run_plan
 
 def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
     """Run the stage that the options ask for."""
+    from datasets import disable_caching
+
     from trainers.warmup import resolve_model, warmup_options
     from trainers.watch.outputs import (
         make_output_dir,
@@ -38,6 +40,7 @@ def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
         take_over_library_logs,
     )
 
+    disable_caching()  # rows would be kept as an earlier state of this code has rendered them
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     for path in (getattr(options, "model_name_or_path", None), getattr(options, "student_model", None)):
         if name := named_run(path):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from data.formats import TagFormat
@@ -22,7 +22,7 @@ def read_rows(path: str, split: str, max_samples: int | None, key: str) -> Datas
 
     Args:
         path: A .jsonl, .json, .parquet or .csv file, a folder, or a hub id.
-        split: Split to take from a folder or hub data set.
+        split: Split to take from a folder or hub data set; a file is one, `train`.
         max_samples: Keep the first so many rows; None keeps all.
         key: The option that named the data, for messages.
 
@@ -60,14 +60,19 @@ def _read(path: str, split: str, key: str) -> Dataset:
     suffix, file = Path(path).suffix, Path(path).expanduser()
     if file.is_file() and file.stat().st_size == 0:
         raise ConfigError(Fault(key, path, "the file is empty", "give a data set with at least one row"))
+    if file.is_file() and split != "train":
+        option = key.replace("id_or_path", "split")
+        cause, remedy = f"{path} is a file and has no splits", f"a file for each, and no {option}"
+        raise ConfigError(Fault(option, split, cause, remedy))
     try:
-        if suffix in (".jsonl", ".json") and file.exists():
-            return _from_json(file, key, path)
-        if suffix == ".parquet" and file.exists():
+        if suffix in READERS and file.is_file():
+            return READERS[suffix](file, key, path)
+        if suffix == ".parquet" and file.is_file():
             return load_dataset("parquet", data_files=str(file), split="train")
-        if suffix == ".csv" and file.exists():  # all of it text: 007 and NA are solutions too
-            return _from_csv(file, key, path)
-        found = load_dataset(str(file) if file.exists() else path)
+        if file.is_dir() and (files := _text_files(file)):
+            found = DatasetDict({name: _all_of(each, key, path) for name, each in files.items()})
+        else:
+            found = load_dataset(str(file) if file.exists() else path)
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError, csv.Error, DatasetsError) as error:
@@ -80,8 +85,19 @@ def _read(path: str, split: str, key: str) -> Dataset:
     return found[split]
 
 
+def _text_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split of a folder, where all are .csv or JSON: those are read as they are by themselves."""
+    found = load_dataset_builder(str(folder)).config.data_files or {}
+    files = {str(split): [Path(file) for file in each] for split, each in found.items()}
+    return files if all(file.suffix in READERS for each in files.values() for file in each) else {}
+
+
+def _all_of(files: list[Path], key: str, path: str) -> Dataset:
+    return concatenate_datasets([READERS[file.suffix](file, key, path) for file in files])
+
+
 def _from_csv(file: Path, key: str, path: str) -> Dataset:
-    """Rows of text; a comma at the end of lines, which names no column, is passed over."""
+    """Rows of text, 007 and NA too; a comma at the end of lines, which names no column, is passed over."""
     csv.field_size_limit(sys.maxsize)  # of its own accord 128 KiB
     with file.open(encoding="utf-8-sig", newline="") as lines:
         names, *rows = [row for row in csv.reader(lines) if row] or [[]]
@@ -118,8 +134,14 @@ def _from_json(file: Path, key: str, path: str) -> Dataset:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ConfigError(Fault(key, path, f"cannot be read: row {number} is no object but {row!r}", remedy))
+    if len(rows) == 1 and rows[0] and all(isinstance(value, dict) for value in rows[0].values()):
+        cause = f"cannot be read: it is one object of columns ({', '.join(rows[0])}), as pandas writes one by itself"
+        raise ConfigError(Fault(key, path, cause, f"{remedy}: df.to_json(..., orient='records', lines=True)"))
     names = dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [_as_column(row.get(name), name) for row in rows] for name in names})
+
+
+READERS = {".csv": _from_csv, ".json": _from_json, ".jsonl": _from_json}
 
 
 def _as_column(value: Any, name: str) -> Any:
@@ -184,12 +206,7 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
     """Split Bespoke-Stratos rows: `conversations` of user (human) and assistant (gpt), thought and solution in tags."""
 
     def split(row: dict[str, Any]) -> dict[str, str]:
-        turns = {
-            turn.get("from", turn.get("role")): turn.get("value", turn.get("content"))
-            for turn in row["conversations"] or []
-        }
-        question = turns.get("user", turns.get("human")) or ""
-        answer = turns.get("assistant", turns.get("gpt")) or ""
+        question, answer = _first_exchange(row["conversations"] or [])
         return {
             "question": question,
             "solution": _between(answer, tags.solution),
@@ -197,6 +214,9 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
             "reasoning_trace": _between(answer, tags.thought).removeprefix(tags.padding),
         }
 
+    asked = ([_turn(turn, "from", "role") in ASKS for turn in turns or []] for turns in rows["conversations"])
+    if longer := sum(sum(each) > 1 for each in asked):
+        logger.warning("%d of %d conversations go on after the first answer: the rest is left out", longer, len(rows))
     split_rows = rows.map(split, remove_columns=rows.column_names, desc="Splitting conversations")
     whole = split_rows.filter(
         lambda row: bool(row["question"].strip() and row["solution"].strip()), desc="Checking tags"
@@ -208,6 +228,22 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
         count = len(split_rows) - len(whole)
         logger.warning("%d of %d conversations have no tagged solution: left out", count, len(split_rows))
     return whole
+
+
+ASKS, ANSWERS = ("user", "human"), ("assistant", "gpt")
+
+
+def _first_exchange(turns: list[Any]) -> tuple[str, str]:
+    """What is asked first, and what is answered to it."""
+    question = answer = ""
+    for turn in turns:
+        who, said = _turn(turn, "from", "role"), _turn(turn, "value", "content")
+        if who in ASKS and not question:
+            question = said
+        elif who in ANSWERS and question:
+            answer = said
+            break
+    return question, answer
 
 
 def _between(text: str, pair: tuple[str, str]) -> str:

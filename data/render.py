@@ -1,6 +1,7 @@
 """Texts and token ids of one model: its chat template, its tokenizer, its end of turn."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -53,7 +54,14 @@ class Renderer:
             remedy = f"take the Instruct version of the model, or give a template: {template_key}=<file.jinja>"
             raise ConfigError(Fault(key, tokenizer.name_or_path, cause, remedy))
         self.padding_ids = self.encode_text(tags.padding)
-        self.turn_end = self._find_turn_end(key)
+        try:
+            self.turn_end = self._find_turn_end(key)
+        except (TemplateError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            remedy = f"correct the template ({template_key}=<file.jinja>) or the variables it is given"
+            cause = f"it cannot be rendered: {error}"
+            raise ConfigError(Fault(template_key, tokenizer.name_or_path, cause, remedy)) from error
 
     def _head(self, system_prompt: str, question: str) -> str:
         """Render up to where the assistant's turn begins."""
@@ -61,14 +69,16 @@ class Renderer:
         return self._apply(messages, add_generation_prompt=True)
 
     def _apply(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
-        render = self.tokenizer.apply_chat_template
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False, **kwargs, **self.template_kwargs)
+        system, user, *rest = messages
         try:
-            return render(messages, tokenize=False, **kwargs, **self.template_kwargs)
+            text = render(messages)
         except TemplateError:
-            # Some templates (Gemma, early Mistral) refuse a system role: their model cards put it before the question.
-            system, user, *rest = messages
-            merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
-            return render([merged, *rest], tokenize=False, **kwargs, **self.template_kwargs)
+            text = ""
+        if text and system["content"].strip() in text:
+            return text
+        # Some templates refuse a system role (Gemma, early Mistral) or pass over it: it comes before the question.
+        return render([{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest])
 
     def _find_turn_end(self, key: str) -> str:
         """Return the text of the token that ends an assistant's turn in the template."""

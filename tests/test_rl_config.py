@@ -1,5 +1,7 @@
 """What reaches TRL, and the prompts of RL. Run: ./run_tests.sh tests/test_rl_config.py"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROWS
@@ -10,7 +12,7 @@ from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
 from trainers.plan.planning import planned_options
 from trainers.rl import grpo_config
-from trainers.texts import rl_rows
+from trainers.texts import check_enough, rl_rows
 
 
 def options(*overrides):
@@ -78,3 +80,15 @@ def test_lengths_beyond_the_teacher_s_positions_are_refused(model_dir):
     long = options("max_prompt_length=300", "max_completion_length=300")
     with pytest.raises(ConfigError, match=r"512 positions[\s\S]*max_completion_length=212"):
         planned_options(long.model_copy(update={"model_name_or_path": str(model_dir)}))
+
+
+def test_fewer_questions_than_a_rollout_takes_would_train_nothing(caplog):
+    """TRL leaves out what does not fill a rollout, and ends at step 0."""
+    rows = Dataset.from_dict({"question": [str(i) for i in range(5)]})
+    small = SimpleNamespace(train_batch_size=8, per_device_train_batch_size=8, generation_aggregation_steps=None)
+    small.num_generations, small.dataset_id_or_path = 4, "d.jsonl"
+    check_enough(rows, small)
+    assert "each epoch leaves out 1 of 5 questions: a rollout takes 2" in caplog.text
+    small.train_batch_size = small.per_device_train_batch_size = 24
+    with pytest.raises(ConfigError, match=r"a rollout takes 6[\s\S]*train_batch_size=20"):
+        check_enough(rows, small)

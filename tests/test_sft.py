@@ -82,7 +82,7 @@ def test_labels_cover_what_the_model_writes_and_nothing_before(renderer, role, l
 def test_data_without_traces_cannot_warm_up():
     rows = Dataset.from_list([{"question": r["question"], "solution": r["solution"]} for r in ROWS])
     with pytest.raises(ConfigError, match=r"no reasoning_trace to imitate[\s\S]*reasoning_trace_column="):
-        check_traces(rows, options())
+        check_traces(rows, options(), "training data")
 
 
 def test_overlong_prompts_are_filtered_cut_or_refused(renderer, caplog):
@@ -220,3 +220,17 @@ def test_adapters_on_random_weights_are_refused(rows_file):
             {"stage": "sft", "device": "cpu", "model_init": TINY_MODEL, "dataset_id_or_path": str(rows_file)}
             | {"use_peft": True, "train_batch_size": 8}
         )
+
+
+def test_rows_that_lose_all_they_teach_are_left_out_and_counted(renderer, caplog):
+    rows = Dataset.from_list([*ROWS, {**ROWS[0], "question": "What is 2+3? " * 20}])
+    kept = sft_rows(rows, renderer, options(max_length=100, max_prompt_length=1000), "data")
+    assert len(kept) == len(ROWS) and "1 before what is to be learned" in caplog.text
+    ends = sft_rows(rows, renderer, options(max_length=20, max_prompt_length=1000, truncation_mode="keep_end"), "data")
+    assert len(ends) == len(rows)
+
+
+def test_rows_without_a_trace_are_counted(caplog):
+    rows = Dataset.from_list([*ROWS, {**ROWS[0], "reasoning_trace": ""}])
+    check_traces(rows, options(), "held-out data")
+    assert f"held-out data: 1 of {len(rows)} rows have no reasoning_trace" in caplog.text

@@ -402,3 +402,61 @@ def test_shipped_data_is_right_and_apart():
         for digit in digits:
             left = abs(left - digit)
         assert left == int(row["solution"])
+
+
+def test_a_template_that_passes_over_the_system_role_gets_it_with_the_question(tokenizer, tags):
+    silent = copy(tokenizer)
+    silent.chat_template = "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n"
+    silent.chat_template += "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    silent.chat_template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    renderer = Renderer(silent, tags, None, "model_name_or_path")
+    assert "<|im_start|>user\nExplain.\n\nWhat is 2+3?<|im_end|>" in text_of(renderer.teacher("What is 2+3?", "5", ""))
+
+
+@pytest.mark.parametrize(("template", "kwargs"), [("{% if %}", None), (None, {"tokenize": True})])
+def test_a_template_that_cannot_be_rendered_is_told(tokenizer, tags, template, kwargs):
+    broken = copy(tokenizer)
+    broken.chat_template = template or tokenizer.chat_template
+    with pytest.raises(ConfigError, match="cannot be rendered"):
+        Renderer(broken, tags, kwargs, "model_name_or_path")
+
+
+def test_a_file_has_no_splits(tmp_path, tags):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(ConfigError, match="eval_dataset_split='test'[\\s\\S]*is a file and has no splits"):
+        load_rows(str(path), "test", None, COLUMNS, tags, "eval_dataset_id_or_path")
+
+
+def test_files_of_a_folder_are_read_as_they_are_by_themselves(tmp_path, tags):
+    text = "question,solution\nWhat?,007\nAnd?,1e3\nSo?,NA\n"
+    for folder, file in (("one", "train.csv"), ("one", "test.csv"), ("two", "data.csv")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_text(text if file != "test.csv" else text.replace("007", "008"))
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three/train.jsonl").write_text('{"question": "When?", "solution": "2024-05-01"}\n')
+
+    def solutions(folder, split="train"):
+        return list(load_rows(str(tmp_path / folder), split, None, COLUMNS, tags, "dataset_id_or_path")["solution"])
+
+    assert solutions("one") == solutions("two") == ["007", "1e3", "NA"]
+    assert solutions("one", "test")[0] == "008"
+    assert solutions("three") == ["2024-05-01"]
+
+
+def test_one_object_of_columns_is_no_row(tmp_path, tags):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"question": {"0": "What?"}, "solution": {"0": "5"}}))
+    with pytest.raises(ConfigError, match="one object of columns[\\s\\S]*orient='records'"):
+        load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+def test_a_longer_conversation_gives_its_first_exchange(tmp_path, tags, caplog):
+    first, second = (f"{tags.thought[0]}t{tags.thought[1]}{tags.solution[0]}{n}{tags.solution[1]}" for n in (1, 2))
+    turns = [("user", "Q1"), ("assistant", first), ("user", "Q2"), ("assistant", second)]
+    rows = [{"conversations": [{"from": who, "value": said} for who, said in turns[:n]]} for n in (2, 3, 4)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert {(row["question"], row["solution"]) for row in read} == {("Q1", "1")}
+    assert "2 of 3 conversations go on after the first answer" in caplog.text

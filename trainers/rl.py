@@ -29,7 +29,7 @@ from trainers.settings.engine_specs import has_engine
 from trainers.settings.reward_specs import reward_names, uses_student
 from trainers.settings.trl_config import precision_arguments
 from trainers.teacher_grpo import TeacherGRPOTrainer
-from trainers.texts import load_eval_rows, load_train_rows, rl_rows, show_sample
+from trainers.texts import check_enough, load_eval_rows, load_train_rows, rl_rows, show_sample
 from trainers.warmup import resolve_model
 from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -58,6 +58,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     teacher = make_renderer(options, start.tokenizer, "model_name_or_path")
     student = resolve_student(options, output_dir, dtype) if uses_student(options) else None
     train_set = rl_rows(rows, teacher, options, "training questions")
+    check_enough(train_set, options)
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 

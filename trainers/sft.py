@@ -55,7 +55,9 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     rows = load_train_rows(options)
     evaluates = options.eval_strategy != "no" or options.eval_on_start
     eval_rows = load_eval_rows(options) if evaluates else None
-    check_traces(rows, options)
+    check_traces(rows, options, "training data")
+    if eval_rows is not None:
+        check_traces(eval_rows, options, "held-out data")
     start = None if model_path is None else resolve_start(options, model_path, output_dir, dtype)
     tokenizer = _tokenizer(options, None if start is None else start.tokenizer, rows)
     ends = () if start is None else generation_end_ids(start.path, options.trust_remote_code)

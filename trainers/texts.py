@@ -1,6 +1,7 @@
 """Data sets ready for a trainer: rendered, encoded, measured against the length limits, and shown."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -9,6 +10,7 @@ from data.formats import TAG_FORMATS, Part, TagFormat
 from data.load import load_rows
 from data.render import Renderer
 from trainers.errors import ConfigError, Fault
+from trainers.settings.batch import batch_plan
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,11 @@ def load_eval_rows(options: Any) -> Dataset | None:
     """The held-out rows, or None where none are named."""
     if options.eval_dataset_id_or_path is None and options.eval_dataset_split is None:
         return None
+    path = options.eval_dataset_id_or_path or options.dataset_id_or_path
+    is_file = options.eval_dataset_id_or_path is not None and Path(path).expanduser().is_file()
     return load_rows(
-        options.eval_dataset_id_or_path or options.dataset_id_or_path,
-        options.eval_dataset_split or options.dataset_split,
+        path,
+        options.eval_dataset_split or ("train" if is_file else options.dataset_split),
         options.max_eval_samples,
         _columns(options),
         tag_format(options),
@@ -94,14 +98,30 @@ def rl_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Datas
     return apply_overlong(rows, "prompt_tokens", options.max_prompt_length, options.overlong, what)
 
 
-def check_traces(rows: Dataset, options: Any) -> None:
-    """Refuse data without explanations to imitate.
+def check_enough(questions: Dataset, options: Any) -> None:
+    """TRL leaves out what does not fill a rollout; see that something is left.
+
+    Raises:
+        ConfigError: If there are fewer questions than a rollout takes.
+    """
+    plan, count = batch_plan(options), len(questions)
+    taken = plan.generation_batch // options.num_generations
+    if count < taken:
+        cause = f"{count} questions are left, and a rollout takes {taken}: nothing would be trained"
+        remedy = f"more data, or a smaller batch: train_batch_size={count * options.num_generations}"
+        raise ConfigError(Fault("dataset_id_or_path", options.dataset_id_or_path, cause, remedy))
+    if rest := count % taken:
+        logger.warning("each epoch leaves out %d of %d questions: a rollout takes %d", rest, count, taken)
+
+
+def check_traces(rows: Dataset, options: Any, what: str) -> None:
+    """Refuse data without explanations to imitate, and say how many rows have none.
 
     Raises:
         ConfigError: If there is no reasoning trace.
     """
     if "reasoning_trace" not in rows.column_names or not any(rows["reasoning_trace"]):
-        cause = "the data set has no reasoning_trace to imitate (RL needs none, a warm-up does)"
+        cause = f"the {what} has no reasoning_trace to imitate (RL needs none, a warm-up does)"
         raise ConfigError(
             Fault(
                 "reasoning_trace_column",
@@ -110,6 +130,8 @@ def check_traces(rows: Dataset, options: Any) -> None:
                 "name the column: reasoning_trace_column=...",
             )
         )
+    if empty := sum(not trace for trace in rows["reasoning_trace"]):
+        logger.warning("%s: %d of %d rows have no reasoning_trace: left out", what, empty, len(rows))
 
 
 def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Dataset:
@@ -126,17 +148,31 @@ def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Data
         cut = max(0, given - limit)  # only with overlong=truncate_left
         ids, sampled = encoded.ids[cut:], encoded.sampled[cut:]
         labels = [token if own else -100 for token, own in zip(ids, sampled, strict=True)]
-        return {"input_ids": ids, "labels": labels, "prompt_tokens": given, "length": len(ids)}
+        return {"input_ids": ids, "labels": labels, "prompt_tokens": given, "masked": given - cut, "length": len(ids)}
 
     encoded = rows.filter(lambda row: bool(row["reasoning_trace"])).map(encode, remove_columns=rows.column_names)
     encoded = apply_overlong(encoded, "prompt_tokens", limit, options.overlong, what)
-    cut = sum(length > options.max_length for length in encoded["length"]) if options.max_length else 0
-    if cut:
-        logger.warning("%s: %d of %d rows are cut at max_length %d", what, cut, len(encoded), options.max_length)
-    if options.max_length and all(given >= options.max_length for given in encoded["prompt_tokens"]):
-        cause = "every row is cut before what the model is to learn"
-        raise ConfigError(Fault("max_length", options.max_length, cause, f"max_length={max(encoded['length'])}"))
+    if options.max_length and getattr(options, "truncation_mode", None) != "keep_end":
+        encoded = _learnable(encoded, options.max_length, what)
     return encoded.select_columns(["input_ids", "labels"])
+
+
+def _learnable(encoded: Dataset, limit: int, what: str) -> Dataset:
+    """Leave out the rows that lose all that the model is to learn where TRL cuts them; say how many, and how many are
+    cut.
+
+    Raises:
+        ConfigError: If nothing is left.
+    """
+    cut = sum(length > limit for length in encoded["length"])
+    lost = sum(masked >= limit for masked in encoded["masked"])
+    if lost == len(encoded):
+        cause = "every row is cut before what the model is to learn"
+        raise ConfigError(Fault("max_length", limit, cause, f"max_length={max(encoded['length'])}"))
+    if cut:
+        told = f"{cut - lost} of {len(encoded)} rows are cut at max_length {limit}, {lost} before what is to be learned"
+        logger.warning("%s: %s: these are left out", what, told)
+    return encoded.filter(lambda row: row["masked"] < limit)
 
 
 def sft_parts(row: dict[str, str], renderer: Renderer, role: str) -> list[Part]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ CODE = (
     "trainers/sft.py",
     "trainers/texts.py",
     "trainers/models.py",
+    "trainers/attention.py",
     "trainers/weights/adapters.py",
     "trainers/merge.py",
     "trainers/weights/starts.py",
@@ -117,6 +119,13 @@ def _is_kept(folder: Path) -> bool:
     return (folder / "config.json").is_file() or is_adapter(str(folder))
 
 
+def _end_reports() -> None:
+    """What comes next is a run of its own for wandb, which would go on with this one."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
 def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | None:
     """Return the folder of a model: `run:NAME` is trained if it is not in the cache; anything else stays as it is."""
     name = named_run(path)
@@ -139,6 +148,7 @@ def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | No
     planned = planned_options(checked.model_copy(update={"output_dir": str(partial)}))  # its disk counts
     partial.mkdir(parents=True, exist_ok=True)
     run_sft(planned, partial, start)
+    _end_reports()
     clear_device_cache(garbage_collection=True)  # a trainer holds itself: what comes next is planned with what is free
     if folder.exists():  # another run was first; both are alike
         shutil.rmtree(partial)

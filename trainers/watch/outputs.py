@@ -196,7 +196,7 @@ SHOWN = (
     ("mean_token_accuracy", "token accuracy"),
     ("reward", "reward"),
     ("solution_log_prob_reward", "r_SS"),
-    ("kl_reward", "r_KL"),
+    ("kl_reward", "-r_KL"),
     ("student_accuracy", "student accuracy"),
     ("completions/mean_length", "length"),
     ("seconds/generate", "generate s"),
