@@ -326,8 +326,8 @@ def stock_config(way: str, setup: Setup) -> Any:
         vllm_enable_sleep_mode=arguments.sleep,
         vllm_importance_sampling_correction=way != "trl-fastest",
         disable_tqdm=True,
-        # What torchao's optimizer of 8 bits is called there.
-        optim={"adamw_8bit": "adamw_torch_8bit"}.get(arguments.optim, arguments.optim),
+        # What torchao's optimizer of 8 bits is called there, and torch's own, as TRL takes it of its own accord.
+        optim={"adamw_8bit": "adamw_torch_8bit", "adamw_torch": "adamw_torch_fused"}[arguments.optim],
         **training_arguments(setup),
     )
 
@@ -335,12 +335,16 @@ def stock_config(way: str, setup: Setup) -> Any:
 def adapt_vllm_of_trl(setup: Setup) -> None:
     """Give TRL's engine the arguments that this project's has, so that only the trainers differ."""
     from trainers.engine_setup import prepare_environment
+    from trainers.settings.engine_specs import batched_tokens
 
     prepare_environment(setup.device)
     import trl.generation.vllm_generation as generation
 
     changes: dict[str, Any] = {"dtype": str(setup.dtype).removeprefix("torch.")}
-    if setup.device.type == "cpu":
+    if setup.device.type == "cuda":
+        options = our_options(setup, "shared")
+        changes["max_num_batched_tokens"] = batched_tokens(options, options.max_num_seqs)
+    else:
         from trainers.weights.cpu_kernels import adapt_vllm
 
         adapt_vllm()

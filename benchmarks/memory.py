@@ -153,7 +153,7 @@ def main() -> None:
     for case in arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder) / "model", SHAPES[CASES[case][0]])
-            write_rows(Path(folder) / "rows.jsonl", words=21)
+            write_rows(Path(folder) / "rows.jsonl", words=84)
             results[case] = run(case, Path(folder))
         for name, row in results[case].items():
             error = row["planned"] / row["measured"] - 1 if row["measured"] else float(bool(row["planned"]))

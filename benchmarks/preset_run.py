@@ -16,6 +16,7 @@ from benchmarks.commands import run
 from benchmarks.small_data import made_model, write_rows
 from trainers.checks import load_options
 from trainers.config import compose_run
+from trainers.plan.hardware import prepare_allocator
 from trainers.plan.machine import MIB, nvidia_smi, read_card
 from trainers.plan.planning import problem_of
 from trainers.plan.solve import solve
@@ -73,7 +74,8 @@ def compose(config: str, overrides: list[str], folder: Path, models: Path, shape
     composed = compose_run(config, overrides)
     keys = ("model_name_or_path", "student_model")
     here: dict[str, Any] = {key: made_model(models, shape, composed[key]) for key in keys if composed[key]}
-    write_rows(folder / "rows.jsonl", words=composed["max_prompt_length"])
+    # Made-up tokenizers cut the rest of the teacher's prompt into some 510 tokens, the student's into 350.
+    write_rows(folder / "rows.jsonl", words=max(32, composed["max_prompt_length"] - 500))
     here |= {"dataset_id_or_path": folder / "rows.jsonl", "output_dir": folder / "out", "report_to": "none"}
     here |= {"overlong": "truncate_left", "save_strategy": "no", "logging_steps": 1, "num_completions_to_print": 0}
     # Completions of full length: for vLLM, and for transformers. What vLLM then tells is of a distribution without the
@@ -96,10 +98,14 @@ def used_of_card() -> int:
 
 def measure(order: dict[str, Any]) -> PresetRun:
     """Run in this process."""
+    prepare_allocator()
     folder = Path(order["folder"])
     options = compose(order["config"], order["overrides"], folder, Path(order["models"]), order["shape"])
     before = used_of_card()
     solved = solve(problem_of(options))
+    if not solved.plan.fits_host:  # the kernel would end this process, or another
+        need, free = solved.plan.host_need / GIB, solved.plan.host_free / GIB
+        sys.exit(f"it would take {need:.1f} GiB of host memory, and {free:.1f} GiB are free")
     import trainers.rl as rl
 
     class Unsaved(rl.TeacherGRPOTrainer):

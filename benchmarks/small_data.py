@@ -1,5 +1,6 @@
 """Models of random weights and rows without meaning: what a measurement of memory needs."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from benchmarks.shapes import SHAPES
 from trainers.plan.known_models import KNOWN_MODELS
 
 QUESTIONS = ["What is 2+3?", "What is 4+5?", "What is 10+7+1?", "What is 6+6?"]
+WORD = " say"  # one token
 
 
 def write_model(folder: Path | str, sizes: dict[str, Any]) -> None:
@@ -20,11 +22,10 @@ def write_model(folder: Path | str, sizes: dict[str, Any]) -> None:
 
     from trainers.models import make_tokenizer
 
-    texts = [" ".join(QUESTIONS) + "\nExplain. Solve. system\nuser\nassistant\n"] * 4
+    texts = [" ".join(QUESTIONS) + "\nExplain. Solve. system\nuser\nassistant\n" + WORD * 20] * 4
     tags = [f"<|{end}_of_{name}|>" for name in ("explanation", "thought", "solution") for end in ("begin", "end")]
     tokenizer = make_tokenizer(texts, tags, 400)
-    arguments = {"max_position_embeddings": 32768} | {k: v for k, v in sizes.items() if k != "model_type"}
-    config = AutoConfig.for_model("qwen2", **arguments)
+    config = AutoConfig.for_model("qwen2", **config_arguments(sizes))
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
@@ -34,13 +35,18 @@ def write_model(folder: Path | str, sizes: dict[str, Any]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def config_arguments(sizes: dict[str, Any]) -> dict[str, Any]:
+    return {"max_position_embeddings": 32768} | {k: v for k, v in sizes.items() if k != "model_type"}
+
+
 def made_model(models: Path, shape: str | None = None, name: str | None = None) -> Path:
     """A checkpoint of random weights in a shape of benchmarks/shapes.py, or of a known model; made if it is not there.
 
     In a process of its own: what making it leaves on the card would be taken from the run.
     """
     sizes = SHAPES[shape] if shape else KNOWN_MODELS[name]
-    path = models / (shape or name.replace("/", "--"))
+    arguments = config_arguments(sizes)  # what is of one shape is one checkpoint, whatever it is called
+    path = models / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:12]
     if not (path / "tokenizer_config.json").exists():
         code = f"from benchmarks.small_data import write_model; write_model({str(path)!r}, {sizes})"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
@@ -49,5 +55,5 @@ def made_model(models: Path, shape: str | None = None, name: str | None = None) 
 
 def write_rows(file: Path, words: int, count: int = 64) -> None:
     """Write questions of so many words; a number keeps each apart from the others."""
-    rows = ({"question": f"{i} {QUESTIONS[i % 4]}" + " say" * words, "solution": "five " * 10} for i in range(count))
+    rows = ({"question": f"{i} {QUESTIONS[i % 4]}" + WORD * words, "solution": "five " * 10} for i in range(count))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -127,7 +127,8 @@ def test_the_allocator_is_asked_for_pages_unless_the_user_says_otherwise(monkeyp
     assert os.environ == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}  # torch would prefer the other name
     os.environ.clear()
     prepare_allocator()
-    assert os.environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    pages = "expandable_segments:True"
+    assert os.environ == {"PYTORCH_ALLOC_CONF": pages, "PYTORCH_CUDA_ALLOC_CONF": pages}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
-from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment, vllm_can_release
+from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment
+from trainers.plan.hardware import vllm_releases_cache
 from trainers.rollout.rollouts import Ended, Rollout
 from trainers.settings.engine_specs import bridge_name
 from trainers.weights.shared_weights import held_bytes
@@ -72,7 +73,9 @@ class Engine:
             self._stop["skip_special_tokens"] = False  # the tag may be made of them
         self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
         self._arguments |= {"tokenizer": tokenizer_path or model_path} | options.vllm_kwargs
-        self.can_release = device.type == "cuda" and not self.bridge.rebuilds and vllm_can_release()
+        self.can_release = device.type == "cuda" and not self.bridge.rebuilds and vllm_releases_cache()
+        if device.type == "cuda" and not vllm_releases_cache():
+            logger.warning("this vLLM cannot give its KV cache back (0.31 can): it stays on the GPU during the update")
         if self.can_release:
             self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
         self._released = False

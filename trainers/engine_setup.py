@@ -1,6 +1,5 @@
 """What vLLM is started with, and what it may do to the process."""
 
-import logging
 import os
 import random
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ import torch
 from trainers.errors import ConfigError, Fault
 from trainers.settings.engine_specs import CPU_KV_CACHE, batched_tokens, model_length
 
-logger = logging.getLogger(__name__)
-
 
 def prepare_environment(device: torch.device) -> None:
     """Set what vLLM reads from the environment, once it builds an engine. What the user has set stays."""
@@ -22,6 +19,7 @@ def prepare_environment(device: torch.device) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
         "VLLM_CONFIGURE_LOGGING": "0",  # its messages go where ours go
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",  # nobody else is to reach it, and a machine without a network has no other
         "TRITON_PRINT_AUTOTUNING": "0",  # vLLM would have it printed, of the trainer's kernels too
     }
     # Otherwise vLLM takes all threads but one from torch, whose optimizer or student may compute on the CPU here.
@@ -85,20 +83,6 @@ def check_architecture(options: Any, model_path: str, device: torch.device, dtyp
         cause += "alters the classes that the trainer computes with"
         remedy = "use_vllm=false, or a model of another architecture"
         raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
-
-
-def vllm_can_release() -> bool:
-    """Whether this vLLM can give the KV cache back by itself, as the plan of memory counts on."""
-    import vllm
-
-    found = hasattr(vllm.LLM, "release_kv_cache_memory")
-    if not found:
-        logger.warning(
-            "vLLM %s cannot release its KV cache (0.31 and later can): it stays on the GPU while the student scores "
-            "and the teacher learns, beside what the plan of memory counts there",
-            vllm.__version__,
-        )
-    return found
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from trainers.plan.activations import HEAD_WIDTH, TILE_FORWARD, activations, mask_elements, reading_layer
+from trainers.plan.hardware import vllm_releases_cache
 from trainers.plan.host_memory import disk_space, host_memory
 from trainers.plan.model_shapes import ModelShape
 from trainers.plan.workload import GIB, SCORED_AT_ONCE, Plan, Workload
@@ -71,8 +72,9 @@ def make_plan(work: Workload, available: int, host_free: int | None = None) -> P
 
 
 def _is_released(work: Workload) -> bool:
-    """Whether the engine gives its KV cache back between rollouts: not on a CPU, nor where it is built anew."""
-    return work.device == "cuda" and work.bridge != "restart"
+    """Whether the engine gives its KV cache back between rollouts: not on a CPU, nor where it is built anew, nor in a
+    vLLM that cannot."""
+    return work.device == "cuda" and work.bridge != "restart" and vllm_releases_cache()
 
 
 def _without(items: dict[str, int], *names: str) -> dict[str, int]:

@@ -211,7 +211,8 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         """As TRL's; the reference scores the whole batch in one pass over its weights, and what an update computes
         serves to correct it."""
         if model is self.ref_model is not None:
-            logps = completion_logps(model, input_ids, attention_mask, logits_to_keep)
+            with self.timer("score"):
+                logps = completion_logps(model, input_ids, attention_mask, logits_to_keep)
             return logps.to(self.accelerator.device), None, None
         rows = len(input_ids)
         size = kwargs.pop("batch_size", None) or rows

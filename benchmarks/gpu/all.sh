@@ -23,7 +23,7 @@ measure 60 ceilings
 measure 180 student
 measure 330 update
 measure 270 engine
-measure 660 step --model 7b  # the shape that both presets name, made already
+measure 660 step
 if ((${#failed[@]})); then
   echo "failed, or cut off: ${failed[*]} (logs and what was measured until then: $out)" >&2
   exit 1

@@ -1,6 +1,9 @@
 """5. A whole RLT step: of the preset for 80 GB, of that for 48 GB with no more of the card left, and of stock TRL.
 
     python benchmarks/gpu/step.py
+    python benchmarks/gpu/step.py --presets 80gb --no-stock      in parts, each under ten minutes: this one,
+    python benchmarks/gpu/step.py --presets 48gb --no-stock      this,
+    python benchmarks/gpu/step.py --presets                      and stock TRL (each with an --out of its own)
 
 Real runs with random weights and texts of full length. A step is one group of completions, so that it takes minutes
 less; the KV cache and the micro-batch are those of the preset's own batch. For the smaller preset the rest of the card
@@ -41,7 +44,7 @@ STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = parser(__doc__, "7b")  # the shape that both presets name
     made.add_argument("--presets", nargs="*", default=["80gb", "48gb"])
     made.add_argument("--group", type=int, default=8, help="completions of the one question of a step")
     made.add_argument("--prompt", type=int, help="tokens; default: the preset's")
@@ -55,8 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for preset in arguments.presets:
             run_one(preset, report, arguments, arguments.models or Path(temporary))
-    for way, settings in () if arguments.no_stock else STOCK:
-        run_stock(way, settings, report, arguments)
+        for way, settings in () if arguments.no_stock else STOCK:
+            run_stock(way, settings, report, arguments, arguments.models or Path(temporary))
     report.close()
 
 
@@ -101,13 +104,13 @@ def take_all_but(gb: int) -> torch.Tensor | None:
     return torch.empty(more, dtype=torch.uint8, device="cuda") if more > 0 else None
 
 
-def run_stock(way: str, settings: dict[str, Any], report: Report, arguments: Namespace) -> None:
+def run_stock(way: str, settings: dict[str, Any], report: Report, arguments: Namespace, models: Path) -> None:
     """A way of bridges.py."""
     log = arguments.out / f"step-{way}{''.join(f'-{value}' for value in settings.values())}.log"
-    sizes = {"model": arguments.model or "7b", "prompt": arguments.stock_prompt, "generations": arguments.group}
+    sizes = {"model": arguments.model, "prompt": arguments.stock_prompt, "generations": arguments.group}
     sizes |= {"completion": arguments.stock_completion, "questions": 1, "micro_batch": 2, "utilization": 0.3}
     told = " ".join(name if value is True else value for name, value in settings.items())
-    given = {"steps": 1, "full_prompts": True} | ({"models": arguments.models} if arguments.models else {})
+    given = {"steps": 2, "full_prompts": True, "models": models}
     report.row(way=way, settings=told, **sizes, **bridge_way(way, log, **sizes, **given, **settings))
 
 

@@ -4,7 +4,8 @@
 
 Real runs on rollouts that were recorded with a small model (`replay_rollouts`): no engine, no student. Tokens per
 second are those of prompts and completions; the share of the card is 6 operations for each of them and each
-parameter, against the matrix product of ceilings.py, attention and what checkpointing computes again left out.
+parameter that it meets in a product (the embedding is looked up, the head reads completions only), against the matrix
+product of ceilings.py, attention and what checkpointing computes again left out.
 """
 
 import importlib.util
@@ -82,7 +83,10 @@ def measure(report: Report, arguments: Namespace, folder: Path) -> None:
         report.note(f"the rollouts could not be recorded: {recorded.error}")
         sys.exit(1)
     config = read_config(str(made_model(models, arguments.model)), "model_name_or_path")
-    parameters = model_shape(config, arguments.model, False).num_parameters
+    shape = model_shape(config, arguments.model, False)
+    head = shape.vocab * shape.hidden
+    multiplied = shape.num_parameters - head * (1 if config.get("tie_word_embeddings") else 2)
+    multiplied += head * arguments.completion / (arguments.prompt + arguments.completion)
     first, *others = arguments.optimizers
     ways = [(first, True), (first, False), *((name, True) for name in others)]
     for optimizer, checkpointing in ways:
@@ -103,10 +107,11 @@ def measure(report: Report, arguments: Namespace, folder: Path) -> None:
             continue
         rate = run.tokens / run.seconds["update"]
         planned, measured = run.planned["update"], run.measured["update"]
-        cells |= {"update_s": run.seconds["update"], "tokens_per_s": rate, "share": 6 * parameters * rate / product}
+        cells |= {"update_s": run.seconds["update"], "tokens_per_s": rate, "share": 6 * multiplied * rate / product}
         cells |= {"planned_gib": planned, "measured_gib": measured, "plan_off": planned / measured - 1}
         report.row(**cells, visible_fraction=run.metrics.get("update/visible_fraction"))
-    report.note(f"{parameters / 1e9:.2f}B parameters; a bf16 matrix product reaches {product / 1e12:.4g} TFLOP/s")
+    sizes = f"{shape.num_parameters / 1e9:.2f}B parameters, {multiplied / 1e9:.2f}B in a token's products"
+    report.note(f"{sizes}; a bf16 matrix product reaches {product / 1e12:.4g} TFLOP/s")
 
 
 if __name__ == "__main__":

