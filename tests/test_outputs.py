@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -104,3 +105,23 @@ def test_the_link_at_the_root_leads_to_the_log_of_the_last_run(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=REPO)
     link = tmp_path / "logs/training.log"
     assert link.is_symlink() and link.resolve() == (tmp_path / "last/training.log").resolve()
+
+
+def test_a_run_spoils_no_model_that_lies_in_its_folder(tmp_path, model_dir):
+    from trainers.weights.adapter_files import output_faults
+
+    folder = tmp_path / "m"
+    shutil.copytree(model_dir, folder)
+
+    def faults(**changes):
+        chosen = {"output_dir": str(folder), "model_name_or_path": None, "student_model": None, "use_peft": False}
+        return [fault.cause for fault in output_faults(SimpleNamespace(**chosen | changes))]
+
+    assert faults() == []  # a later run of the same kind
+    assert "model_name_or_path lies there" in faults(model_name_or_path=str(folder))[0]
+    assert "student_model lies there" in faults(student_model=str(folder) + "/")[0]
+    assert "a whole model of another run" in faults(use_peft=True)[0]
+    (folder / "adapter_config.json").write_text("{}")
+    assert "a LoRA adapter of another run" in faults()[0]
+    (tmp_path / "new").mkdir()
+    assert faults(output_dir=str(tmp_path / "new"), use_peft=True) == []

@@ -12,6 +12,7 @@ from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
 from trainers.plan.planning import planned_options
 from trainers.rl import grpo_config
+from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import check_enough, rl_rows
 
 
@@ -92,3 +93,17 @@ def test_fewer_questions_than_a_rollout_takes_would_train_nothing(caplog):
     small.train_batch_size = small.per_device_train_batch_size = 24
     with pytest.raises(ConfigError, match=r"a rollout takes 6[\s\S]*train_batch_size=20"):
         check_enough(rows, small)
+
+
+def test_an_evaluation_counts_rows_and_not_batches():
+    """Five rows in batches of 4 and 1, a reward of 1 for the first row alone."""
+    trainer = SimpleNamespace(_batch_sizes=[4, 1])
+    metrics = {"reward": [0.25, 0.0], "rare": [float("nan"), 2.0], "else": [1.0]}
+    TeacherGRPOTrainer._weigh_batches(trainer, metrics)
+    assert metrics == {"reward": [0.2], "rare": [2.0], "else": [1.0]}
+
+
+def test_home_is_known_in_the_names_of_models(monkeypatch, model_dir):
+    monkeypatch.setenv("HOME", str(model_dir.parent))
+    chosen = options(f'model_name_or_path="~/{model_dir.name}"')
+    assert chosen.model_name_or_path == str(model_dir)

@@ -27,7 +27,7 @@ from trainers.settings.trl_faults import (
     packing_faults,
     schedule_faults,
 )
-from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults
+from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults, output_faults
 
 WITH_MODELS = ("sft", "rl", "score")
 TRAINING = ("sft", "rl")
@@ -75,6 +75,7 @@ class _ValidOptions:
         return getattr(self._options, name)
 
 
+MODELS = ("model_name_or_path", "student_model")
 LOCAL_DATA = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -99,6 +100,7 @@ def load_options(
     cls = options_class(stage)
     known = {k: v for k, v in composed.items() if k in cls.model_fields}
     faults = [unknown_fault(key, composed[key], stage) for key in composed if key not in known]
+    known |= {k: str(Path(v).expanduser()) for k, v in known.items() if k in MODELS and str(v).startswith("~")}
     # A null where the type has none means "not set": the default stands.
     known = {k: v for k, v in known.items() if v is not None or admits_none(cls, k)}
     try:
@@ -242,6 +244,11 @@ def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path)
 @check()
 def _check_adapters(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return adapter_faults(options, num_devices, options.stage in TRAINING)
+
+
+@check(stages=TRAINING)
+def _check_output(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+    return output_faults(options)
 
 
 @check(stages=("merge",))

@@ -97,6 +97,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     ) -> None:
         self.options, self.renderer, self.timer = options, renderer, timer
         self.probes, self._evaluated = probes, []
+        self._batch_sizes: list[int] = []  # of an evaluation
         self.engine, self.sentinel, self.ahead = engine, sentinel, ahead
         self.share_prompts = options.share_prompts
         self.record, self.replay = (
@@ -279,6 +280,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         """As TRL's; seconds and memory of a training interval that an evaluation interrupts are put back."""
         interrupted, memory = self.timer.take(), self.timer.memory
         self._evaluated.clear()
+        self._batch_sizes.clear()
         with memory.interrupted() if memory is not None else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
         for phase, value in interrupted.items():
@@ -289,6 +291,8 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         """As TRL's, every reward function timed as scoring; an evaluation's completions are kept for the probes."""
         if self.probes is not None and not self.model.training:
             self._evaluated += [Evaluated(x["question"], x["solution"], i) for x, i in zip(inputs, ids, strict=True)]
+        if not self.model.training:
+            self._batch_sizes.append(len(inputs))
         self._log_completion_extra("ended", [row["ended"] for row in inputs])
         with self.timer("score"):
             return super()._calculate_rewards(inputs, prompts, completions, ids)
@@ -302,6 +306,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
             logs |= {f"{prefix}{name}": value for name, value in self.timer.memory.take().items()}
         if not self.model.training:
             logs |= {f"eval_seconds/{phase}": value for phase, value in seconds.items()}
+            self._weigh_batches(self._metrics["eval"])
             if self._evaluated:
                 teacher = base_model(self.accelerator.unwrap_model(self.model))
                 means = self.probes(self._evaluated, teacher, self.temperature)
@@ -316,6 +321,13 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         keep, self.log_completions = self.log_completions, self.log_completions and self.model.training
         super().log(logs, start_time)
         self.log_completions = keep
+
+    def _weigh_batches(self, metrics: dict[str, list[float]]) -> None:
+        """TRL's mean of an evaluation is that of its batches; the last one may be smaller than the others."""
+        for name, values in metrics.items():
+            known = [(value, n) for value, n in zip(values, self._batch_sizes, strict=False) if value == value]
+            if len(values) == len(self._batch_sizes) and known:  # one for each batch; NaN where no row had a value
+                metrics[name] = [sum(value * n for value, n in known) / sum(n for _, n in known)]
 
 
 def completion_logps(model: FrozenModel, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:

@@ -270,6 +270,24 @@ def merge_faults(options: Any, num_devices: int) -> list[Fault]:
     return faults
 
 
+def output_faults(options: Any) -> list[Fault]:
+    """What a run that trains would spoil in its `output_dir`."""
+    if options.output_dir is None:
+        return []
+    folder = Path(options.output_dir).expanduser()
+    models = {key: getattr(options, key, None) for key in ("model_name_or_path", "student_model")}
+    faults = [
+        Fault("output_dir", options.output_dir, f"{key} lies there and would be overwritten", "name another folder")
+        for key, path in models.items()
+        if path is not None and folder.is_dir() and Path(path).absolute() == folder.absolute()
+    ]
+    other, kind = (WHOLE_MODEL, "whole model") if options.use_peft else ((CONFIG, *WEIGHTS), "LoRA adapter")
+    if not faults and any((folder / name).exists() for name in other):
+        cause = f"it holds a {kind} of another run: beside this one's neither could be told apart"
+        faults.append(Fault("output_dir", options.output_dir, cause, "name another folder"))
+    return faults
+
+
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a model or an adapter."""
     return any((folder / name).exists() for name in (CONFIG, *WEIGHTS, *WHOLE_MODEL, "config.json"))
