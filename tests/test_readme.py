@@ -2,8 +2,13 @@
 
 import re
 
+import pytest
 from conftest import REPO
 
+from trainers.options import options_class
+from trainers.settings.config_faults import STAGES
+
+DOCS = ["README.md", "README_MONO_GPU.md", "docs/engine.md", "docs/memory.md", "docs/reward.md"]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 
 
@@ -30,10 +35,23 @@ def test_every_package_is_in_the_tree():
         assert f"\n{package.relative_to(REPO)}/" in tree, package
 
 
-def test_every_run_named_exists():
+@pytest.mark.parametrize("file", DOCS)
+def test_every_run_named_exists(file):
     runs = {path.stem for path in (REPO / "cfgs/run_cfg").glob("*.yaml")}
-    named = set(re.findall(r"(\w+)\.yaml", README)) - {"train", "config", "NAME"}
+    named = set(re.findall(r"\b(?:teacher|student)_(?:rlt|sft)\w*", (REPO / file).read_text(encoding="utf-8")))
     assert named <= runs, named - runs
+
+
+@pytest.mark.parametrize("file", DOCS)
+def test_every_option_that_a_command_sets_exists(file):
+    options = {name for stage in STAGES for name in options_class(stage).model_fields} | {"run_cfg", "stage"}
+    text = (REPO / file).read_text(encoding="utf-8")
+    commands = re.findall(r"launch(?:_mono)?\.sh (.*)", text) + re.findall(r"`(\w+=[^`]*)`", text)
+    named = {name for command in commands for name in re.findall(r"(?<![\w=./,{<-])(\w+)=", command)}
+    named = {name for name in named if not name.isupper()} - {
+        "num_generation"
+    }  # the environment; a mistake that is shown
+    assert named <= options, named - options
 
 
 def test_no_placeholder_is_left():

@@ -40,6 +40,8 @@ CODE = (
     "trainers/sft.py",
     "trainers/texts.py",
     "trainers/models.py",
+    "trainers/optimizers.py",
+    "trainers/settings/trl_config.py",
     "trainers/attention.py",
     "trainers/weights/adapters.py",
     "trainers/merge.py",
