@@ -226,8 +226,9 @@ def test_rows_that_lose_all_they_teach_are_left_out_and_counted(renderer, caplog
     rows = Dataset.from_list([*ROWS, {**ROWS[0], "question": "What is 2+3? " * 20}])
     kept = sft_rows(rows, renderer, options(max_length=100, max_prompt_length=1000), "data")
     assert len(kept) == len(ROWS) and "1 before what is to be learned" in caplog.text
-    ends = sft_rows(rows, renderer, options(max_length=20, max_prompt_length=1000, truncation_mode="keep_end"), "data")
-    assert len(ends) == len(rows)
+    for kept in ({"truncation_mode": "keep_end"}, {"packing": True, "packing_strategy": "bfd_split"}):
+        chosen = options(max_length=20, max_prompt_length=1000, **kept)
+        assert len(sft_rows(rows, renderer, chosen, "data")) == len(rows)
 
 
 def test_rows_without_a_trace_are_counted(caplog):

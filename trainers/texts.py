@@ -152,7 +152,12 @@ def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Data
 
     encoded = rows.filter(lambda row: bool(row["reasoning_trace"])).map(encode, remove_columns=rows.column_names)
     encoded = apply_overlong(encoded, "prompt_tokens", limit, options.overlong, what)
-    if options.max_length and getattr(options, "truncation_mode", None) != "keep_end":
+    keeps_ends = getattr(options, "truncation_mode", None) == "keep_end"
+    keeps_all = getattr(options, "packing", False) and getattr(options, "packing_strategy", None) in (
+        "bfd_split",
+        "wrapped",
+    )
+    if options.max_length and not keeps_ends and not keeps_all:
         encoded = _learnable(encoded, options.max_length, what)
     return encoded.select_columns(["input_ids", "labels"])
 

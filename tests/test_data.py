@@ -1,0 +1,163 @@
+"""Rows from files, folders and conversations. Run: ./run_tests.sh tests/test_data.py"""
+
+import json
+
+import pytest
+from conftest import ROWS
+
+from data.load import load_rows
+from trainers.errors import ConfigError
+
+COLUMNS = {"question": "question", "solution": "solution", "reasoning_trace": "reasoning_trace"}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_csv_with_a_comma_at_the_end_of_its_lines_and_with_one_too_many(tmp_path, tags):
+    file = tmp_path / "rows.csv"
+    file.write_text('question,solution,explanation\nWhat is 2+3?,5,2+3=5,\n"a, b?",4,\n')
+    rows = load_rows(str(file), "train", None, COLUMNS | {"explanation": "explanation"}, tags, "dataset_id_or_path")
+    assert rows[0] == {"question": "What is 2+3?", "solution": "5", "explanation": "2+3=5"}
+    assert rows[1]["question"] == "a, b?"
+    file.write_text("question,solution,explanation\nWhat?,5,first this, then that\n")
+    with pytest.raises(ConfigError, match="row 0 has 4 fields, the header 3"):
+        load_rows(str(file), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"question": "q", "solution": x} for x in (5, 0.1)])
+    assert load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")["solution"] == ["5", "0.1"]
+    lines = ["2024-05-01", 12345678901234567890, 9007199254740993, [1, "x"], True]
+    path = write(tmp_path / "e.jsonl", [{"question": "2024-05-01T10:00:00Z", "solution": x} for x in lines])
+    rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+    expected = ["2024-05-01", "12345678901234567890", "9007199254740993", '[1, "x"]', "true"]
+    assert (rows["solution"][:], set(rows["question"])) == (expected, {"2024-05-01T10:00:00Z"})
+    (tmp_path / "f.json").write_text('[{"question": "q", "solution": 5.0}, {"question": "q", "solution": 1e3}]')
+    rows = load_rows(str(tmp_path / "f.json"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows["solution"][:] == ["5.0", "1e3"]
+    (tmp_path / "d.csv").write_text("question,solution\nq,007\nq,NA\n")
+    rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows["solution"] == ["007", "NA"]
+
+
+def test_conversations_of_any_make_are_split_or_left_out(tmp_path, tags):
+    answer = "<|begin_of_thought|>\n\nAdd.<|end_of_thought|>\n\n<|begin_of_solution|>5<|end_of_solution|>"
+    turns = [{"role": "user", "content": "2+3?", "weight": 1}, {"role": "assistant", "content": answer, "weight": True}]
+    path = write(tmp_path / "d.jsonl", [{"conversations": each} for each in (turns, "none", None, [7])])
+    rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "2+3?", "solution": "5", "reasoning_trace": "Add."}]
+
+
+def test_a_column_that_comes_late_or_changes_its_type_is_read_whatever_the_size(tmp_path, tags):
+    rows = [{"question": "q" * 3000, "solution": 5}] * 4000 + [{"question": "q", "solution": "five", "closed": False}]
+    path = write(tmp_path / "large.jsonl", rows)
+    assert load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")["solution"][-2:] == ["5", "five"]
+    (tmp_path / "bad.jsonl").write_text('{"question": "q", "solution": "s"}\n7\n')
+    with pytest.raises(ConfigError, match="row 1 is no object but '7'"):
+        load_rows(str(tmp_path / "bad.jsonl"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+def test_columns_are_mapped(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": 2}])
+    columns = {"question": "problem", "solution": "answer"}
+    rows = load_rows(path, "train", None, columns, tags, "dataset_id_or_path")
+    assert rows[0] == {"question": "1+1?", "solution": "2"}
+
+
+def test_missing_columns_are_named_with_those_that_exist(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": 2}])
+    with pytest.raises(ConfigError, match=r"columns are problem, answer[\s\S]*question_column=<your column>"):
+        load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_every_file_format_gives_the_same_rows(tmp_path, tags, suffix):
+    from datasets import Dataset
+
+    path = tmp_path / f"d.{suffix}"
+    getattr(Dataset.from_list(ROWS), f"to_{suffix}")(str(path))
+    rows = load_rows(str(path), "train", 3, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == ROWS[:3]
+
+
+def test_bespoke_stratos_conversations_are_split(tmp_path, tags):
+    answer = (
+        "<|begin_of_thought|>\n\nAdd them.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n5\n\n<|end_of_solution|>"
+    )
+    turns = [{"from": "user", "value": "2+3?"}, {"from": "assistant", "value": answer}]
+    untagged = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "no tags"}]
+    path = write(tmp_path / "d.jsonl", [{"system": "s", "conversations": c} for c in (turns, untagged)])
+    rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "2+3?", "solution": "\n\n5\n\n", "reasoning_trace": "Add them.\n\n"}]
+
+
+@pytest.mark.parametrize(("content", "cause"), [("", "file is empty"), ('{"question": "a", "sol', "cannot be read")])
+def test_broken_files_are_told_without_a_traceback(tmp_path, tags, content, cause):
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=cause):
+        load_rows(str(tmp_path / "d.jsonl"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+def test_empty_solutions_are_refused_by_row(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"question": "a", "solution": "1"}, {"question": "b", "solution": " "}])
+    with pytest.raises(ConfigError, match="1 rows have no solution, the first is row 1"):
+        load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+def test_shipped_data_is_right_and_apart():
+    from conftest import REPO
+
+    def rows(name):
+        return [json.loads(line) for line in (REPO / "data" / name).read_text().splitlines()]
+
+    train, test = rows("distances_train.jsonl"), rows("distances_test.jsonl")
+    assert not {r["question"] for r in train} & {r["question"] for r in test}
+    for row in train[:500] + test:
+        left, *digits = map(int, row["question"].removeprefix("What is left of ").removesuffix("?").split("~"))
+        for digit in digits:
+            left = abs(left - digit)
+        assert left == int(row["solution"])
+
+
+def test_a_file_has_no_splits(tmp_path, tags):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(ConfigError, match="eval_dataset_split='test'[\\s\\S]*is a file and has no splits"):
+        load_rows(str(path), "test", None, COLUMNS, tags, "eval_dataset_id_or_path")
+
+
+def test_files_of_a_folder_are_read_as_they_are_by_themselves(tmp_path, tags):
+    text = "question,solution\nWhat?,007\nAnd?,1e3\nSo?,NA\n"
+    for folder, file in (("one", "train.csv"), ("one", "test.csv"), ("two", "data.csv")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_text(text if file != "test.csv" else text.replace("007", "008"))
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three/train.jsonl").write_text('{"question": "When?", "solution": "2024-05-01"}\n')
+
+    def solutions(folder, split="train"):
+        return list(load_rows(str(tmp_path / folder), split, None, COLUMNS, tags, "dataset_id_or_path")["solution"])
+
+    assert solutions("one") == solutions("two") == ["007", "1e3", "NA"]
+    assert solutions("one", "test")[0] == "008"
+    assert solutions("three") == ["2024-05-01"]
+
+
+def test_one_object_of_columns_is_no_row(tmp_path, tags):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"question": {"0": "What?"}, "solution": {"0": "5"}}))
+    with pytest.raises(ConfigError, match="one object of columns[\\s\\S]*orient='records'"):
+        load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+def test_a_longer_conversation_gives_its_first_exchange(tmp_path, tags, caplog):
+    first, second = (f"{tags.thought[0]}t{tags.thought[1]}{tags.solution[0]}{n}{tags.solution[1]}" for n in (1, 2))
+    turns = [("user", "Q1"), ("assistant", first), ("user", "Q2"), ("assistant", second)]
+    rows = [{"conversations": [{"from": who, "value": said} for who, said in turns[:n]]} for n in (2, 3, 4)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert {(row["question"], row["solution"]) for row in read} == {("Q1", "1")}
+    assert "2 of 3 conversations go on after the first answer" in caplog.text
