@@ -13,6 +13,7 @@ source "$here/scripts/setup.sh"
 for word in "$@"; do
   case $word in --help | -h | --cfg | --check) WORLD_SIZE=$processes exec "$PYTHON" "$here/train.py" "$@" ;; esac
 done
+if ((processes == 1)); then exec "$PYTHON" "$here/train.py" "$@"; fi
 # A mistake in the configuration is told once, at once, before any process starts.
 WORLD_SIZE=$processes "$PYTHON" "$here/train.py" "$@" --check >/dev/null
 kind=()

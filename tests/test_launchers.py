@@ -89,6 +89,13 @@ def test_launch_goes_through_accelerate_after_a_check(copy):
     assert last.endswith("train.py cfgs/run_cfg/teacher_sft.yaml output_dir=out")
 
 
+def test_launch_of_one_process_needs_no_accelerate(copy):
+    done, calls = copy("launch.sh", "1", "cfgs/run_cfg/teacher_sft.yaml", "output_dir=out")
+    assert done.returncode == 0, done.stderr
+    assert "accelerate.commands.launch" not in calls
+    assert calls.splitlines()[-1].endswith("train.py cfgs/run_cfg/teacher_sft.yaml output_dir=out")
+
+
 def test_launch_without_a_count_tells_its_usage(copy):
     done, calls = copy("launch.sh", "teacher_sft.yaml")
     assert done.returncode == 2

@@ -115,12 +115,16 @@ def test_a_run_spoils_no_model_that_lies_in_its_folder(tmp_path, model_dir):
 
     def faults(**changes):
         chosen = {"output_dir": str(folder), "model_name_or_path": None, "student_model": None, "use_peft": False}
+        chosen["save_strategy"] = "steps"
         return [fault.cause for fault in output_faults(SimpleNamespace(**chosen | changes))]
 
     assert faults() == []  # a later run of the same kind
     assert "model_name_or_path lies there" in faults(model_name_or_path=str(folder))[0]
     assert "student_model lies there" in faults(student_model=str(folder) + "/")[0]
     assert "a whole model of another run" in faults(use_peft=True)[0]
+    (folder / "checkpoint-6").mkdir()
+    assert "checkpoint-6 of an earlier run" in faults()[0] and faults(save_strategy="no") == []
+    (folder / "checkpoint-6").rmdir()
     (folder / "adapter_config.json").write_text("{}")
     assert "a LoRA adapter of another run" in faults()[0]
     (tmp_path / "new").mkdir()

@@ -51,6 +51,26 @@ def test_a_warm_up_that_is_kept_from_an_earlier_run_is_not_planned(tmp_path):
     assert [warmup.name for warmup in waiting(options.student_model, options, tmp_path)] == ["student_sft_tiny"]
 
 
+def test_a_warm_up_is_kept_under_what_it_depends_on(tmp_path):
+    options = checked("teacher_rlt_tiny")
+    composed, _ = warmup_options("teacher_sft_tiny", options)
+    template, data = tmp_path / "t.jinja", tmp_path / "data"
+    data.mkdir()
+
+    def path(**changes):
+        return cached_path("teacher_sft_tiny", composed | changes, tmp_path)
+
+    assert path(report_to="none") == path(report_to="wandb") != path(seed=composed["seed"] + 1)
+    paths = set()
+    for text in ("one", "two"):
+        template.write_text(text)
+        (data / "rows.jsonl").write_text(text * 2)
+        paths |= {path(chat_template=str(template)), path(dataset_id_or_path=str(data))}
+    assert len(paths) == 4
+    asked = warmup_options("teacher_sft_tiny", options.model_copy(update={"eos_token": "<|im_end|>"}))[0]
+    assert asked["eos_token"] == "<|im_end|>"
+
+
 def test_a_warm_up_that_does_not_fit_is_told_by_name_before_anything_starts(monkeypatch):
     """LoRA of 7B fits 24 GB; all weights of its student's warm-up, at 16384 tokens, do not."""
     options = checked("teacher_rlt_mono_24gb", "student_model=run:teacher_sft")

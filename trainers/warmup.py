@@ -27,6 +27,8 @@ INHERITED = (
     "teacher_system_prompt",
     "student_system_prompt",
     "chat_template",
+    "chat_template_kwargs",
+    "eos_token",
     "trust_remote_code",
     "attn_implementation",
     "report_to",
@@ -84,17 +86,28 @@ def _code() -> bytes:
 
 def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
     """Where the result of a warm-up is kept: a folder named by everything it depends on."""
-    digest = hashlib.sha256(json.dumps(composed, sort_keys=True).encode())
+    counted = {key: value for key, value in composed.items() if key != "report_to"}
+    digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode())
     for package in PACKAGES:
         digest.update(f"{package}=={importlib.metadata.version(package)}".encode())
     digest.update(_code())
-    data = Path(composed["dataset_id_or_path"])
-    if data.is_file():
-        digest.update(data.read_bytes())
+    for key in ("dataset_id_or_path", "chat_template"):
+        digest.update(_contents(composed.get(key)))
     if start := named_run(composed.get("model_name_or_path")):  # the warm-up it starts from
         parent = _composed(start, {key: composed[key] for key in INHERITED if key in composed})
         digest.update(cached_path(start, parent, root).name.encode())
     return root / "results" / "warmup" / f"{name}-{digest.hexdigest()[:12]}"
+
+
+def _contents(path: str | None) -> bytes:
+    """What a file holds, or names, sizes and times of a folder's files; nothing of what is no local path."""
+    found = Path(path or "").expanduser()
+    if not path or len(path) > 1000 or not found.exists():  # a template may be written out in place of its file
+        return b""
+    if found.is_file():
+        return found.read_bytes()
+    files = sorted(file for file in found.rglob("*") if file.is_file())
+    return repr([(str(f.relative_to(found)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()
 
 
 class Waiting(NamedTuple):

@@ -281,6 +281,9 @@ def output_faults(options: Any) -> list[Fault]:
         for key, path in models.items()
         if path is not None and folder.is_dir() and Path(path).absolute() == folder.absolute()
     ]
+    if options.save_strategy != "no" and (kept := sorted(folder.glob("checkpoint-*"))):
+        cause = f"it holds {kept[0].name} of an earlier run, which this one's checkpoints would take the place of"
+        faults.append(Fault("output_dir", options.output_dir, cause, "name another folder, or remove the checkpoints"))
     other, kind = (WHOLE_MODEL, "whole model") if options.use_peft else ((CONFIG, *WEIGHTS), "LoRA adapter")
     if not faults and any((folder / name).exists() for name in other):
         cause = f"it holds a {kind} of another run: beside this one's neither could be told apart"
