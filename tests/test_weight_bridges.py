@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trainers import teacher_grpo
+from trainers.bridges import CopyBridge, SharedBridge
 from trainers.errors import ConfigError
 from trainers.models import make_model, make_tokenizer
 from trainers.weights.adapter_files import open_adapter
@@ -332,3 +333,16 @@ def test_a_tied_head_that_the_checkpoint_holds_too(renderer, model_dir, tmp_path
             assert largest_difference(sampled.logprobs, expected) < 1e-5
             train_some(model, prompts)
             engine.sync_weights()
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_tied_head_goes_by_its_own_name_only_to_an_engine_that_has_one(model_dir, has_head):
+    """Gemma 2's class in vLLM has none, and refuses a name that it does not know."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    engine_model = torch.nn.Module()
+    engine_model.model = model.model
+    if has_head:
+        engine_model.lm_head = model.lm_head
+    for bridge in (CopyBridge(model), SharedBridge(model)):
+        names = [name for name, _ in bridge.weights(engine_model)]
+        assert "model.embed_tokens.weight" in names and ("lm_head.weight" in names) is has_head

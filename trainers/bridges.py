@@ -53,15 +53,15 @@ class CopyBridge:
         """
         self.engine_model = runner.model
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What the engine loads: the weights by their Hugging Face names, a tied head by its own too: vLLM expects it
-        where the checkpoint holds one."""
-        return merged_weights(self.model, every_name=True)
+    def weights(self, engine_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What the engine loads: the weights by their Hugging Face names, a tied head by its own too where the engine
+        has one: vLLM expects it if the checkpoint holds it."""
+        return _known_to(engine_model, self.model, merged_weights(self.model, every_name=True))
 
     @torch.no_grad()
     def sync(self) -> None:
         """Make the engine see the trainer's current weights."""
-        self.engine_model.load_weights(self.weights())
+        self.engine_model.load_weights(self.weights(self.engine_model))
 
     def weight_bytes(self) -> int:
         """Bytes that trainer and engine hold for weights, together."""
@@ -71,8 +71,9 @@ class CopyBridge:
 class SharedBridge(CopyBridge):
     """The trainer's parameters are views of the engine's tensors."""
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p.data) for name, p in base_parameters(self.model, every_name=True).items())
+    def weights(self, engine_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        named = ((name, p.data) for name, p in base_parameters(self.model, every_name=True).items())
+        return _known_to(engine_model, self.model, named)
 
     def attach(self, runner: Any) -> None:
         super().attach(runner)
@@ -167,6 +168,15 @@ def lora_ranks() -> tuple[int, ...]:
     return MaxLoRARanks.__args__
 
 
+def _known_to(
+    engine_model: nn.Module, model: nn.Module, named: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Without further names of tied weights for which the engine has no layer (Gemma 2 has no head there)."""
+    first = base_parameters(model)
+    layers = {name for name, _ in engine_model.named_modules(remove_duplicate=False)}
+    return ((name, weight) for name, weight in named if name in first or name.rpartition(".")[0] in layers)
+
+
 def merged_weights(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model by the names they have without adapters, each adapter added to its layer's.
 
@@ -215,7 +225,7 @@ def _places(model: nn.Module, whose: str = "") -> Iterator[tuple[str, dict[str, 
                 yield f"{whose}{name}", module._parameters, leaf, parameter.data_ptr()
 
 
-def register_loader(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+def register_loader(weights: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> None:
     """Let vLLM's `load_format="trainer"` read the trainer's weights, in memory.
 
     vLLM loads before it wraps layers for LoRA and before it processes weights, so this is where they come in.
@@ -229,7 +239,7 @@ def register_loader(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None
 
         @torch.no_grad()
         def load_weights(self, engine_model: nn.Module, model_config: Any) -> None:
-            engine_model.load_weights(weights())
+            engine_model.load_weights(weights(engine_model))
 
     _LOAD_FORMAT_TO_MODEL_LOADER.pop(LOAD_FORMAT, None)  # an earlier engine's in this process
     register_model_loader(LOAD_FORMAT)(TrainerLoader)
