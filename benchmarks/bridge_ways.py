@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import SHAPES
+from benchmarks.small_data import WORD
 from data.render import Renderer
 
 OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
 THEIRS = ("trl", "trl-fastest", "trl-lora")
 READY = "ready for a step"
 ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
-WORD = " and"
 
 
 @dataclass(frozen=True)
