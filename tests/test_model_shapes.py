@@ -117,8 +117,14 @@ def test_the_widest_of_unlike_layers_counts():
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv"])
 def test_what_is_no_stack_of_like_layers_is_told(family):
-    with pytest.raises(ConfigError, match="layers are not alike"):
+    with pytest.raises(ConfigError, match=f"{family} has layers without attention only"):
         model_shape({"model_type": family})
+
+
+@pytest.mark.parametrize("value", ["many", 0, 2.5])
+def test_a_size_that_is_none_is_told(value):
+    with pytest.raises(ConfigError, match=r"num_attention_heads=.*above 0"):
+        model_shape({"model_type": "qwen2", "num_attention_heads": value})
 
 
 def test_config_of_a_folder_comes_first(tmp_path, monkeypatch):

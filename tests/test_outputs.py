@@ -85,6 +85,15 @@ def test_without_a_terminal_there_are_plain_lines(capfd, caplog):
     assert "[" not in capfd.readouterr().err
 
 
+def test_an_evaluation_is_a_line_of_its_own(caplog):
+    caplog.set_level(logging.INFO)
+    state = SimpleNamespace(global_step=20, max_steps=60, is_world_process_zero=True)
+    progress = Progress(is_terminal=False)
+    progress.on_log(None, state, None, logs={"eval_reward": -0.25, "eval_loss": 1e-9, "eval_kl_reward": 0.5})
+    progress.on_log(None, state, None, logs={"train_runtime": 3.0})
+    assert [r.message for r in caplog.records] == ["held out, after step 20:  reward -0.25  -r_KL 0.5"]
+
+
 def test_libraries_are_quiet_and_we_are_not():
     def record(name, level):
         return logging.LogRecord(name, level, "f", 1, "m", (), None)

@@ -20,6 +20,7 @@ from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
 from trainers.plan.planning import planned_options
+from trainers.settings.trl_config import tell_length
 from trainers.sft import run_sft, sft_config
 from trainers.texts import check_traces, sft_rows
 from trainers.weights.adapter_files import open_adapter
@@ -121,6 +122,33 @@ def test_fresh_model_needs_room_for_the_tokenizer(tokenizer):
         make_model({**TINY_MODEL, "vocab_size": 10}, tokenizer, 0, torch.float32, None)
     with pytest.raises(ConfigError, match="set model_type"):
         make_model({"model_type": "qwen_2"}, tokenizer, 0, torch.float32, None)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_attention_heads": 3}, {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"hidden_size": "many"}],
+    ids=str,
+)
+def test_sizes_of_a_fresh_model_that_do_not_go_together_are_told(sizes, tokenizer):
+    from trainers.models import make_model
+
+    with pytest.raises(ConfigError, match="model_init"):
+        make_model({**TINY_MODEL, **sizes}, tokenizer, 0, torch.float32, None)
+
+
+def test_routers_of_a_model_without_them_are_told(model_dir):
+    from trainers.weights.starts import load_teacher
+
+    with pytest.raises(ConfigError, match="router_aux_loss_coef=0.1: .* no mixture of experts"):
+        load_teacher(options(router_aux_loss_coef=0.1), str(model_dir), torch.float32)
+
+
+def test_which_of_two_lengths_counts_is_said(caplog):
+    caplog.set_level("INFO")
+    tell_length(options(max_steps=3))
+    assert not caplog.records
+    tell_length(options(max_steps=3, num_train_epochs=2))
+    assert "num_train_epochs=2 is not read" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """What a training step asks of the engine, and when. Run: ./run_tests.sh tests/test_steps.py"""
 
+import json
 import threading
 
 import pytest
 from small_run import CPU, make_trainer
 
+from trainers.errors import ConfigError
 from trainers.rollout.overlap import ScoreAhead
 
 
@@ -44,6 +46,29 @@ def test_evaluations_sample_with_the_same_seeds(trainer):
     for _ in range(2):
         trainer.evaluate(trainer.train_dataset.select(range(8)))
     assert {at for _, at in calls} == {-1}
+
+
+def test_an_evaluation_leaves_training_s_completions_and_seconds_alone(trainer, tmp_path):
+    held_out = trainer.train_dataset.select(range(8))
+    trainer.train()
+    written = list(trainer._logs["completion"])
+    trainer.evaluate(held_out)
+    assert len(written) == 8 and list(trainer._logs["completion"]) == written
+
+    trainer.timer.seconds["generate"] = 5.0
+    assert not trainer.model.training
+    trainer.log({"train_runtime": 1.0})  # training ends after an evaluation
+    trainer.log({"eval_loss": 1.0})
+    last, evaluation = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[-2:]]
+    assert "train_runtime" in last and not any(name.startswith("eval_") for name in last)
+    assert evaluation["eval_seconds/generate"] == 5.0
+
+
+def test_arguments_that_vllm_refuses_are_told_and_another_engine_can_start(renderer, model_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"vllm_kwargs=.*block_size.*vLLM does not start with it[\s\S]*leave it out"):
+        make_trainer(renderer, model_dir, tmp_path, vllm_kwargs={"block_size": 16})
+    trainer = make_trainer(renderer, model_dir, tmp_path)
+    trainer.engine.close()
 
 
 def test_each_group_is_handed_on_while_others_are_still_written(trainer):

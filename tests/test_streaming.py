@@ -313,6 +313,17 @@ def test_missing_tensors_are_named_with_a_remedy(tmp_path):
         stream(tmp_path)
 
 
+@pytest.mark.parametrize("kept", [4, 100, 20000])
+def test_a_file_that_was_cut_off_is_told_before_it_is_read(kept, tmp_path):
+    save("qwen2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=r"student_model=.*cannot be read[\s\S]*copy or download"):
+        WeightFiles(str(tmp_path), "student_model")
+    with pytest.raises(ConfigError, match=r"student_model=.*cannot be read[\s\S]*copy or download"):
+        load_model(str(tmp_path), torch.float32, None, "student_model", False)
+
+
 def test_no_safetensors_is_said(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no safetensors files"):

@@ -15,6 +15,7 @@ from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
 from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment
+from trainers.errors import ConfigError, Fault
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.rollout.rollouts import Ended, Rollout
 from trainers.settings.engine_specs import bridge_name
@@ -72,7 +73,8 @@ class Engine:
             self._stop |= {"stop": [closing_tag], "include_stop_str_in_output": True, "detokenize": True}
             self._stop["skip_special_tokens"] = False  # the tag may be made of them
         self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
-        self._arguments |= {"tokenizer": tokenizer_path or model_path} | options.vllm_kwargs
+        self._asked = options.vllm_kwargs
+        self._arguments |= {"tokenizer": tokenizer_path or model_path} | self._asked
         self.can_release = device.type == "cuda" and not self.bridge.rebuilds and vllm_releases_cache()
         if device.type == "cuda" and not vllm_releases_cache():
             logger.warning("this vLLM cannot give its KV cache back (0.31 can): it stays on the GPU during the update")
@@ -89,21 +91,31 @@ class Engine:
 
     def _build(self) -> None:
         """Start vLLM on the trainer's current weights."""
-        from vllm import LLM
-
         with kept_process_state():
             if isinstance(self.bridge, RestartBridge):
                 folder = self._checkpoint
                 folder.mkdir(exist_ok=True)
                 try:
                     self.bridge.save(str(folder))
-                    self.llm = LLM(**self._arguments | {"model": str(folder)})
+                    self.llm = self._start(self._arguments | {"model": str(folder)})
                 finally:
                     rmtree(folder)
             else:
                 register_loader(self.bridge.weights)
-                self.llm = LLM(**self._arguments)
+                self.llm = self._start(self._arguments)
         self.bridge.attach(self.llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+
+    def _start(self, arguments: dict[str, Any]) -> Any:
+        from vllm import LLM
+
+        try:
+            return LLM(**arguments)
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            if not self._asked:
+                raise
+            cause = f"vLLM does not start with it: {' '.join(str(error).split()) or type(error).__name__}"
+            fault = Fault("vllm_kwargs", self._asked, cause, "correct what it names, or leave it out")
+            raise ConfigError(fault) from error
 
     def close(self) -> None:
         """Stop vLLM and free what it holds; parameters that are shared keep their memory."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -186,6 +188,11 @@ def _not_loadable(key: str, path: str, error: Exception) -> Fault:
     return Fault(key, path, f"neither a model folder here nor to be had from the hub: {reason}", remedy)
 
 
+def damaged_fault(key: str, path: str, reason: str) -> Fault:
+    """What is said of weights that a broken copy or download left incomplete."""
+    return Fault(key, path, f"its weights cannot be read: {reason}", "copy or download the safetensors files again")
+
+
 def load_model(
     path: str, dtype: torch.dtype, attention: str | None, key: str, trust: bool, **kwargs: Any
 ) -> PreTrainedModel:
@@ -198,6 +205,8 @@ def load_model(
     arguments = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust} | kwargs
     try:
         model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+    except SafetensorError as error:
+        raise ConfigError(damaged_fault(key, path, str(error))) from error
     except (OSError, ValueError, ImportError) as error:
         if fault := attention_fault(attention, error):
             raise ConfigError(fault) from error
@@ -215,13 +224,17 @@ def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: tor
     """Make a model with fresh random weights from the keyword arguments of a transformers config.
 
     Raises:
-        ConfigError: If transformers knows no such `model_type`, or the vocabulary is smaller than the tokenizer's.
+        ConfigError: If transformers knows no such `model_type`, the sizes do not go together, or the vocabulary is
+            smaller than the tokenizer's.
     """
     arguments = {"vocab_size": len(tokenizer), **model_init}
     model_type = arguments.pop("model_type", None)
     try:
         config = AutoConfig.for_model(model_type, **arguments)
-    except ValueError as error:
+    except StrictDataclassError as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(Fault("model_init", model_init, cause, "correct the argument it names")) from error
+    except (ValueError, ArithmeticError) as error:
         raise ConfigError(
             Fault("model_init", model_init, str(error).splitlines()[0], "set model_type, e.g. qwen2")
         ) from error
@@ -229,8 +242,17 @@ def make_model(model_init: dict[str, Any], tokenizer: Any, seed: int, dtype: tor
         cause = f"vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens"
         raise ConfigError(Fault("model_init", model_init, cause, f"vocab_size of at least {len(tokenizer)}"))
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+    attention = attention_of(attention, config)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(attention, config))
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        with torch.no_grad(), evaluating(model):  # sizes that do not go together show in the first pass only
+            model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        cause = f"transformers cannot compute with such a model: {type(error).__name__}: {str(error).splitlines()[0]}"
+        remedy = "hidden_size = num_attention_heads x head_dim, num_attention_heads a multiple of num_key_value_heads"
+        raise ConfigError(Fault("model_init", model_init, cause, remedy)) from error
+    return model
 
 
 def make_tokenizer(texts: Iterable[str], tags: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

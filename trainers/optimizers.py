@@ -59,6 +59,12 @@ def make_optimizer(model: nn.Module, name: str, args: Any) -> Optimizer:
         by_bits = groups(lambda p: p.ndim > 1) + groups(lambda p: p.ndim < 2, master_bytewidth=4)
         # Gradients that are not clipped might be too large to be scaled.
         scale = GRADIENT_SCALE if 0 < args.max_grad_norm <= 8 else 1
+        if scale == 1:
+            logger.warning(
+                "flash_adamw: max_grad_norm=%g; where gradients are small (1e-6 a weight) its steps are twice Adam's, "
+                "which max_grad_norm=1.0 prevents",
+                args.max_grad_norm,
+            )
         return with_scaled_gradients(FlashAdamW)(
             by_bits, master_weight_bits=24, **adam | {"eps": adam["eps"] * scale}, scale=scale
         )

@@ -27,7 +27,7 @@ from trainers.scoring.reward_funcs import StudentReward, make_reward_funcs, own_
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import has_engine
 from trainers.settings.reward_specs import reward_names, uses_student
-from trainers.settings.trl_config import precision_arguments
+from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import check_enough, load_eval_rows, load_train_rows, rl_rows, show_sample
 from trainers.warmup import resolve_model
@@ -48,6 +48,7 @@ def run_rl(options: Any, output_dir: Path) -> Path:
         The folder of the trained teacher.
     """
     logger.info("batch: %s", batch_plan(options).equation())
+    tell_length(options)
     device, dtype = resolve_place(options)
     arguments = grpo_config(options, output_dir, dtype)
     own = own_functions(options)

@@ -21,7 +21,7 @@ from trainers.models import (
 )
 from trainers.optimizers import OwnOptimizer
 from trainers.options import trl_arguments
-from trainers.settings.trl_config import precision_arguments
+from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
@@ -51,6 +51,7 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     Returns:
         The folder of the trained model.
     """
+    tell_length(options)
     device, dtype = resolve_place(options)
     rows = load_train_rows(options)
     evaluates = options.eval_strategy != "no" or options.eval_on_start

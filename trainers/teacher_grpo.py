@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,12 +278,15 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
             self._metrics[mode][name].append(value)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As TRL's; seconds and memory of a training interval that an evaluation interrupts are put back."""
+        """As TRL's; seconds, memory and completions of a training interval that an evaluation interrupts are put
+        back."""
         interrupted, memory = self.timer.take(), self.timer.memory
+        completions = deepcopy(self._logs)
         self._evaluated.clear()
         self._batch_sizes.clear()
         with memory.interrupted() if memory is not None else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
+        self._logs = completions
         for phase, value in interrupted.items():
             self.timer.seconds[phase] += value
         return metrics
@@ -300,6 +304,8 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of each phase (per optimizer step while training, in total for an evaluation) and the
         memory in use after it."""
+        if "train_runtime" in logs:  # at the end; an evaluation may have left the model in its mode
+            return super().log(logs, start_time)
         seconds = self.timer.take()
         if self.timer.memory is not None:
             prefix = "" if self.model.training else "eval_"

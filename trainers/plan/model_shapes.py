@@ -176,6 +176,10 @@ def _float_written_out(value: dict[str, Any]) -> Any:
 @cache
 def _shape_of(config_json: str, name: str, trust: bool) -> ModelShape:
     config = json.loads(config_json, object_hook=_float_written_out)
+    for size in sorted(SIZES & config.keys()):
+        if config[size] is not None and not (isinstance(config[size], int | list) and config[size]):
+            value = f"{name or config.get('model_type')}: {size}={config[size]!r}"
+            raise ConfigError(Fault("model", value, "a size is a whole number above 0", "correct the model's config"))
     if config.get("model_type") in FAMILY_DEFAULTS and SIZES <= config.keys():
         return _known_family(config, name)
     return _from_transformers(config, name, trust)
@@ -269,6 +273,8 @@ def _from_transformers(config: dict[str, Any], name: str, trust: bool) -> ModelS
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(full, trust_remote_code=trust)
         return _built_shape(model, full, config["model_type"], name)
+    except ConfigError:
+        raise
     except refusals as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         cause = f"transformers cannot build it, or its layers are not alike: {reason[0]}"
@@ -284,6 +290,9 @@ def _built_shape(model: Any, config: Any, model_type: str, name: str) -> ModelSh
     lists = ((n, m) for n, m in model.named_modules() if isinstance(m, ModuleList))
     prefix = next(f"{n}." for n, m in lists if len(m) == text.num_hidden_layers)
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    if not hasattr(text, "num_attention_heads"):
+        remedy = "name a causal language model with attention, e.g. of the Qwen, Llama or Gemma family"
+        raise ConfigError(Fault("model", name or model_type, f"{model_type} has layers without attention only", remedy))
     heads, hidden = text.num_attention_heads, text.hidden_size
     kv_heads = _size(text, "num_key_value_heads") or heads
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):  # Falcon

@@ -207,11 +207,15 @@ SHOWN = (
 
 def progress_line(state: Any, logs: dict[str, Any], seconds_per_step: float) -> str:
     """One line for a terminal or a log: step, headline metrics, time left."""
-    shown = [f"{name} {logs[key]:.3g}" for key, name in SHOWN if isinstance(logs.get(key), int | float)]
-    if "reward" in logs:  # GRPO's loss is about 0 by construction and tells nothing
-        shown = [s for s in shown if not s.startswith("loss")]
+    shown = _headline(logs)
     left = int(seconds_per_step * (state.max_steps - state.global_step))
     return f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  eta {left // 60}:{left % 60:02d}"
+
+
+def _headline(logs: dict[str, Any]) -> list[str]:
+    hidden = {"loss"} if "reward" in logs else set()  # GRPO's loss is about 0 by construction and tells nothing
+    numbers = ((key, name) for key, name in SHOWN if isinstance(logs.get(key), int | float) and key not in hidden)
+    return [f"{name} {logs[key]:.3g}" for key, name in numbers]
 
 
 class Progress(ProgressCallback):
@@ -236,11 +240,17 @@ class Progress(ProgressCallback):
             super().on_prediction_step(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or not ({"reward", "loss"} & set(logs)):
+        if not state.is_world_process_zero or not logs:
             return
-        began, first = self._begin
-        done = state.global_step - first
-        line = progress_line(state, logs, (time.perf_counter() - began) / done if done else 0.0)
+        held_out = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        if {"reward", "loss"} & set(logs):
+            began, first = self._begin
+            done = state.global_step - first
+            line = progress_line(state, logs, (time.perf_counter() - began) / done if done else 0.0)
+        elif shown := _headline(held_out):
+            line = f"held out, after step {state.global_step}:  {'  '.join(shown)}"
+        else:
+            return
         if self.training_bar is not None:
             self.training_bar.write(line)
             logger.info(line, extra={"only_file": True})

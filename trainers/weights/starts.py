@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from trainers.attention import suit_attention
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
-from trainers.models import load_model, resolve_device
+from trainers.models import load_config, load_model, resolve_device
 from trainers.weights.adapter_files import AdapterFiles, is_adapter, is_continued, open_adapter, start_faults
 from trainers.weights.adapters import add_adapters, continue_adapter
 
@@ -62,7 +62,16 @@ def resolve_start(options: Any, path: str, output_dir: Path, dtype: torch.dtype)
 
 
 def load_teacher(options: Any, path: str, dtype: torch.dtype, adapter: AdapterFiles | None = None) -> Any:
-    """Load the model to train, with adapters where they are what is trained: fresh ones unless one is given."""
+    """Load the model to train, with adapters where they are what is trained: fresh ones unless one is given.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or has no routers for `router_aux_loss_coef`.
+    """
+    if options.router_aux_loss_coef and not hasattr(
+        load_config(path, KEY, options.trust_remote_code).get_text_config(), "output_router_logits"
+    ):
+        cause = f"{path} is no mixture of experts that gives its routers' logits"
+        raise ConfigError(Fault("router_aux_loss_coef", options.router_aux_loss_coef, cause, "leave it out"))
     model = load_model(path, dtype, options.attn_implementation, KEY, options.trust_remote_code)
     suit_attention(model, resolve_device(options.device))
     if adapter is not None:

@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from trainers.errors import ConfigError, Fault
+from trainers.models import damaged_fault
 from trainers.plan.host_memory import STREAMED_SHARE
 from trainers.plan.machine import host_room
 
@@ -52,15 +53,24 @@ class _Place(NamedTuple):
     offset: int
 
 
-def _places(file: Path) -> dict[str, _Place]:
+def _places(file: Path, key: str) -> dict[str, _Place]:
     """Read the header of a safetensors file: eight bytes with its length, then JSON with type, shape and offsets.
 
     The library's `safe_open` maps the file as a whole, copy-on-write, and Linux refuses to map more than the machine's
     memory that way.
+
+    Raises:
+        ConfigError: If the file ends before its tensors do.
     """
+    size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+        header = json.loads(opened.read(length)) if 0 < length <= size - 8 else None
+    ends = (e["data_offsets"][1] for name, e in (header or {}).items() if name != "__metadata__")
+    whole = 8 + length + max(ends, default=0)
+    if header is None or size < whole:
+        cause = "its header is not whole" if header is None else f"it has {size} of {whole} bytes"
+        raise ConfigError(damaged_fault(key, str(file), cause))
     return {
         name: _Place(file, DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
         for name, e in header.items()
@@ -77,7 +87,7 @@ class WeightFiles:
 
     def __init__(self, path: str, key: str) -> None:
         self.bytes_read = 0
-        self._places = {n: p for file in find_weight_files(path, key) for n, p in _places(file).items()}
+        self._places = {n: p for file in find_weight_files(path, key) for n, p in _places(file, key).items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
