@@ -23,11 +23,12 @@ from omegaconf import DictConfig
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run, resolved
 from trainers.errors import ConfigError
+from trainers.options import BaseOptions
 from trainers.plan.hardware import prepare_allocator
 from trainers.plan.planning import planned_options, run_plan
 
 
-def run(options: Any, composed: dict[str, Any], run_name: str) -> None:
+def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
     """Run the stage that the options ask for."""
     from datasets import disable_caching
 

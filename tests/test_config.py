@@ -8,13 +8,23 @@ import sys
 import pytest
 import yaml
 from conftest import REPO
+from pydantic import BaseModel
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers import checks
+from trainers import options as declared
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, compose_run, find_run, hydra_arguments
 from trainers.errors import ConfigError
-from trainers.options import FormulaOptions, MergeOptions, RescoreOptions, RLOptions, ScoreOptions, SFTOptions
+from trainers.options import (
+    FormulaOptions,
+    MergeOptions,
+    RescoreOptions,
+    RLOptions,
+    ScoreOptions,
+    SFTOptions,
+    TrainOptions,
+)
 from trainers.settings.trl_choices import DERIVED
 from trainers.settings.trl_options import trl_options
 
@@ -249,6 +259,42 @@ def test_every_option_is_read_by_something():
         name for cls in (SFTOptions, RLOptions, ScoreOptions, RescoreOptions, MergeOptions) for name in cls.model_fields
     }
     assert own - read - refused_only == set()
+
+
+def fields_of(cls):
+    """Its options, TRL's included; of a class that RL and SFT share, TRL's common ones."""
+    trl = {kind: set(trl_options(kind)) for kind in ("grpo", "sft")}
+    if not issubclass(cls, TrainOptions):
+        return set(cls.model_fields)
+    return set(cls.model_fields) | (
+        trl["grpo"] if cls is RLOptions else trl["sft"] if cls is SFTOptions else trl["grpo"] & trl["sft"]
+    )
+
+
+def test_a_function_reads_no_option_that_its_stage_has_not():
+    """One that asks for `options.stage` may read what any of the stages has."""
+    classes = {name: cls for name, cls in vars(declared).items() if isinstance(cls, type) and issubclass(cls, BaseModel)}
+    stages = [declared.options_class(stage) for stage in ("sft", "rl", "score", "rescore", "merge")]
+    seen = 0
+    for path in [REPO / "train.py", *(REPO / "trainers").rglob("*.py")]:
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            (annotation,) = [a.annotation for a in function.args.args if a.arg == "options"] or [None]
+            if annotation is None:
+                continue
+            named = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+            kinds = [RLOptions, ScoreOptions] if named == {"ScoringOptions"} else [classes[name] for name in named]
+            nodes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+            read = {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == "options"}
+            known = set.intersection(*map(fields_of, kinds)) | {name for name in dir(BaseModel) if name[:5] == "model"}
+            if "stage" in read:
+                known = known.union(*(cls.model_fields for cls in stages for kind in kinds if issubclass(cls, kind)))
+            assert read <= known, (
+                f"{path.name}: {function.name}({ast.unparse(annotation)}) reads {sorted(read - known)}"
+            )
+            seen += 1
+    assert seen > 100
 
 
 def test_derived_options_name_options_that_exist():

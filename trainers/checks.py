@@ -12,7 +12,16 @@ from pydantic import ValidationError
 
 from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
-from trainers.options import CommonOptions, admits_none, options_class
+from trainers.options import (
+    BaseOptions,
+    CommonOptions,
+    MergeOptions,
+    RLOptions,
+    ScoringOptions,
+    TrainOptions,
+    admits_none,
+    options_class,
+)
 from trainers.plan.hardware import num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, micro_batch_choices
 from trainers.settings.config_faults import STAGES, invalid_faults, unknown_fault
@@ -43,7 +52,7 @@ class Check:
 
     stages: tuple[str, ...]
     of_device: bool
-    run: Callable[[Any, int, Path], list[Fault]]
+    run: Callable[[BaseOptions, int, Path], list[Fault]]
 
 
 CHECKS: list[Check] = []
@@ -52,7 +61,7 @@ CHECKS: list[Check] = []
 def check(stages: tuple[str, ...] = WITH_MODELS, of_device: bool = False) -> Callable:
     """Register a check of `stages`."""
 
-    def register(function: Callable[[Any, int, Path], list[Fault]]) -> Callable:
+    def register(function: Callable[[BaseOptions, int, Path], list[Fault]]) -> Callable:
         CHECKS.append(Check(stages, of_device, function))
         return function
 
@@ -66,7 +75,7 @@ class _InvalidOption(Exception):
 class _ValidOptions:
     """Options, of which those that are wrong by themselves cannot be read."""
 
-    def __init__(self, options: Any, invalid: Set[str]) -> None:
+    def __init__(self, options: BaseOptions, invalid: Set[str]) -> None:
         self._options, self._invalid = options, invalid
 
     def __getattr__(self, name: str) -> Any:
@@ -118,7 +127,7 @@ def load_options(
 
 
 def option_faults(
-    options: Any, num_devices: int, repo: Path, needs_device: bool = True, invalid: Set[str] = frozenset()
+    options: BaseOptions, num_devices: int, repo: Path, needs_device: bool = True, invalid: Set[str] = frozenset()
 ) -> list[Fault]:
     """What is wrong with the options together; see `load_options`.
 
@@ -134,7 +143,7 @@ def option_faults(
 
 
 @check(of_device=True)
-def _check_device(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_device(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     gpus = num_cuda_devices()
     if options.device == "cuda" and gpus == 0:
         cause = "this run needs an NVIDIA GPU and this machine shows none"
@@ -162,7 +171,7 @@ def _is_installed(package: str) -> bool:
 
 
 @check(stages=TRAINING)
-def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_batch(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
     per_device = options.per_device_train_batch_size
     if per_device == "auto":
         if micro_batch_choices(options, num_devices):
@@ -179,7 +188,7 @@ def _check_batch(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return check_batch(batch_plan(options, num_devices)) + _check_eval_batch(options)
 
 
-def _check_eval_batch(options: Any) -> list[Fault]:
+def _check_eval_batch(options: TrainOptions) -> list[Fault]:
     if options.stage == "sft":
         return []
     generations = options.num_generations_eval or options.num_generations
@@ -192,7 +201,7 @@ def _check_eval_batch(options: Any) -> list[Fault]:
 
 
 @check(stages=TRAINING, of_device=True)
-def _check_optimizer(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_optimizer(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
     device = "cuda" if options.device != "cpu" and num_cuda_devices() else "cpu"
     automatic = {"cuda": "bf16", "cpu": "fp32"}[device]  # the run looks again: an old GPU has no bf16
     precision = automatic if options.precision == "auto" else options.precision
@@ -200,7 +209,7 @@ def _check_optimizer(options: Any, num_devices: int, repo: Path) -> list[Fault]:
 
 
 @check()
-def _check_model(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_model(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     fresh = options.stage == "sft" and options.model_init is not None
     if options.model_name_or_path is None and not fresh:
@@ -242,27 +251,27 @@ def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path)
 
 
 @check()
-def _check_adapters(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_adapters(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     return adapter_faults(options, num_devices, options.stage in TRAINING)
 
 
 @check(stages=TRAINING)
-def _check_output(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_output(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
     return output_faults(options)
 
 
 @check(stages=("merge",))
-def _check_merge(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_merge(options: MergeOptions, num_devices: int, repo: Path) -> list[Fault]:
     return merge_faults(options, num_devices)
 
 
 @check(of_device=True)
-def _check_precision(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_precision(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     return precision_faults(options, "cpu" if options.device == "cpu" or num_cuda_devices() == 0 else "cuda")
 
 
 @check()
-def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_data(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     if options.dataset_id_or_path is None:
         remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, a folder or a hub id>"
         return [Fault("dataset_id_or_path", None, "no data is named", remedy)]
@@ -277,7 +286,7 @@ def _check_data(options: Any, num_devices: int, repo: Path) -> list[Fault]:
 
 
 @check(stages=TRAINING)
-def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_held_out(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
     if not _evaluates(options) or options.eval_dataset_id_or_path or options.eval_dataset_split:
         return []
     remedy = "name held-out data (eval_dataset_id_or_path or eval_dataset_split), or "
@@ -287,13 +296,13 @@ def _check_held_out(options: Any, num_devices: int, repo: Path) -> list[Fault]:
     return [Fault("eval_dataset_id_or_path", None, "held-out data is to be evaluated, but none is named", remedy)]
 
 
-def _evaluates(options: Any) -> bool:
+def _evaluates(options: TrainOptions) -> bool:
     report = options.stage == "rl" and options.report_before_after
     return report or options.eval_strategy != "no" or options.eval_on_start
 
 
 @check(stages=("rl",))
-def _check_engine(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_engine(options: RLOptions, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     for key in ("use_vllm_server", "use_ray"):
         if getattr(options, key):
@@ -329,12 +338,12 @@ for _stages, _all in _OF_OPTIONS_ALONE.items():
 
 
 @check(stages=("rl", "score"))
-def _check_formula(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_formula(options: ScoringOptions, num_devices: int, repo: Path) -> list[Fault]:
     return formula_faults({name: getattr(options, name) for pair in COEFFICIENTS for name in pair})
 
 
 @check()
-def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_templates(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     for key in ("chat_template", "student_chat_template"):
         value = getattr(options, key, None)
@@ -347,7 +356,7 @@ def _check_templates(options: Any, num_devices: int, repo: Path) -> list[Fault]:
 
 
 @check(stages=("rl", "score"))
-def _check_kept_scores(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_kept_scores(options: ScoringOptions, num_devices: int, repo: Path) -> list[Fault]:
     if not options.keep_scores or options.output_dir is None:
         return []
     folder = Path(options.output_dir).expanduser() / "scores"
@@ -357,7 +366,7 @@ def _check_kept_scores(options: Any, num_devices: int, repo: Path) -> list[Fault
 
 
 @check(stages=("rl", "score"))
-def _check_student_mode(options: Any, num_devices: int, repo: Path) -> list[Fault]:
+def _check_student_mode(options: ScoringOptions, num_devices: int, repo: Path) -> list[Fault]:
     if options.student_mode != "streamed" or options.student_quantization is None:
         return []
     cause = "the layers of a quantized student cannot be streamed"

@@ -16,6 +16,7 @@ from torch import nn
 from trainers.bridges import RestartBridge, make_bridge, register_loader
 from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment
 from trainers.errors import ConfigError, Fault
+from trainers.options import RLOptions
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.rollout.rollouts import Ended, Rollout
 from trainers.settings.engine_specs import bridge_name
@@ -48,7 +49,7 @@ class Engine:
         self,
         model: nn.Module,
         model_path: str,
-        options: Any,
+        options: RLOptions,
         device: torch.device,
         dtype: torch.dtype,
         end_ids: list[int],

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trainers.errors import ConfigError, Fault
+from trainers.options import RLOptions
 from trainers.settings.engine_specs import CPU_KV_CACHE, batched_tokens, model_length
 
 
@@ -31,7 +32,7 @@ def prepare_environment(device: torch.device) -> None:
         os.environ.setdefault(name, value)
 
 
-def engine_arguments(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def engine_arguments(options: RLOptions, model_path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of vllm.LLM for these options, those of the bridge and `vllm_kwargs` aside."""
     arguments = {
         "model": model_path,
@@ -62,7 +63,7 @@ def engine_arguments(options: Any, model_path: str, device: torch.device, dtype:
     return arguments
 
 
-def check_architecture(options: Any, model_path: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_architecture(options: RLOptions, model_path: str, device: torch.device, dtype: torch.dtype) -> None:
     """See that vLLM has a class of its own for a model, before any weights are loaded.
 
     Its Transformers backend decorates transformers' own classes, for the whole process: the trainer's forward pass then

@@ -7,8 +7,8 @@ cache follow from shapes. What a layer keeps for its backward pass was measured 
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
 
+from trainers.options import RLOptions
 from trainers.plan.activations import HEAD_WIDTH, TILE_FORWARD, activations, mask_elements, reading_layer
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.plan.host_memory import disk_space, host_memory
@@ -128,13 +128,13 @@ def _gradients_while_generating(work: Workload) -> bool:
     return plan.accumulation > plan.aggregation
 
 
-def max_num_seqs(options: Any) -> int:
+def max_num_seqs(options: RLOptions) -> int:
     """Completions that vLLM writes at once."""
     at_once = max(batch_plan(options).generation_batch, options.per_device_eval_batch_size)
     return options.max_num_seqs or min(MAX_SEQS, at_once)
 
 
-def kv_needed(options: Any, teacher: ModelShape, itemsize: int, device: str) -> int:
+def kv_needed(options: RLOptions, teacher: ModelShape, itemsize: int, device: str) -> int:
     """Bytes of keys and values where all completions that are written at once are as long as they may be.
 
     The prompt of a group is held once; not counted on where memory is no matter (a CPU).
@@ -152,7 +152,7 @@ def cache_share(work: Workload) -> float | None:
     return min(1, work.kv_cache / kv_needed(work.options, work.teacher, work.itemsize, work.device))
 
 
-def kv_least(options: Any, teacher: ModelShape, itemsize: int) -> int:
+def kv_least(options: RLOptions, teacher: ModelShape, itemsize: int) -> int:
     """Bytes below which vLLM does not start: one sequence of the greatest length."""
     return (model_length(options) + 64) * teacher.kv_bytes(itemsize)
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from trainers.errors import ConfigError, Fault
 from trainers.models import DTYPES, load_config, load_model, load_tokenizer
+from trainers.options import MergeOptions, ModelOptions
 from trainers.weights.adapter_files import CONFIG, WEIGHTS, AdapterFiles, is_adapter, open_adapter, tokenizer_of
 from trainers.weights.adapters import load_adapter
 
@@ -24,14 +25,14 @@ MERGED = {"model_name_or_path": "merged_start", "student_model": "merged_student
 LARGEST_CHANGE = 0.01  # nats that merging may move a log-probability by, in fp32; on tiny models it is 1e-6
 
 
-def run_merge(options: Any, output_dir: Path) -> Path:
+def run_merge(options: MergeOptions, output_dir: Path) -> Path:
     """Merge the adapter of stage=merge; return the folder of the model."""
     adapter = open_adapter("model_name_or_path", options.model_name_or_path, options.base_model)
     merge_adapter(adapter, DTYPES.get(options.precision), options.trust_remote_code, output_dir, "model_name_or_path")
     return output_dir
 
 
-def whole_model(options: Any, key: str, path: str, output_dir: Path, dtype: torch.dtype) -> str:
+def whole_model(options: ModelOptions, key: str, path: str, output_dir: Path, dtype: torch.dtype) -> str:
     """The folder or hub id of an ordinary model: an adapter is merged into its base, in a folder of the run.
 
     Everything behind this (engine, reference, streamed layers) reads a checkpoint's files and knows no adapters.

@@ -22,6 +22,7 @@ from transformers import (
 
 from trainers.attention import attention_fault, attention_of
 from trainers.errors import ConfigError, Fault
+from trainers.options import CommonOptions
 from trainers.plan.hardware import num_cuda_devices
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def resolve_dtype(precision: str, device: torch.device, every_weight: bool = Fal
     return DTYPES[precision]
 
 
-def resolve_place(options: Any) -> tuple[torch.device, torch.dtype]:
+def resolve_place(options: CommonOptions) -> tuple[torch.device, torch.dtype]:
     """Where a run computes, and in which type.
 
     Raises:

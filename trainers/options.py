@@ -275,6 +275,9 @@ class ScoreOptions(CommonOptions, RewardOptions):
     closed_column: str = opt("closed", "column that is false where the closing explanation tag is missing, if any")
 
 
+ScoringOptions = ScoreOptions | RLOptions  # of the stages that score explanations
+
+
 class MergeOptions(ModelOptions):
     """Options of stage=merge: a LoRA adapter into its base, as an ordinary checkpoint."""
 

@@ -6,9 +6,9 @@ import math
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
+from trainers.options import RescoreOptions
 from trainers.scoring.kept_scores import load_kept
 from trainers.settings.reward_specs import changed_formula, kept_formula
 from trainers.watch.outputs import whole_file
@@ -16,7 +16,7 @@ from trainers.watch.outputs import whole_file
 logger = logging.getLogger(__name__)
 
 
-def run_rescore(options: Any, output_dir: Path) -> Path:
+def run_rescore(options: RescoreOptions, output_dir: Path) -> Path:
     """Write rescored.jsonl (a line per kept explanation, in order) and rescore.json (how the ranking changes).
 
     Returns:

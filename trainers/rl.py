@@ -15,7 +15,7 @@ from trainers.engine_setup import check_architecture
 from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
-from trainers.options import trl_arguments
+from trainers.options import RLOptions, trl_arguments
 from trainers.rollout.overlap import ScoreAhead
 from trainers.rollout.sentinel import Sentinel
 from trainers.scoring.explanation_scorer import ExplanationScorer
@@ -41,7 +41,7 @@ from trainers.weights.starts import load_teacher, resolve_start
 logger = logging.getLogger(__name__)
 
 
-def run_rl(options: Any, output_dir: Path) -> Path:
+def run_rl(options: RLOptions, output_dir: Path) -> Path:
     """Train the teacher, and save it with its tokenizer and template to `output_dir`.
 
     Returns:
@@ -102,14 +102,14 @@ def run_rl(options: Any, output_dir: Path) -> Path:
     return output_dir
 
 
-def resolve_student(options: Any, output_dir: Path, dtype: torch.dtype) -> tuple[str, Renderer]:
+def resolve_student(options: RLOptions, output_dir: Path, dtype: torch.dtype) -> tuple[str, Renderer]:
     """The folder or hub id of the student, trained and merged where that is to be done, and its texts."""
     path = resolve_model(options.student_model, options)
     path = whole_model(options, "student_model", path, output_dir, dtype)
     return path, make_renderer(options, path, "student_model")
 
 
-def refuse_architecture(options: Any, path: str, device: torch.device, dtype: torch.dtype) -> None:
+def refuse_architecture(options: RLOptions, path: str, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse a teacher that the engine has no class for, before anything is trained or loaded; one that a warm-up makes
     is looked at when it is there."""
     if has_engine(options) and not named_run(path):
@@ -117,7 +117,7 @@ def refuse_architecture(options: Any, path: str, device: torch.device, dtype: to
 
 
 def load_reference(
-    options: Any, arguments: GRPOConfig, path: str, device: torch.device, dtype: torch.dtype
+    options: RLOptions, arguments: GRPOConfig, path: str, device: torch.device, dtype: torch.dtype
 ) -> FrozenModel | None:
     """The teacher as it was, where `beta` asks for it and it is not the model without its adapters."""
     if not arguments.beta or options.use_peft:
@@ -126,7 +126,7 @@ def load_reference(
     return load_frozen(options, path, key, device, dtype, arguments.temperature, writable=sync)
 
 
-def train_and_report(trainer: TeacherGRPOTrainer, options: Any, output_dir: Path) -> None:
+def train_and_report(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) -> None:
     """Train, save, tell what changed where that is asked for, and stop the engine."""
     trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate() if options.report_before_after else None
@@ -140,7 +140,7 @@ def train_and_report(trainer: TeacherGRPOTrainer, options: Any, output_dir: Path
         trainer.engine.close()
 
 
-def make_student_reward(options: Any, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
+def make_student_reward(options: RLOptions, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
     """The student's rewards, of groups as they are finished where that is asked for."""
     student_reward = StudentReward(scorer)
     if options.overlap_scoring:
@@ -149,7 +149,7 @@ def make_student_reward(options: Any, scorer: ExplanationScorer, device: torch.d
 
 
 def start_engine(
-    options: Any,
+    options: RLOptions,
     model: Any,
     teacher: Renderer,
     path: str,
@@ -164,7 +164,7 @@ def start_engine(
     return Engine(model, path, options, device, dtype, list(teacher.end_ids), tag, tag_ids, output_dir, tokenizer_path)
 
 
-def grpo_config(options: Any, output_dir: Path, dtype: torch.dtype) -> GRPOConfig:
+def grpo_config(options: RLOptions, output_dir: Path, dtype: torch.dtype) -> GRPOConfig:
     """TRL's arguments for these options; its own checks run here, before a model is loaded.
 
     Raises:

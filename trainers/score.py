@@ -14,6 +14,7 @@ from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
+from trainers.options import ScoreOptions
 from trainers.plan.planning import planned_options
 from trainers.plan.workload import SCORED_AT_ONCE
 from trainers.scoring.explanation_scorer import Scored, teacher_logprobs
@@ -30,7 +31,7 @@ MODELS = ("model_name_or_path", "student_model")
 CLOSED = dict.fromkeys(("true", "1", "1.0", "none", ""), True) | dict.fromkeys(("false", "0", "0.0"), False)
 
 
-def run_score(options: Any, output_dir: Path) -> Path:
+def run_score(options: ScoreOptions, output_dir: Path) -> Path:
     """Score every row; the order is the data's.
 
     Returns:
@@ -73,7 +74,7 @@ def run_score(options: Any, output_dir: Path) -> Path:
     return path
 
 
-def load_score_rows(options: Any) -> Dataset:
+def load_score_rows(options: ScoreOptions) -> Dataset:
     """Rows with question, solution, explanation and closed (true where the data does not say).
 
     Raises:

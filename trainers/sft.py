@@ -20,7 +20,7 @@ from trainers.models import (
     resolve_place,
 )
 from trainers.optimizers import OwnOptimizer
-from trainers.options import trl_arguments
+from trainers.options import SFTOptions, trl_arguments
 from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -33,13 +33,13 @@ from trainers.weights.starts import load_teacher, resolve_start
 class WarmupTrainer(OwnOptimizer, SmallShards, SFTTrainer):
     """TRL's trainer with the optimizer of our options."""
 
-    def __init__(self, options: Any, **kwargs: Any) -> None:
+    def __init__(self, options: SFTOptions, **kwargs: Any) -> None:
         self.options = options
         super().__init__(**kwargs)
         self.watch_updates()
 
 
-def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices: int = 1) -> Path:
+def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1) -> Path:
     """Train, and save the model with its tokenizer and template to `output_dir`.
 
     Args:
@@ -89,7 +89,7 @@ def run_sft(options: Any, output_dir: Path, model_path: str | None, num_devices:
     return output_dir
 
 
-def sft_config(options: Any, output_dir: Path, num_devices: int, dtype: Any) -> SFTConfig:
+def sft_config(options: SFTOptions, output_dir: Path, num_devices: int, dtype: Any) -> SFTConfig:
     """TRL's arguments for these options; its own checks run here, before a model is loaded.
 
     Raises:
@@ -114,7 +114,7 @@ def sft_config(options: Any, output_dir: Path, num_devices: int, dtype: Any) -> 
         raise ConfigError(Fault("TRL's SFTConfig", ..., str(error), "correct the option it names")) from error
 
 
-def _tokenizer(options: Any, model_path: str | None, rows: Any) -> Any:
+def _tokenizer(options: SFTOptions, model_path: str | None, rows: Any) -> Any:
     """The tokenizer of the model to train: the model's, or a fresh one made from the data."""
     if model_path is not None:
         trust = options.trust_remote_code

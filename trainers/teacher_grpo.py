@@ -16,6 +16,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from data.render import Encoded, Renderer
 from trainers.engine import Engine
 from trainers.optimizers import OwnOptimizer
+from trainers.options import RLOptions
 from trainers.plan.model_shapes import max_positions
 from trainers.rollout.hf_generation import generate_with_transformers
 from trainers.rollout.importance_sampling import importance_sampling_ratio, mismatch_metrics
@@ -85,7 +86,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     def __init__(
         self,
-        options: Any,
+        options: RLOptions,
         renderer: Renderer,
         timer: PhaseTimer,
         args: GRPOConfig,

@@ -10,22 +10,23 @@ from data.formats import TAG_FORMATS, Part, TagFormat
 from data.load import load_rows
 from data.render import Renderer
 from trainers.errors import ConfigError, Fault
+from trainers.options import CommonOptions, RLOptions, SFTOptions, TrainOptions
 from trainers.settings.batch import batch_plan
 
 logger = logging.getLogger(__name__)
 
 
-def tag_format(options: Any) -> TagFormat:
+def tag_format(options: CommonOptions) -> TagFormat:
     """The tags and system prompts that the options choose."""
     return TAG_FORMATS[options.tag_format].with_prompts(options.teacher_system_prompt, options.student_system_prompt)
 
 
-def _columns(options: Any) -> dict[str, str]:
+def _columns(options: CommonOptions) -> dict[str, str]:
     columns = {"question": options.question_column, "solution": options.solution_column}
     return columns | ({"reasoning_trace": options.reasoning_trace_column} if options.stage == "sft" else {})
 
 
-def load_train_rows(options: Any) -> Dataset:
+def load_train_rows(options: CommonOptions) -> Dataset:
     return load_rows(
         options.dataset_id_or_path,
         options.dataset_split,
@@ -36,7 +37,7 @@ def load_train_rows(options: Any) -> Dataset:
     )
 
 
-def load_eval_rows(options: Any) -> Dataset | None:
+def load_eval_rows(options: TrainOptions) -> Dataset | None:
     """The held-out rows, or None where none are named."""
     if options.eval_dataset_id_or_path is None and options.eval_dataset_split is None:
         return None
@@ -87,7 +88,7 @@ def show_sample(title: str, parts: list[Part]) -> None:
     logger.info("\n--- %s: given (masked)\n%s\n--- %s: written by the model\n%s\n---", title, given, title, written)
 
 
-def rl_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Dataset:
+def rl_rows(rows: Dataset, renderer: Renderer, options: RLOptions, what: str) -> Dataset:
     """Add the teacher's prompt to rows of question and solution."""
 
     def render(row: dict[str, str]) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def rl_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Datas
     return apply_overlong(rows, "prompt_tokens", options.max_prompt_length, options.overlong, what)
 
 
-def check_enough(questions: Dataset, options: Any) -> None:
+def check_enough(questions: Dataset, options: RLOptions) -> None:
     """TRL leaves out what does not fill a rollout; see that something is left.
 
     Raises:
@@ -114,7 +115,7 @@ def check_enough(questions: Dataset, options: Any) -> None:
         logger.warning("each epoch leaves out %d of %d questions: a rollout takes %d", rest, count, taken)
 
 
-def check_traces(rows: Dataset, options: Any, what: str) -> None:
+def check_traces(rows: Dataset, options: SFTOptions, what: str) -> None:
     """Refuse data without explanations to imitate, and say how many rows have none.
 
     Raises:
@@ -134,7 +135,7 @@ def check_traces(rows: Dataset, options: Any, what: str) -> None:
         logger.warning("%s: %d of %d rows have no reasoning_trace: left out", what, empty, len(rows))
 
 
-def sft_rows(rows: Dataset, renderer: Renderer, options: Any, what: str) -> Dataset:
+def sft_rows(rows: Dataset, renderer: Renderer, options: SFTOptions, what: str) -> Dataset:
     """Encode rows for TRL's SFTTrainer: `input_ids` and `labels`, -100 on what is given rather than written.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
+from trainers.options import CommonOptions
 from trainers.weights.adapter_files import is_adapter
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ WARMUPS = REPO / "results" / "warmup"  # where they are kept
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "peft")
 
 
-def warmup_options(name: str, options: Any, needs_device: bool = True) -> tuple[dict[str, Any], Any]:
+def warmup_options(name: str, options: CommonOptions, needs_device: bool = True) -> tuple[dict[str, Any], Any]:
     """Compose and check the warm-up `run:NAME` of a run.
 
     Args:
@@ -114,11 +115,11 @@ class Waiting(NamedTuple):
     """A warm-up that is still to be trained, its options, and the folder that it will be kept in."""
 
     name: str
-    options: Any
+    options: CommonOptions
     folder: Path
 
 
-def waiting(path: str | None, options: Any, root: Path = REPO) -> list[Waiting]:
+def waiting(path: str | None, options: CommonOptions, root: Path = REPO) -> list[Waiting]:
     """The warm-ups that a model takes before it is there, the first to be trained first."""
     name = named_run(path)
     if name is None:
@@ -141,7 +142,7 @@ def _end_reports() -> None:
         wandb.finish()
 
 
-def resolve_model(path: str | None, options: Any, root: Path = REPO) -> str | None:
+def resolve_model(path: str | None, options: CommonOptions, root: Path = REPO) -> str | None:
     """Return the folder of a model: `run:NAME` is trained if it is not in the cache; anything else stays as it is."""
     name = named_run(path)
     if name is None:

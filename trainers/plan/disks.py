@@ -2,10 +2,11 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trainers.config import named_run
 from trainers.errors import Fault
+from trainers.options import CommonOptions
 from trainers.plan.machine import existing
 from trainers.plan.model_shapes import ModelShape
 from trainers.plan.workload import GIB
@@ -74,7 +75,7 @@ def download_folder() -> Path:
     return Path(HF_HUB_CACHE)
 
 
-def downloads(options: Any, shapes: tuple[ModelShape | None, ...]) -> dict[str, int]:
+def downloads(options: CommonOptions, shapes: tuple[ModelShape | None, ...]) -> dict[str, int]:
     """Bytes of the models, by hub id, that a run downloads before it starts.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
+from trainers.options import BaseOptions, CommonOptions, ModelOptions, TrainOptions
 from trainers.plan.disks import Written, download_folder, downloads, in_turn
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine, read_machine
@@ -33,7 +34,7 @@ from trainers.weights.hub import download_config
 logger = logging.getLogger(__name__)
 
 
-def machine_for(options: Any, vram_gb: float | None = None) -> Machine:
+def machine_for(options: CommonOptions, vram_gb: float | None = None) -> Machine:
     """The machine to plan for: this one, with the card of `vram_gb` if that is given, or if it has none and the run
     needs one."""
     folder = run_folder(options)
@@ -44,12 +45,12 @@ def machine_for(options: Any, vram_gb: float | None = None) -> Machine:
     return machine
 
 
-def run_folder(options: Any) -> Path:
+def run_folder(options: BaseOptions) -> Path:
     """Where a run writes, or above that."""
     return Path(options.output_dir or "results").expanduser().absolute()
 
 
-def check_planned(options: Any) -> None:
+def check_planned(options: CommonOptions) -> None:
     """Only what trains is planned ahead: what stage=score takes depends on its texts.
 
     Raises:
@@ -60,7 +61,7 @@ def check_planned(options: Any) -> None:
         raise ConfigError(Fault("stage", options.stage, cause, "name a run with stage=rl or stage=sft"))
 
 
-def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
+def shapes_of(options: CommonOptions) -> tuple[ModelShape, ModelShape | None]:
     """The sizes of the teacher and of the student, if one is asked.
 
     Raises:
@@ -71,7 +72,7 @@ def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
     for key in model_keys(options):
         path = getattr(options, key)
         try:
-            fresh = path is None
+            fresh = path is None and options.stage == "sft"
             shapes.append(
                 _named(options.model_init, "model_init", options) if fresh else _with_adapter(path, key, options)
             )
@@ -83,11 +84,11 @@ def shapes_of(options: Any) -> tuple[ModelShape, ModelShape | None]:
     return teacher, student
 
 
-def _with_adapter(path: str, key: str, options: Any) -> ModelShape:
+def _with_adapter(path: str, key: str, options: CommonOptions) -> ModelShape:
     return replace(_shape(path, key, options), adapter=_adapter(path, key, options))
 
 
-def _shape(path: str, key: str, options: Any) -> ModelShape:
+def _shape(path: str, key: str, options: CommonOptions) -> ModelShape:
     if name := named_run(path):
         warmup = warmup_options(name, options, needs_device=False)[1]
         if warmup.model_name_or_path is None:
@@ -96,7 +97,7 @@ def _shape(path: str, key: str, options: Any) -> ModelShape:
     return model_shape(read_config(base_of(path, key), key), path, options.trust_remote_code)
 
 
-def _adapter(path: str, key: str, options: Any) -> AdapterShape | None:
+def _adapter(path: str, key: str, options: CommonOptions) -> AdapterShape | None:
     """Of the adapter that a path is, or will be once its warm-up has trained it."""
     if name := named_run(path):
         warmup = warmup_options(name, options, needs_device=False)[1]
@@ -107,7 +108,7 @@ def _adapter(path: str, key: str, options: Any) -> AdapterShape | None:
     return AdapterShape(config["r"], config["target_modules"]) if config.get("peft_type") == "LORA" else None
 
 
-def _named(model_init: dict[str, Any], name: str, options: Any) -> ModelShape:
+def _named(model_init: dict[str, Any], name: str, options: ModelOptions) -> ModelShape:
     return model_shape({"vocab_size": 512} | model_init, name, options.trust_remote_code)
 
 
@@ -156,7 +157,9 @@ def _of_warmup(name: str, fault: Fault) -> Fault:
     return replace(fault, key=f"run:{name}: {fault.key}", remedy=remedy)
 
 
-def problem_of(options: Any, vram_gb: float | None = None, devices: int = 1, longest: int | None = None) -> Problem:
+def problem_of(
+    options: CommonOptions, vram_gb: float | None = None, devices: int = 1, longest: int | None = None
+) -> Problem:
     """What is to be planned for a run, from its options and what this machine and the models' configs tell.
 
     Args:
@@ -196,7 +199,7 @@ def _assess_alone(problem: Problem) -> Assessment:
     return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start_faults(solved))
 
 
-def planned_options(options: Any, devices: int = 1, longest: int | None = None) -> Any:
+def planned_options(options: CommonOptions, devices: int = 1, longest: int | None = None) -> CommonOptions:
     """Show the plan of a run that is about to start, and return its options with every `auto` decided.
 
     Args:
@@ -216,7 +219,7 @@ def planned_options(options: Any, devices: int = 1, longest: int | None = None) 
     return found.solved.options
 
 
-def _download_configs(options: Any) -> None:
+def _download_configs(options: CommonOptions) -> None:
     """Take time for what a plan asks the hub of in passing: the models' configs, those of their adapters' bases and
     those of the warm-ups."""
     named = {key: getattr(options, key) for key in model_keys(options)}
@@ -245,7 +248,7 @@ def start_faults(solved: Solved) -> list[Fault]:
     return faults
 
 
-def _differences_from_warmup(options: Any, path: str) -> list[Fault]:
+def _differences_from_warmup(options: TrainOptions, path: str) -> list[Fault]:
     """What is wrong with training on the adapter that a warm-up will leave, or with there being none."""
     name = named_run(path)
     if name is None or not is_continued(options):
@@ -276,7 +279,7 @@ def memory_faults(problem: Problem, solved: Solved, nearest: Change | None) -> l
     return faults
 
 
-def run_plan(options: Any, vram_gb: float | None = None) -> bool:
+def run_plan(options: CommonOptions, vram_gb: float | None = None) -> bool:
     """Print the plan of a run and what each knob would change; start nothing.
 
     Returns:

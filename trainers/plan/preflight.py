@@ -16,6 +16,7 @@ from typing import Any, Literal
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
+from trainers.options import CommonOptions
 from trainers.plan.machine import GB, Machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of
 from trainers.plan.solve import Problem, Solved, device_of
@@ -166,7 +167,7 @@ def _python() -> Finding:
     return Finding("python", "error", f"{version} is not 3.11 to 3.13", "RLT_PYTHON=/path/to/python3.11")
 
 
-def _card(options: Any, machine: Machine, vram_gb: float | None) -> list[Finding]:
+def _card(options: CommonOptions, machine: Machine, vram_gb: float | None) -> list[Finding]:
     if device_of(options, machine) == "cpu":
         return [Finding("GPU", "ok", "this run computes on the CPU")]
     card = machine.card
@@ -246,7 +247,7 @@ def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
     return findings or [Finding(f"run:{name}", "ok", message)]
 
 
-def _unplanned(options: Any, machine: Machine | None) -> list[Finding]:
+def _unplanned(options: CommonOptions, machine: Machine | None) -> list[Finding]:
     """What is free, where there is no plan to compare it with."""
     if machine is None:
         return []
@@ -257,7 +258,7 @@ def _unplanned(options: Any, machine: Machine | None) -> list[Finding]:
     return [Finding(key, "warning", f"{size / GIB:.1f} GiB are free; {unknown}") for key, size in free.items()]
 
 
-def _wandb(options: Any) -> Finding:
+def _wandb(options: CommonOptions) -> Finding:
     if "wandb" not in reporters(options):
         return Finding("wandb", "ok", "not asked for (report_to)")
     if wandb_is_offline():
@@ -268,7 +269,7 @@ def _wandb(options: Any) -> Finding:
     return Finding("wandb", "ok", "logged in")
 
 
-def _models(options: Any) -> list[Finding]:
+def _models(options: CommonOptions) -> list[Finding]:
     return [_model(key, getattr(options, key)) for key in model_keys(options) if getattr(options, key, None)]
 
 

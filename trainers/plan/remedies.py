@@ -9,6 +9,7 @@ from trainers.checks import option_faults
 from trainers.config import REPO
 from trainers.errors import ConfigError, Fault
 from trainers.memory import cache_share
+from trainers.options import CommonOptions
 from trainers.plan.solve import DECIDED, SPARE, Problem, Solved, device_of, precision_of, reads_teacher, solve
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.batch import batch_plan
@@ -87,7 +88,7 @@ def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _changed(options: Any, knob: Settings) -> Settings:
+def _changed(options: CommonOptions, knob: Settings) -> Settings:
     """What a knob changes of these options; empty where it changes nothing or does not apply."""
     settings = {}
     for key, value in knob.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainers.errors import ConfigError, Fault
 from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
+from trainers.options import CommonOptions, ScoringOptions, TrainOptions
 from trainers.plan.machine import Machine
 from trainers.plan.model_shapes import ModelShape
 from trainers.plan.workload import GIB, TRAINING, Plan, Workload
@@ -47,7 +48,7 @@ class Problem:
         longest: Tokens of the longest text of stage=score.
     """
 
-    options: Any
+    options: CommonOptions
     teacher: ModelShape
     student: ModelShape | None
     machine: Machine
@@ -62,18 +63,18 @@ class Problem:
 class Solved:
     """A plan, and the options with every `auto` decided."""
 
-    options: Any
+    options: CommonOptions
     plan: Plan
 
 
-def device_of(options: Any, machine: Machine) -> str:
+def device_of(options: CommonOptions, machine: Machine) -> str:
     """cuda or cpu."""
     if options.device == "auto":
         return "cuda" if machine.card is not None else "cpu"
     return options.device
 
 
-def precision_of(options: Any, machine: Machine) -> str:
+def precision_of(options: CommonOptions, machine: Machine) -> str:
     """fp32, bf16 or fp16."""
     if options.precision != "auto":
         return options.precision
@@ -85,7 +86,7 @@ def precision_of(options: Any, machine: Machine) -> str:
     return "fp32" if trains_all else "fp16"  # as models.resolve_dtype
 
 
-def available_memory(options: Any, machine: Machine) -> int:
+def available_memory(options: CommonOptions, machine: Machine) -> int:
     """Bytes that are free where the run computes.
 
     Raises:
@@ -163,17 +164,17 @@ def _candidates(problem: Problem) -> Iterator[Workload]:
         )
 
 
-def reads_teacher(options: Any) -> bool:
+def reads_teacher(options: CommonOptions) -> bool:
     """Whether the teacher is read as a frozen model too: the reference of beta, the teacher of stage=score."""
     return options.stage == "score" or bool(options.stage == "rl" and options.beta and not options.use_peft)
 
 
-def _optimizers(options: Any, precision: str, device: str) -> list[str]:
+def _optimizers(options: TrainOptions, precision: str, device: str) -> list[str]:
     name = optimizer_name(options, TORCH_DTYPES[precision])
     return [name, "cpu_offload"] if options.optim == "auto" and name == "adamw_8bit" and device == "cuda" else [name]
 
 
-def _student_modes(options: Any, student: ModelShape, device: str) -> list[str]:
+def _student_modes(options: ScoringOptions, student: ModelShape, device: str) -> list[str]:
     if options.student_quantization and options.student_mode == "auto":
         return ["resident"]
     if getattr(options, "overlap_scoring", False) and options.student_mode == "auto":
@@ -182,7 +183,7 @@ def _student_modes(options: Any, student: ModelShape, device: str) -> list[str]:
     return _modes(options.student_mode, student, device, offload)
 
 
-def _reference_modes(options: Any, teacher: ModelShape, device: str) -> list[str | None]:
+def _reference_modes(options: ScoringOptions, teacher: ModelShape, device: str) -> list[str | None]:
     if not reads_teacher(options):
         return [None]
     return [*_modes(options.reference_mode, teacher, device, options.offload_untrained_models)]
@@ -198,7 +199,7 @@ def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str
     return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
 
 
-def _micro_batches(options: Any, devices: int) -> list[int]:
+def _micro_batches(options: TrainOptions, devices: int) -> list[int]:
     if options.per_device_train_batch_size != "auto":
         return [options.per_device_train_batch_size]
     length = options.max_prompt_length
@@ -208,7 +209,7 @@ def _micro_batches(options: Any, devices: int) -> list[int]:
     return [n for n in legal if n * length <= MOST_TOKENS] or legal[-1:]
 
 
-def _tokens_per_pass(options: Any, device: str) -> list[int]:
+def _tokens_per_pass(options: CommonOptions, device: str) -> list[int]:
     given = getattr(options, "student_tokens_per_pass", None)
     if given != "auto":
         return [given]

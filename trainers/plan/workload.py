@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
 
+from trainers.options import CommonOptions
 from trainers.plan.hardware import cpu_multiplies_bf16
 from trainers.plan.model_shapes import AdapterShape, ModelShape
 from trainers.settings.batch import batch_plan
@@ -34,7 +34,7 @@ class Workload:
         longest: Tokens of the longest text of stage=score.
     """
 
-    options: Any
+    options: CommonOptions
     teacher: ModelShape
     student: ModelShape | None
     device: str

@@ -20,6 +20,7 @@ from trainers.models import (
     load_model,
     load_tokenizer,
 )
+from trainers.options import ScoringOptions
 from trainers.plan.model_shapes import max_positions, model_shape, read_config
 from trainers.scoring.explanation_scorer import ExplanationScorer
 from trainers.scoring.frozen import Backbone, FrozenModel, ResidentBackbone
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 REWARD_OPTIONS = tuple(TeacherLogprobKL.__dataclass_fields__)
 
 
-def make_renderer(options: Any, path: str, key: str) -> Renderer:
+def make_renderer(options: ScoringOptions, path: str, key: str) -> Renderer:
     """The template and tokenizer of the teacher (`key` is model_name_or_path) or the student (student_model).
 
     Args:
@@ -57,7 +58,7 @@ def make_renderer(options: Any, path: str, key: str) -> Renderer:
     return Renderer(tokenizer, tag_format(options), kwargs, key, generation_end_ids(base, trust))
 
 
-def check_models(options: Any) -> None:
+def check_models(options: ScoringOptions) -> None:
     """Look at the models' configs, tokenizers and templates before any warm-up or weights; tell all faults together.
 
     Raises:
@@ -102,7 +103,7 @@ def check_head(model: FrozenModel, backbone: ResidentBackbone, temperature: floa
 
 
 def load_frozen(
-    options: Any,
+    options: ScoringOptions,
     path: str,
     key: str,
     device: torch.device,
@@ -154,7 +155,7 @@ def load_frozen(
 
 
 def make_scorer(
-    options: Any,
+    options: ScoringOptions,
     output_dir: Path,
     student_path: str,
     student: Renderer,

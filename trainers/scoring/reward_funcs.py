@@ -15,6 +15,7 @@ from data.explanation import Explanation, read_explanation
 from data.render import Renderer
 from rewards.explanation_format import explanation_format
 from trainers.errors import ConfigError, Fault
+from trainers.options import RLOptions
 from trainers.rollout.overlap import ScoreAhead
 from trainers.scoring.explanation_scorer import ExplanationScorer, Scored
 from trainers.settings.reward_specs import GIVEN, OWN_FUNCTION, length_soft_cache, reward_name
@@ -24,7 +25,7 @@ MAX = torch.finfo(torch.float32).max  # TRL keeps rewards in this type
 
 
 def make_reward_funcs(
-    options: Any, teacher: Renderer, student: "StudentReward | None", own: dict[str, RewardFunction]
+    options: RLOptions, teacher: Renderer, student: "StudentReward | None", own: dict[str, RewardFunction]
 ) -> list[RewardFunction]:
     """Return one function for each entry of `reward_funcs`, each guarded against numbers that are not finite.
 
@@ -196,7 +197,7 @@ def _checked(name: str, rewards: Any, batch: dict[str, Any]) -> list[float | Non
     return numbers
 
 
-def own_functions(options: Any) -> dict[str, RewardFunction]:
+def own_functions(options: RLOptions) -> dict[str, RewardFunction]:
     """Import and build the user's functions, by name; this is the first thing a run does.
 
     Raises:

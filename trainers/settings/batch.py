@@ -8,9 +8,9 @@ batches. Other projects check this late and name one divisor; `nearest_legal` of
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from trainers.errors import Fault
+from trainers.options import RLOptions
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BatchPlan:
         )
 
 
-def batch_plan(options: Any, num_devices: int = 1) -> BatchPlan:
+def batch_plan(options: RLOptions, num_devices: int = 1) -> BatchPlan:
     """The batch equation of an RL run; aggregation defaults to a whole optimizer step.
 
     Where the plan of memory has yet to decide the micro-batch, it is taken to be 1.
@@ -66,7 +66,7 @@ def legal_aggregations(batch: int, per_device: int, generations: int, devices: i
     return [a for a in range(1, largest + 1) if BatchPlan(batch, per_device, generations, a, devices).is_legal]
 
 
-def micro_batch_choices(options: Any, devices: int) -> list[int]:
+def micro_batch_choices(options: RLOptions, devices: int) -> list[int]:
     """Every micro-batch that is legal with the other options, the largest first."""
     batch = options.train_batch_size // devices
     divisors = [n for n in range(batch, 0, -1) if options.train_batch_size % (n * devices) == 0]

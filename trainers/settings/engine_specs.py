@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import Fault
+from trainers.options import ModelOptions, RLOptions
 from trainers.settings.reward_specs import reads_teacher_logprobs
 from trainers.settings.trl_options import class_body, trl_options
 
@@ -63,24 +64,24 @@ PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_siz
 PARALLEL += ("prefill_context_parallel_size", "decode_context_parallel_size")
 
 
-def bridge_name(options: Any) -> str:
+def bridge_name(options: RLOptions) -> str:
     """The weight bridge by this project's name for it."""
     if options.weight_bridge is None:
         return "lora" if options.use_peft else "shared"
     return ATROPOS.get(options.weight_bridge, options.weight_bridge)
 
 
-def has_engine(options: Any) -> bool:
+def has_engine(options: RLOptions) -> bool:
     """Whether vLLM generates in this run."""
     return options.use_vllm and options.replay_rollouts is None
 
 
-def model_length(options: Any) -> int:
+def model_length(options: RLOptions) -> int:
     """Longest prompt and completion together that the engine takes, in tokens."""
     return options.vllm_max_model_length or options.max_prompt_length + options.max_completion_length
 
 
-def batched_tokens(options: Any, num_seqs: int | None) -> int:
+def batched_tokens(options: RLOptions, num_seqs: int | None) -> int:
     """Tokens that the engine computes at once on a GPU, which the plan of memory counts on.
 
     vLLM's warm-up spreads so many over `num_seqs` sequences, and none may come out longer than the engine takes.
@@ -100,7 +101,7 @@ def vllm_arguments() -> frozenset[str]:
     return frozenset(names)
 
 
-def _engine_only_faults(options: Any) -> list[Fault]:
+def _engine_only_faults(options: RLOptions) -> list[Fault]:
     if options.use_vllm:
         return []
     cause = "use_vllm=false generates with transformers, without an engine"
@@ -108,7 +109,7 @@ def _engine_only_faults(options: Any) -> list[Fault]:
     return [Fault(key, value, cause, "leave it out, or use_vllm=true") for key, value in given.items()]
 
 
-def _reference_faults(options: Any) -> list[Fault]:
+def _reference_faults(options: RLOptions) -> list[Fault]:
     if not options.use_peft or options.reference_mode == "auto":
         return []
     cause = "with use_peft the reference is the teacher itself, its adapters aside: no second model is loaded"
@@ -133,7 +134,7 @@ def generate_arguments() -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("_"))
 
 
-def _generation_kwargs_faults(options: Any) -> list[Fault]:
+def _generation_kwargs_faults(options: RLOptions) -> list[Fault]:
     faults = []
     if options.use_vllm:
         set_here, known, where = SAMPLING_SET_HERE, sampling_arguments, "vllm.SamplingParams"
@@ -154,7 +155,7 @@ def _generation_kwargs_faults(options: Any) -> list[Fault]:
     return faults
 
 
-def _sampling_faults(options: Any) -> list[Fault]:
+def _sampling_faults(options: RLOptions) -> list[Fault]:
     faults, given = [], options.generation_kwargs or {}
     if options.use_vllm and options.temperature > 2:
         cause, remedy = "vLLM samples at temperatures up to 2", "temperature=2, or use_vllm=false"
@@ -172,7 +173,7 @@ def _sampling_faults(options: Any) -> list[Fault]:
     return faults
 
 
-def device_faults(options: Any, device: str, dtype: str, student_mode: str | None) -> list[Fault]:
+def device_faults(options: RLOptions, device: str, dtype: str, student_mode: str | None) -> list[Fault]:
     """What is wrong with the options of generation on this device; told before a model is loaded.
 
     Args:
@@ -202,7 +203,7 @@ def device_faults(options: Any, device: str, dtype: str, student_mode: str | Non
     return faults
 
 
-def position_faults(options: Any, limit: int) -> list[Fault]:
+def position_faults(options: RLOptions, limit: int) -> list[Fault]:
     """Lengths that a teacher of so many positions has no room for, with the longest that fit."""
     faults = []
     if options.max_prompt_length + options.max_completion_length > limit:
@@ -217,7 +218,7 @@ def position_faults(options: Any, limit: int) -> list[Fault]:
     return faults
 
 
-def quantized_teacher_faults(options: Any, quantization: Any) -> list[Fault]:
+def quantized_teacher_faults(options: ModelOptions, quantization: Any) -> list[Fault]:
     """A teacher whose checkpoint is quantized can be scored with, not trained.
 
     Args:
@@ -233,7 +234,7 @@ def quantized_teacher_faults(options: Any, quantization: Any) -> list[Fault]:
     return [Fault("model_name_or_path", options.model_name_or_path, cause, remedy)]
 
 
-def _bridge_faults(options: Any) -> list[Fault]:
+def _bridge_faults(options: RLOptions) -> list[Fault]:
     bridge, given = bridge_name(options), options.weight_bridge
     if bridge == "lora" and not options.use_peft:
         cause = "it brings adapters to the engine, and none are trained"
@@ -244,7 +245,7 @@ def _bridge_faults(options: Any) -> list[Fault]:
     return []
 
 
-def _kwargs_faults(options: Any) -> list[Fault]:
+def _kwargs_faults(options: RLOptions) -> list[Fault]:
     faults = []
     for name, value in options.vllm_kwargs.items():
         if name in PARALLEL:
@@ -267,7 +268,7 @@ def _kwargs_faults(options: Any) -> list[Fault]:
     return faults
 
 
-def _rollout_faults(options: Any) -> list[Fault]:
+def _rollout_faults(options: RLOptions) -> list[Fault]:
     faults = []
     replay = options.replay_rollouts
     if replay is not None and not (Path(replay).expanduser() / "train-00000.parquet").is_file():

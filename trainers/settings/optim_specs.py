@@ -2,9 +2,10 @@
 
 from functools import cache
 from math import ceil, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trainers.errors import Fault
+from trainers.options import CommonOptions, TrainOptions
 
 BLOCK = 256  # values that share a scale in torchao's 8-bit states
 SMALLEST = 4096  # torchao keeps the states of smaller tensors in the weights' own type
@@ -14,11 +15,11 @@ TORCH_DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torc
 ROUNDING = ("adamw_torch", "adafactor")  # they write bf16 weights rounded to the nearest
 
 
-def _trains_fp32(options: Any, dtype: str) -> bool:
+def _trains_fp32(options: TrainOptions, dtype: str) -> bool:
     return dtype == "torch.float32" or bool(getattr(options, "use_peft", False))  # adapters are fp32
 
 
-def optimizer_name(options: Any, dtype: str) -> str:
+def optimizer_name(options: TrainOptions, dtype: str) -> str:
     """The optimizer that `optim` means for these weights.
 
     Args:
@@ -29,7 +30,7 @@ def optimizer_name(options: Any, dtype: str) -> str:
     return "adamw_torch" if _trains_fp32(options, dtype) else "adamw_8bit"
 
 
-def optimizer_faults(options: Any, device: str, dtype: str) -> list[Fault]:
+def optimizer_faults(options: TrainOptions, device: str, dtype: str) -> list[Fault]:
     """What the chosen optimizer cannot do here; told before a model is loaded.
 
     Args:
@@ -49,7 +50,7 @@ def optimizer_faults(options: Any, device: str, dtype: str) -> list[Fault]:
     return faults
 
 
-def precision_faults(options: Any, device: str) -> list[Fault]:
+def precision_faults(options: CommonOptions, device: str) -> list[Fault]:
     """What the chosen precision cannot do on this device (cuda or cpu)."""
     faults = []
     if options.precision == "fp16" and device == "cpu":

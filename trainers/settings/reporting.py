@@ -4,9 +4,9 @@ import importlib.util
 import netrc
 import os
 from contextlib import suppress
-from typing import Any
 
 from trainers.errors import Fault
+from trainers.options import TrainOptions
 
 # Where transformers reports to, and the package it needs for that; None: none.
 REPORTERS = {
@@ -27,7 +27,7 @@ REPORTERS = {
 }
 
 
-def reporters(options: Any) -> list[str]:
+def reporters(options: TrainOptions) -> list[str]:
     """Where a run reports to, by transformers' names; nothing for stages that do not train."""
     asked = getattr(options, "report_to", None)
     named = asked if isinstance(asked, list) else [asked]
@@ -36,7 +36,7 @@ def reporters(options: Any) -> list[str]:
     return [name for name in REPORTERS if not _lacks(name)] if named == ["all"] else named
 
 
-def report_faults(options: Any) -> list[Fault]:
+def report_faults(options: TrainOptions) -> list[Fault]:
     """Places to report to that there are not, or whose package is not installed."""
     faults = []
     for name in reporters(options):
@@ -54,7 +54,7 @@ def _lacks(reporter: str) -> str | None:
     return package if package is not None and importlib.util.find_spec(package) is None else None
 
 
-def hub_faults(options: Any) -> list[Fault]:
+def hub_faults(options: TrainOptions) -> list[Fault]:
     """What is to be sent to the Hugging Face hub where that cannot be."""
     asked = {
         "push_to_hub": options.push_to_hub,

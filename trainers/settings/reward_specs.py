@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import Fault
+from trainers.options import CommonOptions, RescoreOptions, RLOptions
 
 OF_STUDENT = ("teacher_logprob_kl", "student_answer")
 BUILT_IN = (*OF_STUDENT, "accuracy", "format", "length")
@@ -35,30 +36,30 @@ def reward_name(entry: str | dict[str, Any]) -> str:
     return entry if isinstance(entry, str) else str(entry.get("_target_")).rpartition(".")[2]
 
 
-def reward_names(options: Any) -> list[str]:
+def reward_names(options: RLOptions) -> list[str]:
     return [reward_name(entry) for entry in options.reward_funcs]
 
 
-def uses_student(options: Any) -> bool:
+def uses_student(options: CommonOptions) -> bool:
     """Whether a student is loaded: by stage=score, and where a reward of stage=rl comes from it."""
     if options.stage != "rl":
         return options.stage == "score"
     return any(name in OF_STUDENT for name in options.reward_funcs if isinstance(name, str))
 
 
-def reads_teacher_logprobs(options: Any) -> bool:
+def reads_teacher_logprobs(options: RLOptions) -> bool:
     """Whether a reward of stage=rl depends on how likely the teacher was to write what it wrote."""
     coefficients = options.kl_penalty_reward_coeff
     has_kl = any(coefficients) if isinstance(coefficients, list) else coefficients != 0
     return has_kl and options.include_teacher_think_entropy and "teacher_logprob_kl" in options.reward_funcs
 
 
-def model_keys(options: Any) -> tuple[str, ...]:
+def model_keys(options: CommonOptions) -> tuple[str, ...]:
     """The options that name the models which this run loads."""
     return ("model_name_or_path", "student_model") if uses_student(options) else ("model_name_or_path",)
 
 
-def length_soft_cache(options: Any) -> int:
+def length_soft_cache(options: RLOptions) -> int:
     """Tokens below max_completion_length over which the length's punishment rises: a fifth of it unless set."""
     return options.length_soft_cache or max(1, options.max_completion_length // 5)
 
@@ -91,7 +92,7 @@ def kept_formula(folder: Path) -> dict[str, Any]:
     return json.loads((folder / FORMULA_FILE).read_text(encoding="utf-8"))
 
 
-def rescore_faults(options: Any) -> list[Fault]:
+def rescore_faults(options: RescoreOptions) -> list[Fault]:
     """What is wrong with a folder of kept scores, or with another formula for them."""
     remedy = "scores=<output_dir>/scores of a run with keep_scores=true"
     if options.scores is None:
@@ -105,13 +106,13 @@ def rescore_faults(options: Any) -> list[Fault]:
     return formula_faults(changed_formula(options))
 
 
-def changed_formula(options: Any) -> dict[str, Any]:
+def changed_formula(options: RescoreOptions) -> dict[str, Any]:
     """The formula of kept scores, but for the options that are set."""
     kept = kept_formula(Path(options.scores).expanduser())
     return kept | {name: getattr(options, name) for name in kept.keys() & options.model_fields_set}
 
 
-def reward_faults(options: Any) -> list[Fault]:
+def reward_faults(options: RLOptions) -> list[Fault]:
     """Every fault of `reward_funcs` and of the options that go with it."""
     entries = options.reward_funcs
     if not entries:

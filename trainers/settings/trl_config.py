@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from trainers.models import resolve_device
+from trainers.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
 
-def precision_arguments(options: Any, dtype: torch.dtype) -> dict[str, Any]:
+def precision_arguments(options: TrainOptions, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of a TRL configuration for the type of the weights."""
     return {
         "bf16": dtype == torch.bfloat16,
@@ -19,7 +20,7 @@ def precision_arguments(options: Any, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def tell_length(options: Any) -> None:
+def tell_length(options: TrainOptions) -> None:
     """Say which of two options decides how long a run trains, where both are set: a preset may hold one of them."""
     if options.max_steps and options.max_steps > 0 and "num_train_epochs" in options.model_fields_set:
         unread = f"num_train_epochs={options.num_train_epochs:g} is not read"

@@ -1,8 +1,7 @@
 """What TRL and transformers would refuse of their own options only once a model is loaded; told before."""
 
-from typing import Any
-
 from trainers.errors import Fault
+from trainers.options import RLOptions, SFTOptions, TrainOptions
 
 CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 # What schedules cannot do without: one of these.
@@ -13,7 +12,7 @@ SCHEDULES = {
 }
 
 
-def schedule_faults(options: Any) -> list[Fault]:
+def schedule_faults(options: TrainOptions) -> list[Fault]:
     """Schedules of the learning rate that need an argument."""
     needed, given = SCHEDULES.get(options.lr_scheduler_type, ()), options.lr_scheduler_kwargs or {}
     if not needed or not isinstance(given, dict) or sum(given.get(name) is not None for name in needed) == 1:
@@ -23,7 +22,7 @@ def schedule_faults(options: Any) -> list[Fault]:
     return [Fault("lr_scheduler_type", options.lr_scheduler_type, f"it needs {' or '.join(needed)}", remedy)]
 
 
-def accelerator_faults(options: Any) -> list[Fault]:
+def accelerator_faults(options: RLOptions) -> list[Fault]:
     """Batches of texts cannot be cut up and sent to other processes."""
     given = options.accelerator_config
     if not isinstance(given, dict) or not given.get("dispatch_batches"):
@@ -31,7 +30,7 @@ def accelerator_faults(options: Any) -> list[Fault]:
     return [Fault("accelerator_config", given, "RL's batches are texts, which cannot be dispatched", "leave it out")]
 
 
-def checkpointing_faults(options: Any) -> list[Fault]:
+def checkpointing_faults(options: TrainOptions) -> list[Fault]:
     """Arguments that gradient checkpointing has not, and a selection where there is nothing to select from."""
     key = "gradient_checkpointing_kwargs"
     chosen = value = getattr(options, key)
@@ -53,7 +52,7 @@ def checkpointing_faults(options: Any) -> list[Fault]:
     return []
 
 
-def loss_faults(options: Any) -> list[Fault]:
+def loss_faults(options: RLOptions) -> list[Fault]:
     """Losses of GRPO that do not go with how the sampling is corrected."""
     mode = options.vllm_importance_sampling_mode
     if options.loss_type != "vespo" or mode.startswith("token"):
@@ -62,7 +61,7 @@ def loss_faults(options: Any) -> list[Fault]:
     return [Fault("vllm_importance_sampling_mode", mode, cause, f"vllm_importance_sampling_mode={remedy}")]
 
 
-def packing_faults(options: Any) -> list[Fault]:
+def packing_faults(options: SFTOptions) -> list[Fault]:
     """How the warm-up's samples may be joined."""
     if options.packing and options.max_length is None:
         return [Fault("max_length", None, "packing fills rows of that length", "max_length=1024, or packing=false")]

@@ -16,6 +16,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from trainers.config import REPO
 from trainers.errors import ConfigError, Fault
+from trainers.options import BaseOptions
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.watch.phases import PhaseTimer
 
@@ -142,7 +143,7 @@ def take_over_library_logs() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def prepare_wandb(options: Any) -> None:
+def prepare_wandb(options: BaseOptions) -> None:
     """Let wandb log offline where it has no account to log to, rather than fail after the models are loaded."""
     if "wandb" in reporters(options) and wandb_is_offline():
         os.environ["WANDB_MODE"] = "offline"

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
+from trainers.options import CommonOptions, MergeOptions, TrainOptions
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -128,14 +129,14 @@ def merge_command(path: str) -> str:
     return f"python train.py stage=merge model_name_or_path={path} output_dir=<new folder>"
 
 
-def is_continued(options: Any) -> bool:
+def is_continued(options: TrainOptions) -> bool:
     """Whether an adapter in model_name_or_path is trained on; else it is merged."""
     if options.adapter_start == "auto":
         return options.use_peft
     return options.adapter_start == "continue"
 
 
-def start_faults(options: Any, path: str | None, num_devices: int = 1) -> list[Fault]:
+def start_faults(options: TrainOptions, path: str | None, num_devices: int = 1) -> list[Fault]:
     """What is wrong with starting to train from `path`, as far as adapters go."""
     key, how = "model_name_or_path", options.adapter_start
     if how == "continue" and not options.use_peft:
@@ -161,7 +162,7 @@ def start_faults(options: Any, path: str | None, num_devices: int = 1) -> list[F
     return []
 
 
-def adapter_faults(options: Any, num_devices: int, trains: bool) -> list[Fault]:
+def adapter_faults(options: CommonOptions, num_devices: int, trains: bool) -> list[Fault]:
     """What is wrong with the adapters of a run: those it starts from, those it reads and those it makes."""
     faults = []
     if trains:
@@ -196,7 +197,7 @@ def _outer_targets(targets: str | list[str] | None, excluded: str | list[str] | 
     return [name for name, modules in OUTER.items() if any(map(adapted, modules))]
 
 
-def _fresh_faults(options: Any) -> Iterator[Fault]:
+def _fresh_faults(options: TrainOptions) -> Iterator[Fault]:
     targets = options.lora_target_modules
     try:
         outer = _outer_targets(targets)
@@ -211,7 +212,7 @@ def _fresh_faults(options: Any) -> Iterator[Fault]:
         yield Fault("use_peft", True, cause, "use_peft=false, or model_name_or_path with model_init=null")
 
 
-def _continue_faults(options: Any, adapter: AdapterFiles) -> Iterator[Fault]:
+def _continue_faults(options: TrainOptions, adapter: AdapterFiles) -> Iterator[Fault]:
     config, path = adapter.config, str(adapter.folder)
     beyond = [name for name in BEYOND_PLAIN_LORA if config.get(name)]
     beyond += ["bias"] if config.get("bias", "none") != "none" else []
@@ -227,7 +228,7 @@ def _continue_faults(options: Any, adapter: AdapterFiles) -> Iterator[Fault]:
     yield from lora_differences(options, config)
 
 
-def lora_differences(options: Any, config: Mapping[str, Any]) -> Iterator[Fault]:
+def lora_differences(options: TrainOptions, config: Mapping[str, Any]) -> Iterator[Fault]:
     """Options of a fresh adapter that are set, and are not what the adapter that is trained on has.
 
     Args:
@@ -245,7 +246,7 @@ def lora_differences(options: Any, config: Mapping[str, Any]) -> Iterator[Fault]
             yield Fault(key, getattr(options, key), cause, remedy)
 
 
-def merge_faults(options: Any, num_devices: int) -> list[Fault]:
+def merge_faults(options: MergeOptions, num_devices: int) -> list[Fault]:
     """What is wrong with the options of stage=merge."""
     faults = []
     path, output = options.model_name_or_path, options.output_dir
@@ -270,7 +271,7 @@ def merge_faults(options: Any, num_devices: int) -> list[Fault]:
     return faults
 
 
-def output_faults(options: Any) -> list[Fault]:
+def output_faults(options: TrainOptions) -> list[Fault]:
     """What a run that trains would spoil in its `output_dir`."""
     if options.output_dir is None:
         return []

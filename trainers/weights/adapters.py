@@ -11,13 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from trainers.errors import ConfigError, Fault
+from trainers.options import TrainOptions
 from trainers.weights.adapter_files import AdapterFiles
 
 ADAPTER = "default"  # peft's name for the adapter in training
 REFERENCE = "ref"  # TRL's name for the adapter that beta's KL is taken to, where there is one
 
 
-def add_adapters(model: PreTrainedModel, options: Any) -> PeftModel:
+def add_adapters(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
     """Freeze a model and put fresh LoRA adapters (arXiv 2106.09685) on it, in fp32 whatever the type of its weights.
 
     Raises:
@@ -71,7 +72,9 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, key: str, is_tra
     return adapted
 
 
-def continue_adapter(model: PreTrainedModel, adapter: AdapterFiles, options: Any, reference: bool) -> PeftModel:
+def continue_adapter(
+    model: PreTrainedModel, adapter: AdapterFiles, options: TrainOptions, reference: bool
+) -> PeftModel:
     """Put a saved adapter on its base and train it on.
 
     Args:

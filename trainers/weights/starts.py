@@ -10,6 +10,7 @@ from trainers.attention import suit_attention
 from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import load_config, load_model, resolve_device
+from trainers.options import TrainOptions
 from trainers.weights.adapter_files import AdapterFiles, is_adapter, is_continued, open_adapter, start_faults
 from trainers.weights.adapters import add_adapters, continue_adapter
 
@@ -30,7 +31,7 @@ class Start(NamedTuple):
         return self.path if self.adapter is None else str(self.adapter.folder)
 
 
-def resolve_start(options: Any, path: str, output_dir: Path, dtype: torch.dtype) -> Start:
+def resolve_start(options: TrainOptions, path: str, output_dir: Path, dtype: torch.dtype) -> Start:
     """Recognise what a model to train is, merge it where that is asked for, and say so in the log.
 
     Args:
@@ -61,7 +62,7 @@ def resolve_start(options: Any, path: str, output_dir: Path, dtype: torch.dtype)
     return start
 
 
-def load_teacher(options: Any, path: str, dtype: torch.dtype, adapter: AdapterFiles | None = None) -> Any:
+def load_teacher(options: TrainOptions, path: str, dtype: torch.dtype, adapter: AdapterFiles | None = None) -> Any:
     """Load the model to train, with adapters where they are what is trained: fresh ones unless one is given.
 
     Raises:
