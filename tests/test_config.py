@@ -273,7 +273,9 @@ def fields_of(cls):
 
 def test_a_function_reads_no_option_that_its_stage_has_not():
     """One that asks for `options.stage` may read what any of the stages has."""
-    classes = {name: cls for name, cls in vars(declared).items() if isinstance(cls, type) and issubclass(cls, BaseModel)}
+    classes = {
+        name: cls for name, cls in vars(declared).items() if isinstance(cls, type) and issubclass(cls, BaseModel)
+    }
     stages = [declared.options_class(stage) for stage in ("sft", "rl", "score", "rescore", "merge")]
     seen = 0
     for path in [REPO / "train.py", *(REPO / "trainers").rglob("*.py")]:

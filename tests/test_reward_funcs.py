@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import REPO, ROWS
 
-from rewards.explanation_format import explanation_format
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.checks import load_options
 from trainers.config import compose_run
@@ -69,25 +68,6 @@ def make_scorer(model_dir, renderer):
     planned = options("student_mode=resident", "student_tokens_per_pass=4096")
     frozen = load_frozen(planned, str(model_dir), "student_model", torch.device("cpu"), torch.float32, 0.7)
     return CountingScorer(Student(frozen, renderer, 512), TeacherLogprobKL(), renderer, padding_in_kl=True)
-
-
-def test_format_wants_an_explanation_its_tag_and_the_end():
-    tags = ("<e>", "</e>", "<t>", "</t>")
-    cases = {
-        ("2+3=5</e>", True): 1.0,
-        ("2+3=5\n</e>", True): 1.0,
-        ("2+3=5</e>", False): 0.0,  # cut at the length limit
-        ("2+3=5", True): 0.0,  # not closed
-        ("</e>", True): 0.0,
-        (" \n</e>", True): 0.0,
-        ("2+3=5</e>.", True): 0.0,
-        ("2+3=5</e></e>", True): 0.0,
-        ("<e>2+3=5</e>", True): 0.0,
-        ("2+3<t>=5</e>", True): 0.0,
-        ("2+3=5</t></e>", True): 0.0,
-    }
-    for (text, ended), expected in cases.items():
-        assert explanation_format(text, ended, "</e>", tags) == expected, (text, ended)
 
 
 def test_format_reads_tokens_up_to_the_end_of_turn(renderer):

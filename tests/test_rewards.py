@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rewards.alignment import piece_sums
+from rewards.explanation_format import explanation_format
 from rewards.reductions import REDUCTIONS, normalize
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
 
@@ -187,3 +188,22 @@ def test_identical_tokenisations_give_the_token_values_back():
 def test_nothing_common_is_no_piece():
     teacher, student = piece_sums(torch.tensor([-1.0]), [2], torch.tensor([-1.0]), [3])
     assert teacher.numel() == student.numel() == 0
+
+
+def test_format_wants_an_explanation_its_tag_and_the_end():
+    tags = ("<e>", "</e>", "<t>", "</t>")
+    cases = {
+        ("2+3=5</e>", True): 1.0,
+        ("2+3=5\n</e>", True): 1.0,
+        ("2+3=5</e>", False): 0.0,  # cut at the length limit
+        ("2+3=5", True): 0.0,  # not closed
+        ("</e>", True): 0.0,
+        (" \n</e>", True): 0.0,
+        ("2+3=5</e>.", True): 0.0,
+        ("2+3=5</e></e>", True): 0.0,
+        ("<e>2+3=5</e>", True): 0.0,
+        ("2+3<t>=5</e>", True): 0.0,
+        ("2+3=5</t></e>", True): 0.0,
+    }
+    for (text, ended), expected in cases.items():
+        assert explanation_format(text, ended, "</e>", tags) == expected, (text, ended)
