@@ -229,6 +229,7 @@ def prompts_of(options: Any, folder: str, full: bool = False) -> tuple[Renderer,
 def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     """This project's trainer, and what counts the bytes of its weights."""
     from trainers.rl import grpo_config, load_teacher, start_engine
+    from trainers.rollout.sampler import RolloutSampler
     from trainers.rollout.sentinel import Sentinel
     from trainers.teacher_grpo import TeacherGRPOTrainer
     from trainers.watch.outputs import MetricsWriter
@@ -244,18 +245,16 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     engine = start_engine(options, model, renderer, setup.folder, setup.device, setup.dtype, Path(setup.out))
     reward = judge_by_student(options, setup, renderer) if way.startswith("score") else by_parity
     timer = PhaseTimer()
+    sentinel = Sentinel(engine, model, renderer.encode_prompt(rows[0]["prompt"]), setup.dtype, None)
     trainer = TeacherGRPOTrainer(
         options=options,
-        renderer=renderer,
+        sampler=RolloutSampler(options, renderer, timer, engine, sentinel, getattr(reward, "ahead", None)),
         timer=timer,
         model=model,
         reward_funcs=[reward],
         args=grpo_config(options, Path(setup.out), setup.dtype),
         reference=None,
         probes=None,
-        engine=engine,
-        sentinel=Sentinel(engine, model, renderer.encode_prompt(rows[0]["prompt"]), setup.dtype, None),
-        ahead=getattr(reward, "ahead", None),
         train_dataset=rows,
         processing_class=renderer.tokenizer,
         callbacks=[MetricsWriter(Path(setup.out), timer)],
@@ -263,7 +262,7 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     clock.wrap(engine, "restore_cache", "kv cache")
     clock.wrap(engine, "release_cache", "kv cache")
     clock.wrap(engine, "sync_weights", "sync")
-    clock.wrap(trainer.sentinel, "check", "sentinel")
+    clock.wrap(sentinel, "check", "sentinel")
     clock.wrap(engine, "generate", "generate")
     clock.wrap(trainer, "_calculate_rewards", "score")
     return trainer, engine.bridge.weight_bytes

@@ -74,7 +74,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
             result = super().training_step(model, *args, **kwargs)
             held = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
             found["gradients"] = max(held, found.get("gradients", 0))
-            found["weights"] = self.engine.bridge.weight_bytes()
+            found["weights"] = self.sampler.engine.bridge.weight_bytes()
             return result
 
         def _calculate_rewards(self, *args: Any) -> Any:

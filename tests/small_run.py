@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from trainers.options import options_class
 from trainers.rl import grpo_config, load_teacher, start_engine
+from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import Sentinel
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import rl_rows
@@ -67,16 +68,13 @@ def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.floa
     timer = PhaseTimer(MemoryWatch(CPU))
     return TeacherGRPOTrainer(
         options=options,
-        renderer=renderer,
+        sampler=RolloutSampler(options, renderer, timer, engine, sentinel),
         timer=timer,
         model=model,
         reward_funcs=[by_parity],
         args=grpo_config(options, Path(output_dir), dtype),
         reference=None,
         probes=None,
-        engine=engine,
-        sentinel=sentinel,
-        ahead=None,
         train_dataset=rows,
         processing_class=renderer.tokenizer,
         callbacks=[MetricsWriter(Path(output_dir), timer), *callbacks],

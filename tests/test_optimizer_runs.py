@@ -30,10 +30,12 @@ def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kin
     before = trainer.model.model.layers[0].mlp.up_proj.weight.clone() if not chosen.get("use_peft") else None
     try:
         trainer.train()
-        trainer.sync_weights()
-        trainer.engine.next_logprobs([(5, 6)], [[7]], 1.0)  # with it the sentinel compares, after the last step too
+        trainer.sampler.sync_weights()
+        trainer.sampler.engine.next_logprobs(
+            [(5, 6)], [[7]], 1.0
+        )  # with it the sentinel compares, after the last step too
     finally:
-        trainer.engine.close()
+        trainer.sampler.engine.close()
     assert type(trainer.optimizer.optimizer) is kind
     assert [p.data_ptr() for p in trainer.model.parameters()] == places
     if before is not None:

@@ -39,7 +39,7 @@ def start(renderer, model_dir, tmp_path):
 
     yield make
     for trainer in started:
-        trainer.engine.close()
+        trainer.sampler.engine.close()
 
 
 def lines(folder):
@@ -59,7 +59,7 @@ def test_mismatch_is_measured_after_every_update(start, tmp_path):
 
 
 def keep_the_prefix_cache(trainer):
-    trainer.engine.llm.reset_prefix_cache = lambda: True
+    trainer.sampler.engine.llm.reset_prefix_cache = lambda: True
 
 
 def test_stale_prefix_cache_stops_the_run(start):
@@ -70,7 +70,7 @@ def test_stale_prefix_cache_stops_the_run(start):
 
 
 def test_prefix_cache_that_cannot_be_reset_stops_the_run(start):
-    trainer = start(lambda t: setattr(t.engine.llm, "reset_prefix_cache", lambda: False))
+    trainer = start(lambda t: setattr(t.sampler.engine.llm, "reset_prefix_cache", lambda: False))
     with pytest.raises(RuntimeError, match="could not reset its prefix cache"):
         trainer.train()
 
@@ -82,7 +82,7 @@ def move_away(trainer):
 
 def break_the_view(trainer):
     """The engine gets a tensor of its own for one layer, equal as yet."""
-    layer = trainer.engine.engine_model.model.layers[1].mlp.gate_up_proj
+    layer = trainer.sampler.engine.engine_model.model.layers[1].mlp.gate_up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
@@ -102,7 +102,7 @@ def test_weights_that_are_shared_no_more_stop_the_run(start, action, moved):
 
 def compute_otherwise(trainer):
     """As if the engine had packed a layer's weights away: the tensor is where it was, and nothing reads it."""
-    layer = trainer.engine.engine_model.model.layers[1].mlp.down_proj
+    layer = trainer.sampler.engine.engine_model.model.layers[1].mlp.down_proj
     layer.register_forward_hook(lambda module, inputs, output: (output[0] * 1.3, *output[1:]))
 
 
@@ -111,13 +111,13 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     steps = []
 
     def action(trainer):
-        engine = trainer.engine.llm.llm_engine
+        engine = trainer.sampler.engine.llm.llm_engine
         step = engine.step
         engine.step = lambda: steps.append(None) or step()
         if options == {"weight_bridge": "shared"}:
             compute_otherwise(trainer)
         else:  # the bridge forgets to bring the update
-            trainer.engine.bridge.sync = lambda: None
+            trainer.sampler.engine.bridge.sync = lambda: None
 
     trainer = start(action, learning_rate=1e-2, **options)  # at the tolerance of a run
     with pytest.raises(SentinelError, match="trainer and engine disagree"):
@@ -125,13 +125,13 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     assert trainer.state.global_step == 2
     assert len(steps) == 1  # at the first token of the rollout
     # Of which nothing is left: the engine can go on.
-    assert not trainer.engine.llm.llm_engine.has_unfinished_requests()
-    found = trainer.engine.next_logprobs([(5, 6, 7)], [[8]], 1.0)
+    assert not trainer.sampler.engine.llm.llm_engine.has_unfinished_requests()
+    found = trainer.sampler.engine.next_logprobs([(5, 6, 7)], [[8]], 1.0)
     assert len(found) == 1 and found[0][0] < 0
 
 
 def test_a_tolerance_is_measured_no_further_than_rounding_goes(start):
-    sentinel = start().sentinel
+    sentinel = start().sampler.sentinel
     for tolerance, first, then in [(0.3, 0.01, 0.3), (0.3, 0.2, 0.8), (0.3, 0.9, 1.0)]:
         sentinel.tolerance, sentinel._to_calibrate = tolerance, True
         sentinel._compare(torch.zeros(3), torch.tensor([0.0, first, -first]))
@@ -151,7 +151,7 @@ def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path
 
     trainer.add_callback(Watch())
     trainer.train()
-    trainer.engine.close()
+    trainer.sampler.engine.close()
     assert len(held) == 200
     assert max(held[150:]) < 1.02 * max(held[20:50])
 
@@ -168,7 +168,7 @@ def test_put_off_correction_is_trl_s(start, mode, limits):
         vllm_importance_sampling_clip_min=limits[0],
         vllm_importance_sampling_clip_max=limits[1],
     )
-    generate = trainer.engine.generate
+    generate = trainer.sampler.engine.generate
 
     def with_other_numbers(*args, **kwargs):
         sampled = generate(*args, **kwargs)
@@ -178,7 +178,7 @@ def test_put_off_correction_is_trl_s(start, mode, limits):
             row[:] = [value + more for value, more in zip(row, noise, strict=True)]
         return sampled
 
-    trainer.engine.generate = with_other_numbers
+    trainer.sampler.engine.generate = with_other_numbers
     trainer.current_gradient_accumulation_steps = 1
     rows = [trainer.train_dataset[i // 4] for i in range(8)]
     losses, ratios = [], []

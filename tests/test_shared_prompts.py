@@ -158,7 +158,7 @@ def test_a_run_learns_the_same(renderer, model_dir, tmp_path):
 
         trainer.model.forward = counted
         trainer.train()
-        trainer.engine.close()
+        trainer.sampler.engine.close()
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
         return [(log["loss"], log["grad_norm"], log["entropy"]) for log in logs], sum(read)
 

@@ -14,7 +14,7 @@ from trainers.rollout.overlap import ScoreAhead
 def trainer(renderer, model_dir, tmp_path):
     made = make_trainer(renderer, model_dir, tmp_path, max_steps=3)
     yield made
-    made.engine.close()
+    made.sampler.engine.close()
 
 
 def noted(trainer, calls, owner, name, describe=lambda *args, **kwargs: None):
@@ -29,9 +29,9 @@ def noted(trainer, calls, owner, name, describe=lambda *args, **kwargs: None):
 
 def test_the_cache_is_given_back_between_rollout_and_reward_at_each_step(trainer):
     calls = []
-    noted(trainer, calls, trainer.engine, "sync_weights")
-    noted(trainer, calls, trainer.engine, "generate", lambda prompts, sampling, step, on_group=None: step)
-    noted(trainer, calls, trainer.engine, "release_cache")
+    noted(trainer, calls, trainer.sampler.engine, "sync_weights")
+    noted(trainer, calls, trainer.sampler.engine, "generate", lambda prompts, sampling, step, on_group=None: step)
+    noted(trainer, calls, trainer.sampler.engine, "release_cache")
     noted(trainer, calls, trainer, "_calculate_rewards")
     trainer.train()
     step = ["sync_weights", "generate", "release_cache", "_calculate_rewards"]
@@ -42,7 +42,7 @@ def test_the_cache_is_given_back_between_rollout_and_reward_at_each_step(trainer
 
 def test_evaluations_sample_with_the_same_seeds(trainer):
     calls = []
-    noted(trainer, calls, trainer.engine, "generate", lambda prompts, sampling, step, on_group=None: step)
+    noted(trainer, calls, trainer.sampler.engine, "generate", lambda prompts, sampling, step, on_group=None: step)
     for _ in range(2):
         trainer.evaluate(trainer.train_dataset.select(range(8)))
     assert {at for _, at in calls} == {-1}
@@ -68,7 +68,7 @@ def test_arguments_that_vllm_refuses_are_told_and_another_engine_can_start(rende
     with pytest.raises(ConfigError, match=r"vllm_kwargs=.*block_size.*vLLM does not start with it[\s\S]*leave it out"):
         make_trainer(renderer, model_dir, tmp_path, vllm_kwargs={"block_size": 16})
     trainer = make_trainer(renderer, model_dir, tmp_path)
-    trainer.engine.close()
+    trainer.sampler.engine.close()
 
 
 def test_each_group_is_handed_on_while_others_are_still_written(trainer):
@@ -77,9 +77,9 @@ def test_each_group_is_handed_on_while_others_are_still_written(trainer):
     class Ahead:
         def submit(self, places, **group):
             groups.append((places, group))
-            unfinished.append(trainer.engine.llm.llm_engine.has_unfinished_requests())
+            unfinished.append(trainer.sampler.engine.llm.llm_engine.has_unfinished_requests())
 
-    trainer.ahead = Ahead()
+    trainer.sampler.ahead = Ahead()
     trainer.args.max_steps = 1
     trainer.train()
     assert sorted(place for places, _ in groups for place in places) == list(range(8))
@@ -98,17 +98,17 @@ def test_where_sampling_fails_no_group_is_scored_any_more(trainer):
         assert go.wait(60)
         return question
 
-    trainer.ahead = ScoreAhead(score, CPU)
-    generate = trainer.engine.generate
+    trainer.sampler.ahead = ScoreAhead(score, CPU)
+    generate = trainer.sampler.engine.generate
 
     def interrupted(*args):
         generate(*args)
         assert begun.wait(60)
         raise KeyboardInterrupt
 
-    trainer.engine.generate = interrupted
+    trainer.sampler.engine.generate = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     go.set()
-    trainer.ahead._thread.shutdown()  # all that is queued is done
+    trainer.sampler.ahead._thread.shutdown()  # all that is queued is done
     assert len(scored) == 1

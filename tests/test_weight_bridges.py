@@ -123,7 +123,7 @@ def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(
         assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
         trainer.save_model(str(tmp_path / "saved"))
     finally:
-        trainer.engine.close()
+        trainer.sampler.engine.close()
     kl = [line["kl"] for line in trainer.state.log_history if "kl" in line]
     assert abs(kl[0]) < 1e-6
     assert kl[1] > 1e-6 and kl[2] > 1e-6

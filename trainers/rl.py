@@ -17,6 +17,7 @@ from trainers.merge import whole_model
 from trainers.models import resolve_place
 from trainers.options import RLOptions, trl_arguments
 from trainers.rollout.overlap import ScoreAhead
+from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import Sentinel
 from trainers.scoring.explanation_scorer import ExplanationScorer
 from trainers.scoring.frozen import FrozenModel
@@ -81,18 +82,16 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
         probes = Probes(student_reward.scorer, options.num_probes, options.student_tokens_per_pass)
     timer = PhaseTimer(MemoryWatch(device))
+    ahead = None if student_reward is None else student_reward.ahead
     trainer = TeacherGRPOTrainer(
         options=options,
-        renderer=teacher,
+        sampler=RolloutSampler(options, teacher, timer, engine, sentinel, ahead),
         timer=timer,
         model=model,
         reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
         args=arguments,
         reference=load_reference(options, arguments, start.path, device, dtype),
         probes=probes,
-        engine=engine,
-        sentinel=sentinel,
-        ahead=None if student_reward is None else student_reward.ahead,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,
@@ -135,9 +134,7 @@ def train_and_report(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))
-    if trainer.engine is not None:
-        trainer.engine.restore_cache()  # vLLM frees at its end what it holds, and a cache that rests is not there
-        trainer.engine.close()
+    trainer.sampler.close()
 
 
 def make_student_reward(options: RLOptions, scorer: ExplanationScorer, device: torch.device) -> StudentReward:

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +11,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from data.render import Encoded, Renderer
-from trainers.engine import Engine
+from data.render import Encoded
 from trainers.optimizers import OwnOptimizer
 from trainers.options import RLOptions
-from trainers.plan.model_shapes import max_positions
-from trainers.rollout.hf_generation import generate_with_transformers
 from trainers.rollout.importance_sampling import importance_sampling_ratio, mismatch_metrics
-from trainers.rollout.overlap import ScoreAhead
-from trainers.rollout.rollouts import Rollout, RolloutFiles
-from trainers.rollout.sentinel import Sentinel
+from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.frozen import FrozenModel
@@ -32,36 +25,6 @@ from trainers.weights.adapters import base_model
 from trainers.weights.saving import SmallShards
 
 PHASES = ("kv_cache", "sync", "sentinel", "generate", "score")  # of a step; the rest of it is the update
-EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
-
-
-def rollout(prompts: list[str], trainer: "TeacherGRPOTrainer") -> dict[str, Any]:
-    """Sample one completion for each prompt (a prompt comes once for each completion wanted of it)."""
-    limit = trainer.options.max_prompt_length
-    prompt_ids = [trainer.renderer.encode_prompt(prompt)[-limit:] for prompt in prompts]
-    with trainer.timer("generate"):
-        sampled = trainer.sample(prompt_ids)
-    if trainer.engine is not None:
-        trainer.release_cache()
-    completions, logprobs, own = [], [], []
-    positions, longest = max_positions(trainer.model.config), max(map(len, prompt_ids))
-    for ids, logps, ended in zip(sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True):
-        # TRL knows a finished completion by its end of turn. Where the closing tag took its place, one is put there
-        # that the loss leaves out, if the model has a position for it behind the batch's longest prompt.
-        room = longest + len(ids) < positions
-        forced = [trainer.processing_class.eos_token_id] if ended == "closing_tag" and room else []
-        completions.append(ids + forced)
-        logprobs.append(logps + [0.0] * len(forced))
-        own.append([1] * len(ids) + [0] * len(forced))
-    return {
-        "prompt_ids": prompt_ids,
-        "completion_ids": completions,
-        "logprobs": logprobs,
-        "env_mask": own,
-        # These two reach the reward functions as columns.
-        "teacher_logprobs": [g + logps for g, logps in zip(sampled.given_logprobs, sampled.logprobs, strict=True)],
-        "ended": sampled.ended,
-    }
 
 
 class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
@@ -72,44 +35,34 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     Args:
         options: RL options.
-        renderer: The teacher's template and tokenizer.
-        timer: Seconds of `PHASES` and of whole steps are added here.
+        sampler: What completions come from.
+        timer: Seconds of `PHASES` and of whole steps are added here; the sampler's too.
         args: TRL's arguments; `use_vllm` must be false.
         reference: The teacher as it was, where `args.beta` is not 0; with adapters none: TRL then takes the adapter
             `ref` if there is one (see adapters.py), else the model without its adapters.
         probes: What is scored beside the teacher's explanations at every evaluation, if anything.
-        engine: What generates; None for transformers, or where rollouts are replayed.
-        sentinel: Compares engine and trainer after each update, if anything does.
-        ahead: Scores groups while others are still generated, if anything does.
         kwargs: Further arguments of `trl.GRPOTrainer`.
     """
 
     def __init__(
         self,
         options: RLOptions,
-        renderer: Renderer,
+        sampler: RolloutSampler,
         timer: PhaseTimer,
         args: GRPOConfig,
         reference: FrozenModel | None,
         probes: Probes | None,
-        engine: Engine | None,
-        sentinel: Sentinel | None,
-        ahead: ScoreAhead | None,
         **kwargs: Any,
     ) -> None:
-        self.options, self.renderer, self.timer = options, renderer, timer
+        self.options, self.sampler, self.timer = options, sampler, timer
+        sampler.trainer = self
         self.probes, self._evaluated = probes, []
         self._batch_sizes: list[int] = []  # of an evaluation
-        self.engine, self.sentinel, self.ahead = engine, sentinel, ahead
         self.share_prompts = options.share_prompts
-        self.record, self.replay = (
-            RolloutFiles(Path(folder).expanduser()) if folder else None
-            for folder in (options.record_rollouts, options.replay_rollouts)
-        )
         self._logged_step = 0
         self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
         with _no_reference_of_trl(args):
-            super().__init__(args=args, rollout_func=rollout, **kwargs)
+            super().__init__(args=args, rollout_func=sampler, **kwargs)
         self.beta, self.ref_model = args.beta, reference
         self.watch_updates()
         # As in TRL's SFTTrainer, whose option this is; after the engine, so that shared weights are known as weights.
@@ -119,91 +72,34 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         if options.use_vllm:
             # From here on TRL treats the rollouts as vLLM's: it calls sync_weights before each and corrects for the
             # difference between the sampling and the training log-probabilities.
-            self.use_vllm, self.vllm_generation, self._last_loaded_step = True, self, -1
+            self.use_vllm, self.vllm_generation, self._last_loaded_step = True, sampler, -1
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As TRL's; what the backward pass needs rests in host memory meanwhile, where that is asked for."""
         with self._offloading or nullcontext():
             return super().training_step(*args, **kwargs)
 
-    def sync_weights(self) -> None:
-        """Bring the current weights to the engine, and see that they are there."""
-        if self.engine is None:  # rollouts are replayed
-            return
-        with self.timer("kv_cache"):
-            self.engine.restore_cache()
-        with self.timer("sync"):
-            self.engine.sync_weights()
-        metrics = self._metrics["train" if self.model.training else "eval"]
+    @property
+    def mode(self) -> str:
+        """Whether this trains or evaluates, in TRL's words."""
+        return "train" if self.model.training else "eval"
 
-        def report(mismatch: dict[str, float]) -> None:
-            for name, value in mismatch.items():
-                metrics[name].append(value)
-
-        with self.timer("sentinel"):
-            self.sentinel.check(report)
-
-    def sample(self, prompt_ids: list[list[int]]) -> Rollout:
-        """Sample a completion for each prompt, or read what was sampled for it."""
-        mode = "train" if self.model.training else "eval"
-        step = self._step if self.model.training else EVAL_STEP
-        given = len(self.renderer.padding_ids) if self.options.padding_in_kl else 0
-        if self.replay is not None:
-            return self.replay.read(prompt_ids, given, self.temperature, self.max_completion_length, mode)
-        if self.engine is None:
-            sampled = generate_with_transformers(self, prompt_ids, step, given)
-        else:
-            sampled = self._sample_with_engine(prompt_ids, step, given)
-        if self.record is not None:
-            self.record.write(sampled, self.temperature, mode)
-        return sampled
-
-    def _sample_with_engine(self, prompt_ids: list[list[int]], step: int, given: int) -> Rollout:
-        engine = self.engine
-        given_logprobs = engine.given_logprobs(prompt_ids, given, self.temperature)
-
-        def score_group(places: list[int], completion_ids: list[list[int]], logprobs: list[list[float]]) -> None:
-            self.ahead.submit(
-                places,
-                completion_ids=completion_ids,
-                question=[self._rows[i]["question"] for i in places],
-                solution=[self._rows[i]["solution"] for i in places],
-                teacher_logprobs=[given_logprobs[i] + own for i, own in zip(places, logprobs, strict=True)],
-            )
-
-        sampling = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p or 0.0,
-            "repetition_penalty": self.repetition_penalty,
-            "max_tokens": self.max_completion_length,
-            **(self.args.generation_kwargs or {}),
-        }
-        sampled = engine.generate(prompt_ids, sampling, step, score_group if self.ahead is not None else None)
-        return replace(sampled, given_logprobs=given_logprobs)
-
-    def release_cache(self) -> None:
-        """Give the engine's KV cache back to the device until the next rollout, and see how much that freed."""
-        memory = self.timer.memory
-        before = memory.used() if memory is not None else 0
-        with self.timer("kv_cache"):
-            self.engine.release_cache()
-        if memory is not None and self.engine.can_release:
-            memory.freed("the KV cache", before, self.engine.kv_cache_bytes())
+    def note_metrics(self, values: dict[str, float]) -> None:
+        """Count values into TRL's metrics, of which a mean is logged."""
+        for name, value in values.items():
+            self._metrics[self.mode][name].append(value)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """As TRL's; the rows are at hand while their completions are written. Where a rollout serves one optimizer
         step, no forward pass is spent on log-probabilities that the update will compute."""
-        self._rows = inputs
+        self.sampler.rows = inputs
         correction = self.vllm_importance_sampling_correction
         one_step = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
         self.vllm_importance_sampling_correction = correction and not one_step
         try:
             return super()._generate_and_score_completions(inputs)
         except BaseException:
-            if self.ahead is not None:
-                self.ahead.cancel()  # nobody will ask for what is still to be scored
+            self.sampler.cancel()
             raise
         finally:
             self.vllm_importance_sampling_correction = correction
@@ -274,9 +170,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         limits = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         ratio = importance_sampling_ratio(logps, sampling, mask, self.vllm_importance_sampling_mode, *limits)
         inputs["importance_sampling_ratio"] = ratio
-        mode = "train" if self.model.training else "eval"
-        for name, value in mismatch_metrics(logps, sampling, mask, ratio).items():
-            self._metrics[mode][name].append(value)
+        self.note_metrics(mismatch_metrics(logps, sampling, mask, ratio))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; seconds, memory and completions of a training interval that an evaluation interrupts are put

@@ -7,23 +7,26 @@ import torch
 from trl.trainer.utils import pad
 
 from data.explanation import read_explanation
+from data.render import Renderer
 from trainers.engine import request_seed
 from trainers.models import evaluating
 from trainers.rollout.rollouts import Ended, Rollout
 
 
-def generate_with_transformers(trainer: Any, prompt_ids: list[list[int]], step: int, given: int) -> Rollout:
+def generate_with_transformers(
+    trainer: Any, renderer: Renderer, prompt_ids: list[list[int]], step: int, given: int
+) -> Rollout:
     """Sample one completion for each prompt with TRL's call of `model.generate`.
 
     The whole batch has one seed: unlike with vLLM, a completion depends on what else is in its batch.
 
     Args:
         trainer: A `TeacherGRPOTrainer` with `use_vllm=false`.
+        renderer: The teacher's template and tokenizer.
         prompt_ids: Token ids, with a prompt repeated for each completion wanted of it.
         step: Training step, for the seed.
         given: How many tokens at the end of each prompt to give the log-probabilities of, too.
     """
-    renderer = trainer.renderer
     end_ids, tag = set(renderer.end_ids), renderer.tags.explanation[1]
     stop = trainer.options.stop_at_closing_tag
     tag_ids = renderer.encode_text(tag)
@@ -40,7 +43,7 @@ def generate_with_transformers(trainer: Any, prompt_ids: list[list[int]], step: 
     return Rollout(prompt_ids, completions, [row[given:] for row in rows], [row[:given] for row in rows], ended)
 
 
-def _cut(renderer: Any, ids: list[int], tag: str | None, end_ids: set[int]) -> tuple[list[int], Ended]:
+def _cut(renderer: Renderer, ids: list[int], tag: str | None, end_ids: set[int]) -> tuple[list[int], Ended]:
     """Leave out what follows the closing tag, and say what ended the completion."""
     if tag is not None and (found := read_explanation(renderer.tokenizer, ids, tag, end_ids)).closed:
         count = len(found.ids)
