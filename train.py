@@ -14,6 +14,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -32,14 +33,8 @@ def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
     """Run the stage that the options ask for."""
     from datasets import disable_caching
 
-    from trainers.warmup import resolve_model, warmup_options
-    from trainers.watch.outputs import (
-        make_output_dir,
-        prepare_wandb,
-        save_config,
-        start_logging,
-        take_over_library_logs,
-    )
+    from trainers.warmup import warmup_options
+    from trainers.watch.outputs import ending_in_the_log, make_output_dir, start_logging
 
     disable_caching()  # rows would be kept as an earlier state of this code has rendered them
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
@@ -49,6 +44,15 @@ def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     output_dir = make_output_dir(options.output_dir, run_name, num_devices)
     start_logging(output_dir, options.activate_debugging_logs, rank)
+    with ending_in_the_log(output_dir):
+        run_stage(options, composed, output_dir, num_devices, rank)
+
+
+def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, num_devices: int, rank: int) -> None:
+    """Plan it, write its config.yaml, and run it."""
+    from trainers.warmup import resolve_model
+    from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs
+
     if options.stage in ("rl", "sft"):
         options = planned_options(options, num_devices)
     if rank == 0:

@@ -22,6 +22,13 @@ class Encoded:
     spans: dict[str, tuple[int, int]]
     sampled: list[bool]
 
+    def cut(self, count: int) -> "Encoded":
+        """Without its first `count` tokens, if that is more than none; what stood there only has an empty span."""
+        if count <= 0:
+            return self
+        spans = {name: (max(0, start - count), max(0, end - count)) for name, (start, end) in self.spans.items()}
+        return Encoded(self.ids[count:], spans, self.sampled[count:])
+
 
 class Renderer:
     """Renders and encodes for one model. Teacher and student each have their own.

@@ -111,6 +111,22 @@ def test_other_shape_is_refused():
         share(trainer, engine)
 
 
+def test_a_second_name_of_a_tied_weight_goes_to_an_engine_with_a_tensor_of_its_own():
+    from trainers.bridges import _known_to
+
+    class Tied(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            if tied:
+                self.head.weight = self.embed.weight
+
+    trainer = Tied(True)
+    named = [("embed.weight", trainer.embed.weight), ("head.weight", trainer.head.weight)]
+    names = {tied: [name for name, _ in _known_to(Tied(tied), trainer, iter(named))] for tied in (True, False)}
+    assert names == {True: ["embed.weight"], False: ["embed.weight", "head.weight"]}
+
+
 def test_weights_that_the_engine_repacks_are_refused_with_the_copying_bridge_as_remedy():
     """GPT-NeoX and Bloom have the same names and shapes on both sides, and another order of rows."""
     trainer, engine = make_pair()

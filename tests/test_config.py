@@ -129,6 +129,7 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("optim=cpu_offload use_peft=true", "optim", "adapters", "optim=adamw_torch"),
         ("optim_args=a", "optim_args", "sets it itself", "no further arguments"),
         ("scale_rewards=grup", "scale_rewards", "", "did you mean group?"),
+        ("max_steps=0", "max_steps", "nothing to train", "max_steps=-1"),
         ("loss_type=vespo", "vllm_importance_sampling_mode", "token by token", "token_mask"),
         ("reward_weights=[1,2]", "reward_weights", "2 weights for 1 reward", "[1.0]"),
         ("bf16_full_eval=true", "bf16_full_eval", "sets it itself", "as they are"),
@@ -201,6 +202,8 @@ def test_misspelt_run_gets_a_suggestion():
 
 def test_overrides_may_set_keys_that_no_yaml_mentions():
     assert hydra_arguments(["unbias_student_log_probs_temp=0.5"])[1:] == ["++student_temperature=0.5"]
+    behind = hydra_arguments(["--cfg", "job", "max_steps=5", "teacher_rlt_tiny"])
+    assert behind == ["run_cfg=teacher_rlt_tiny", "++max_steps=5", "--cfg", "job"]
     arguments = hydra_arguments(["max_steps=5", "+epsilon_high=0.28", "trainer_cfg=grpo_tiny", "--cfg", "job"])
     assert arguments == [
         "run_cfg=teacher_rlt_tiny",

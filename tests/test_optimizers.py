@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import get_scheduler
 
-from trainers import optimizers
+from trainers import master_adamw, optimizers
 from trainers.optimizers import MasterAdamW, make_optimizer
 from trainers.settings.optim_specs import optimizer_bytes, optimizer_faults, optimizer_name
 from trainers.watch.visible_fraction import VisibleFraction
@@ -204,7 +204,7 @@ def test_state_of_another_optimizer_is_refused():
 def test_pieces_on_the_host_make_the_same_step_as_whole_parameters(monkeypatch):
     whole, cut = Model(), Model()
     steps(whole, make_optimizer(whole, "cpu_offload", arguments(learning_rate=1e-3)), range(3))
-    monkeypatch.setattr(optimizers, "PIECE", 1000)  # 65536 weights of a matrix in 66 pieces
+    monkeypatch.setattr(master_adamw, "PIECE", 1000)  # 65536 weights of a matrix in 66 pieces
     optimizer = make_optimizer(cut, "cpu_offload", arguments(learning_rate=1e-3))
     steps(cut, optimizer, range(3))
     for p, q in zip(whole.parameters(), cut.parameters(), strict=True):
@@ -390,7 +390,7 @@ def test_flash_adamw_keeps_small_steps_on_a_gpu():
 
 @pytest.mark.gpu
 def test_cpu_offload_of_a_gpu_s_weights_is_that_of_a_cpu_s(monkeypatch):
-    monkeypatch.setattr(optimizers, "PIECE", 1000)
+    monkeypatch.setattr(master_adamw, "PIECE", 1000)
     here, there = Model(), Model().cuda()
     for model in (here, there):
         optimizer = make_optimizer(model, "cpu_offload", arguments(learning_rate=1e-3))

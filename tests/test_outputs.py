@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import REPO
 
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, Fault
 from trainers.watch import outputs
 from trainers.watch.outputs import MetricsWriter, Progress, make_output_dir, progress_line, save_config
 from trainers.watch.phases import PhaseTimer
@@ -92,6 +92,31 @@ def test_an_evaluation_is_a_line_of_its_own(caplog):
     progress.on_log(None, state, None, logs={"eval_reward": -0.25, "eval_loss": 1e-9, "eval_kl_reward": 0.5})
     progress.on_log(None, state, None, logs={"train_runtime": 3.0})
     assert [r.message for r in caplog.records] == ["held out, after step 20:  reward -0.25  -r_KL 0.5"]
+
+
+def test_what_stops_a_run_is_in_its_log(tmp_path, caplog):
+    with pytest.raises(ZeroDivisionError), outputs.ending_in_the_log(tmp_path):
+        1 / 0  # noqa: B018
+    with pytest.raises(ConfigError), outputs.ending_in_the_log(tmp_path):
+        raise ConfigError(Fault("beta", 1, "a cause", "a remedy"))
+    assert all(word in caplog.text for word in ("ZeroDivisionError", "a cause", "a remedy"))
+    assert all(record.only_file for record in caplog.records)  # the program's end shows it
+
+
+def test_an_interrupt_names_the_last_whole_checkpoint(tmp_path, caplog):
+    def interrupt():
+        caplog.clear()
+        with pytest.raises(SystemExit) as ended, outputs.ending_in_the_log(tmp_path):
+            raise KeyboardInterrupt
+        assert ended.value.code == 130
+        return caplog.text
+
+    assert "no checkpoint was written" in interrupt()
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+    assert f"model_name_or_path={tmp_path}/checkpoint-10" in interrupt()
 
 
 def test_libraries_are_quiet_and_we_are_not():

@@ -54,7 +54,7 @@ def completion(renderer, row):
 def test_means_are_those_of_scoring_each_text(parts, renderer):
     scorer, teacher = parts
     rows = [Evaluated(r["question"], r["solution"], completion(renderer, r)) for r in ROWS]
-    means = Probes(scorer, 3, 4096)(rows, teacher, 0.9)
+    means = Probes(scorer, 3, 4096, 128)(rows, teacher, 0.9)
     assert teacher.training  # as it was found
     model = FrozenModel(ResidentBackbone(teacher.eval(), torch.device("cpu")), 0.9, 4096)
     teacher.train()
@@ -72,12 +72,29 @@ def test_means_are_those_of_scoring_each_text(parts, renderer):
     assert set(means) == {f"probe/{name}" for name in ("teacher", "empty", "shuffled", "solution", "other")}
 
 
+def test_a_prompt_that_lost_its_start_is_read_without_it(parts, renderer):
+    scorer, teacher = parts
+    row = ROWS[0]
+    (written,) = [written_explanation(renderer, row["reasoning_trace"], True)]
+    prompt = renderer.encode_prompt(renderer.teacher_prompt(row["question"], row["solution"]))
+    limit = len(prompt) - 20
+    model = FrozenModel(ResidentBackbone(teacher.eval(), torch.device("cpu")), 1.0, 4096)
+    asked = [row["question"]], [row["solution"]], [written], renderer, model, False
+    (found,) = teacher_logprobs(*asked, max_prompt_length=limit)
+    with torch.no_grad():
+        logits = teacher(torch.tensor([prompt[-limit:] + written.ids])).logits[0, limit - 1 : -1]
+    teacher.train()
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(written.ids)[:, None])[:, 0]
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, teacher_logprobs(*asked)[0], atol=1e-3)
+
+
 def test_of_several_completions_of_a_question_the_first_counts(parts, renderer):
     scorer, teacher = parts
     one = Evaluated(ROWS[0]["question"], ROWS[0]["solution"], completion(renderer, ROWS[0]))
     again = one._replace(completion_ids=completion(renderer, ROWS[1]))
     other = Evaluated(ROWS[1]["question"], ROWS[1]["solution"], completion(renderer, ROWS[1]))
-    probes = Probes(scorer, 2, 4096)
+    probes = Probes(scorer, 2, 4096, 128)
     assert probes([one, again, other], teacher, 1.0) == probes([one, other], teacher, 1.0)
 
 

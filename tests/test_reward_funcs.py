@@ -255,7 +255,7 @@ def test_a_reward_that_is_not_finite_stops_with_the_sample_named(bad, renderer):
 
 
 def test_a_reward_that_is_no_number_is_told_with_the_function(renderer):
-    for wrong in (None, ["good"]):
+    for wrong in (None, ["good"], {"good": 1.0, 2: 3}, {0.5: "its keys are numbers"}):
         with pytest.raises(TypeError, match="chatty must return a list"):
             guarded(lambda wrong=wrong, **_: wrong, "chatty")(**batch(renderer, ["5"])[0])
 

@@ -10,10 +10,12 @@ from datasets import Dataset
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
+from trainers.options import options_class
 from trainers.plan.planning import planned_options
 from trainers.rl import grpo_config
-from trainers.teacher_grpo import TeacherGRPOTrainer
-from trainers.texts import check_enough, rl_rows
+from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
+from trainers.teacher_grpo import Evaluation
+from trainers.texts import check_enough, rl_rows, tell_whole_questions
 
 
 def options(*overrides):
@@ -95,12 +97,37 @@ def test_fewer_questions_than_a_rollout_takes_would_train_nothing(caplog):
         check_enough(rows, small)
 
 
+def test_questions_that_only_the_student_reads_whole_are_told(renderer, caplog):
+    chosen = options_class("rl")(overlong="truncate_left", max_prompt_length=40, max_completion_length=8)
+    row = {"question": "What is 2+3? " * 9, "solution": "5", "prompt_tokens": 90}
+    tell_whole_questions(Dataset.from_list([row | {"prompt_tokens": 40}]), renderer, chosen)
+    assert not caplog.text
+    tell_whole_questions(Dataset.from_list([row]), renderer, chosen)
+    assert "the student reads questions whole" in caplog.text and "counts 48" in caplog.text
+
+
 def test_an_evaluation_counts_rows_and_not_batches():
     """Five rows in batches of 4 and 1, a reward of 1 for the first row alone."""
-    trainer = SimpleNamespace(_batch_sizes=[4, 1])
     metrics = {"reward": [0.25, 0.0], "rare": [float("nan"), 2.0], "else": [1.0]}
-    TeacherGRPOTrainer._weigh_batches(trainer, metrics)
+    Evaluation(batch_sizes=[4, 1]).weigh_batches(metrics)
     assert metrics == {"reward": [0.2], "rare": [2.0], "else": [1.0]}
+
+
+def test_micro_batches_of_a_rollout_are_told_as_one():
+    generator = torch.Generator().manual_seed(0)
+    trainer, sampling = (torch.randn(8, 5, generator=generator) for _ in range(2))
+    mask = (torch.rand(8, 5, generator=generator) < 0.7).int()
+    for mode in ("sequence_truncate", "token_truncate"):
+        found = []
+        for size in (8, 3, 1):
+            mismatch = Mismatch()
+            for rows in zip(*(t.split(size) for t in (trainer, sampling, mask)), strict=True):
+                mismatch.add(*rows, importance_sampling_ratio(*rows, mode, None, 3.0))
+            found.append(mismatch.take())
+            assert mismatch.take() == {}
+        difference = (trainer - sampling).abs()[mask.bool()]
+        assert found[0]["sampling/sampling_logp_difference/max"] == difference.max().item()
+        assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
 def test_home_is_known_in_the_names_of_models(monkeypatch, model_dir):

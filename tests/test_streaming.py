@@ -180,6 +180,22 @@ def test_blend_moves_the_weights_the_next_pass_reads(in_memory, tmp_path):
         assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
 
 
+def test_blend_moves_a_tied_head_that_the_files_hold_as_well(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save("qwen2", tmp_path / "old", tie_word_embeddings=True)
+    new = save("qwen2", tmp_path / "new", seed=7, tie_word_embeddings=True)
+    file = tmp_path / "old/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    backbone = stream(tmp_path / "old", in_memory=True)
+    backbone.blend(dict(new.named_parameters()), 1.0)
+    texts, parts = make_texts()
+    scores = FrozenModel(backbone, 1.0, 10_000).score(texts, parts)
+    for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(new, texts, 1.0), parts, strict=True):
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+
+
 def test_completions_of_a_padded_batch(tmp_path):
     """As TRL pads: prompts on the left, completions on the right, a completion that is masked altogether."""
     model = save("qwen2", tmp_path)

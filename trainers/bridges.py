@@ -171,10 +171,11 @@ def lora_ranks() -> tuple[int, ...]:
 def _known_to(
     engine_model: nn.Module, model: nn.Module, named: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Without further names of tied weights for which the engine has no layer (Gemma 2 has no head there)."""
+    """Without further names of tied weights for which the engine has no tensor of its own (Gemma 2 has no head there,
+    Bloom's is tied as well)."""
     first = base_parameters(model)
-    layers = {name for name, _ in engine_model.named_modules(remove_duplicate=False)}
-    return ((name, weight) for name, weight in named if name in first or name.rpartition(".")[0] in layers)
+    own = {name for name, _ in engine_model.named_parameters()}
+    return ((name, weight) for name, weight in named if name in first or name in own)
 
 
 def merged_weights(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:

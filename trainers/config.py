@@ -56,12 +56,12 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     can be set too; whether it exists is judged once, for the whole, by `load_options` (Hydra would ask for a `+`,
     and a typo with a `+` would become a silent new key).
     """
-    result, run, takes_value = [], None, False
+    result, flags, run, takes_value = [], [], None, False
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~")
         if takes_value or argument.startswith("-"):
             takes_value = argument in ("--cfg", "-c", "--package", "-p", "--info", "-i")
-            result.append(argument)
+            flags.append(argument)
         elif "=" not in argument and not argument.startswith("~"):
             run = find_run(argument)
         elif key in GROUPS or key.startswith("hydra") or argument.startswith("~"):
@@ -72,10 +72,10 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         else:
             name, equals, value = argument.lstrip("+").partition("=")
             result.append(f"++{SAME.get(name, name)}{equals}{value}")
-    _check_grammar(word for word in result if "=" in word and not word.startswith("-"))
+    _check_grammar(word for word in result if "=" in word)
     stages = {f"++stage={stage}": stage for stage in ("score", "rescore", "merge")}
     default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
-    return [f"run_cfg={run or default}", *result]
+    return [f"run_cfg={run or default}", *result, *flags]  # Hydra takes no override behind a flag
 
 
 def _check_grammar(overrides: Iterable[str]) -> None:

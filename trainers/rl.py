@@ -30,7 +30,7 @@ from trainers.settings.engine_specs import has_engine
 from trainers.settings.reward_specs import reward_names, uses_student
 from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.teacher_grpo import TeacherGRPOTrainer
-from trainers.texts import check_enough, load_eval_rows, load_train_rows, rl_rows, show_sample
+from trainers.texts import check_enough, load_eval_rows, load_train_rows, rl_rows, show_sample, tell_whole_questions
 from trainers.warmup import resolve_model
 from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -61,6 +61,8 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     student = resolve_student(options, output_dir, dtype) if uses_student(options) else None
     train_set = rl_rows(rows, teacher, options, "training questions")
     check_enough(train_set, options)
+    if student is not None:
+        tell_whole_questions(train_set, student[1], options)
     eval_set = None if eval_rows is None else rl_rows(eval_rows, teacher, options, "held-out questions")
     show_sample("first teacher prompt", teacher.teacher(train_set[0]["question"], train_set[0]["solution"])[:2])
 
@@ -80,7 +82,8 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
         scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
         student_reward = make_student_reward(options, scorer, device)
     if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
-        probes = Probes(student_reward.scorer, options.num_probes, options.student_tokens_per_pass)
+        limits = options.num_probes, options.student_tokens_per_pass, options.max_prompt_length
+        probes = Probes(student_reward.scorer, *limits)
     timer = PhaseTimer(MemoryWatch(device))
     ahead = None if student_reward is None else student_reward.ahead
     trainer = TeacherGRPOTrainer(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from data.render import Encoded
 from trainers.optimizers import OwnOptimizer
 from trainers.options import RLOptions
-from trainers.rollout.importance_sampling import importance_sampling_ratio, mismatch_metrics
+from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
 from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
@@ -56,11 +57,12 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     ) -> None:
         self.options, self.sampler, self.timer = options, sampler, timer
         sampler.trainer = self
-        self.probes, self._evaluated = probes, []
-        self._batch_sizes: list[int] = []  # of an evaluation
+        self.probes = probes
+        self._evaluation = Evaluation()
         self.share_prompts = options.share_prompts
         self._logged_step = 0
         self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
+        self._mismatch = {"train": Mismatch(), "eval": Mismatch()}
         with _no_reference_of_trl(args):
             super().__init__(args=args, rollout_func=sampler, **kwargs)
         self.beta, self.ref_model = args.beta, reference
@@ -92,6 +94,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """As TRL's; the rows are at hand while their completions are written. Where a rollout serves one optimizer
         step, no forward pass is spent on log-probabilities that the update will compute."""
+        self._note_mismatch()
         self.sampler.rows = inputs
         correction = self.vllm_importance_sampling_correction
         one_step = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
@@ -170,15 +173,19 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         limits = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         ratio = importance_sampling_ratio(logps, sampling, mask, self.vllm_importance_sampling_mode, *limits)
         inputs["importance_sampling_ratio"] = ratio
-        self.note_metrics(mismatch_metrics(logps, sampling, mask, ratio))
+        self._mismatch[self.mode].add(logps, sampling, mask, ratio)
+
+    def _note_mismatch(self) -> None:
+        """One value for each rollout, as TRL's, of which a mean is logged."""
+        for mode, mismatch in self._mismatch.items():
+            for name, value in mismatch.take().items():
+                self._metrics[mode][name].append(value)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; seconds, memory and completions of a training interval that an evaluation interrupts are put
         back."""
         interrupted, memory = self.timer.take(), self.timer.memory
-        completions = deepcopy(self._logs)
-        self._evaluated.clear()
-        self._batch_sizes.clear()
+        completions, self._evaluation = deepcopy(self._logs), Evaluation()
         with memory.interrupted() if memory is not None else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
         self._logs = completions
@@ -188,10 +195,10 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
         """As TRL's, every reward function timed as scoring; an evaluation's completions are kept for the probes."""
-        if self.probes is not None and not self.model.training:
-            self._evaluated += [Evaluated(x["question"], x["solution"], i) for x, i in zip(inputs, ids, strict=True)]
         if not self.model.training:
-            self._batch_sizes.append(len(inputs))
+            pairs = zip(inputs, ids, strict=True)
+            self._evaluation.rows += [Evaluated(row["question"], row["solution"], own) for row, own in pairs]
+            self._evaluation.batch_sizes.append(len(inputs))
         self._log_completion_extra("ended", [row["ended"] for row in inputs])
         with self.timer("score"):
             return super()._calculate_rewards(inputs, prompts, completions, ids)
@@ -199,35 +206,51 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of each phase (per optimizer step while training, in total for an evaluation) and the
         memory in use after it."""
+        self._note_mismatch()
         if "train_runtime" in logs:  # at the end; an evaluation may have left the model in its mode
             return super().log(logs, start_time)
-        seconds = self.timer.take()
-        if self.timer.memory is not None:
-            prefix = "" if self.model.training else "eval_"
-            logs |= {f"{prefix}{name}": value for name, value in self.timer.memory.take().items()}
-        if not self.model.training:
-            logs |= {f"eval_seconds/{phase}": value for phase, value in seconds.items()}
-            self._weigh_batches(self._metrics["eval"])
-            if self._evaluated:
-                teacher = base_model(self.accelerator.unwrap_model(self.model))
-                means = self.probes(self._evaluated, teacher, self.temperature)
-                logs |= {f"eval_{name}": value for name, value in means.items()}
-                self._evaluated.clear()
-        elif steps := self.state.global_step - self._logged_step:
-            self._logged_step = self.state.global_step
-            phases = {phase: seconds.get(phase, 0.0) for phase in PHASES}
-            phases["update"] = seconds["step"] - sum(phases.values())
-            logs |= {f"seconds/{phase}": value / steps for phase, value in phases.items()}
+        logs |= self._step_logs() if self.model.training else self._evaluation_logs()
         # TRL names the file of completions by the step alone: an evaluation would overwrite the training step's.
         keep, self.log_completions = self.log_completions, self.log_completions and self.model.training
         super().log(logs, start_time)
         self.log_completions = keep
 
-    def _weigh_batches(self, metrics: dict[str, list[float]]) -> None:
+    def _step_logs(self) -> dict[str, float]:
+        """Of the steps since the last log."""
+        seconds, steps = self.timer.take(), self.state.global_step - self._logged_step
+        logs = {} if self.timer.memory is None else self.timer.memory.take()
+        if steps and "step" in seconds:
+            self._logged_step = self.state.global_step
+            phases = {phase: seconds.get(phase, 0.0) for phase in PHASES}
+            phases["update"] = seconds["step"] - sum(phases.values())
+            logs |= {f"seconds/{phase}": value / steps for phase, value in phases.items()}
+        return logs
+
+    def _evaluation_logs(self) -> dict[str, float]:
+        """Of an evaluation, that of the probes included."""
+        logs = {f"seconds/{phase}": value for phase, value in self.timer.take().items()}
+        if self.timer.memory is not None:
+            logs |= self.timer.memory.take()
+        evaluation, self._evaluation = self._evaluation, Evaluation()
+        evaluation.weigh_batches(self._metrics["eval"])
+        if self.probes is not None and evaluation.rows:
+            teacher = base_model(self.accelerator.unwrap_model(self.model))
+            logs |= self.probes(evaluation.rows, teacher, self.temperature)
+        return {f"eval_{name}": value for name, value in logs.items()}
+
+
+@dataclass
+class Evaluation:
+    """What is kept of an evaluation while it goes on: its completions, and the sizes of its batches."""
+
+    rows: list[Evaluated] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
+
+    def weigh_batches(self, metrics: dict[str, list[float]]) -> None:
         """TRL's mean of an evaluation is that of its batches; the last one may be smaller than the others."""
         for name, values in metrics.items():
-            known = [(value, n) for value, n in zip(values, self._batch_sizes, strict=False) if value == value]
-            if len(values) == len(self._batch_sizes) and known:  # one for each batch; NaN where no row had a value
+            known = [(value, n) for value, n in zip(values, self.batch_sizes, strict=False) if value == value]
+            if len(values) == len(self.batch_sizes) and known:  # one for each batch; NaN where no row had a value
                 metrics[name] = [sum(value * n for value, n in known) / sum(n for _, n in known)]
 
 
@@ -242,14 +265,12 @@ def completion_logps(model: FrozenModel, input_ids: Tensor, attention_mask: Tens
         `[rows, logits_to_keep]`, fp32 on the CPU, 0 at the padding.
     """
     mask = attention_mask.bool().cpu()
-    texts, spans = [], []
-    for ids, real in zip(input_ids.cpu(), mask, strict=True):
-        text = ids[real].tolist()
-        texts.append(Encoded(text, {}, []))
-        spans.append([(len(text) - int(real[-logits_to_keep:].sum()), len(text))])
+    counts = mask[:, -logits_to_keep:].sum(1).tolist()
+    texts = [Encoded(ids[real].tolist(), {}, []) for ids, real in zip(input_ids.cpu(), mask, strict=True)]
+    spans = [[(len(text.ids) - count, len(text.ids))] for text, count in zip(texts, counts, strict=True)]
     logps = torch.zeros(len(texts), logits_to_keep)
-    for row, ((scores, _), ((start, end),)) in enumerate(zip(model.score(texts, spans), spans, strict=True)):
-        logps[row, mask[row, -logits_to_keep:]] = scores[start:end]
+    for row, (scores, _) in enumerate(model.score(texts, spans)):
+        logps[row, mask[row, -logits_to_keep:]] = scores[len(scores) - counts[row] :]
     return logps
 
 

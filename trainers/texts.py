@@ -99,6 +99,27 @@ def rl_rows(rows: Dataset, renderer: Renderer, options: RLOptions, what: str) ->
     return apply_overlong(rows, "prompt_tokens", options.max_prompt_length, options.overlong, what)
 
 
+def tell_whole_questions(rows: Dataset, student: Renderer, options: RLOptions) -> None:
+    """Where prompts lose their start the student still reads whole questions, and the plan of memory counts cut ones.
+
+    Args:
+        rows: With `prompt_tokens`, of the teacher.
+    """
+    cut = [row for row in rows if row["prompt_tokens"] > options.max_prompt_length]
+    if options.overlong != "truncate_left" or not cut:
+        return
+    row = max(cut, key=lambda row: row["prompt_tokens"])
+    longest = len(student.encode(student.student(row["question"], "", row["solution"])).ids)
+    longest += options.max_completion_length
+    if longest > (planned := options.max_prompt_length + options.max_completion_length):
+        logger.warning(
+            "overlong=truncate_left: the student reads questions whole, up to %d tokens with an explanation; the plan "
+            "of memory counts %d",
+            longest,
+            planned,
+        )
+
+
 def check_enough(questions: Dataset, options: RLOptions) -> None:
     """TRL leaves out what does not fill a rollout; see that something is left.
 

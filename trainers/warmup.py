@@ -43,6 +43,7 @@ CODE = (
     "trainers/sft.py",
     "trainers/texts.py",
     "trainers/models.py",
+    "trainers/master_adamw.py",
     "trainers/optimizers.py",
     "trainers/settings/trl_config.py",
     "trainers/attention.py",

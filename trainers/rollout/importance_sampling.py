@@ -42,17 +42,29 @@ def importance_sampling_ratio(
     return ratio.masked_fill(outside, 0.0)
 
 
-def mismatch_metrics(trainer_logps: Tensor, sampling_logps: Tensor, mask: Tensor, ratio: Tensor) -> dict[str, float]:
-    """TRL's metrics of the difference and of the ratio."""
-    difference = (trainer_logps - sampling_logps).abs()[mask.bool()]
-    difference = difference[~difference.isnan()]
-    ratio = ratio.flatten() if ratio.size(1) == 1 and mask.size(1) != 1 else ratio[mask.bool()]
-    if not difference.numel():
-        return {}
-    return {
-        "sampling/sampling_logp_difference/mean": difference.mean().item(),
-        "sampling/sampling_logp_difference/max": difference.max().item(),
-        "sampling/importance_sampling_ratio/min": ratio.min().item(),
-        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
-        "sampling/importance_sampling_ratio/max": ratio.max().item(),
-    }
+class Mismatch:
+    """TRL's metrics of the differences and ratios of one rollout, whose micro-batches come one by one."""
+
+    def __init__(self) -> None:
+        self._differences: list[Tensor] = []
+        self._ratios: list[Tensor] = []
+
+    def add(self, trainer_logps: Tensor, sampling_logps: Tensor, mask: Tensor, ratio: Tensor) -> None:
+        """Note a micro-batch; arguments and the ratio as of `importance_sampling_ratio`."""
+        difference = (trainer_logps - sampling_logps).abs()[mask.bool()]
+        self._differences.append(difference[~difference.isnan()])
+        self._ratios.append(ratio.flatten() if ratio.size(1) == 1 and mask.size(1) != 1 else ratio[mask.bool()])
+
+    def take(self) -> dict[str, float]:
+        """The metrics of what was noted since the last call; none if that was nothing."""
+        if not sum(map(len, self._differences)):
+            return {}
+        difference, ratio = torch.cat(self._differences), torch.cat(self._ratios)
+        self._differences, self._ratios = [], []
+        return {
+            "sampling/sampling_logp_difference/mean": difference.mean().item(),
+            "sampling/sampling_logp_difference/max": difference.max().item(),
+            "sampling/importance_sampling_ratio/min": ratio.min().item(),
+            "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
+            "sampling/importance_sampling_ratio/max": ratio.max().item(),
+        }

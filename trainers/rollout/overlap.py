@@ -42,6 +42,8 @@ class ScoreAhead:
             except BaseException:
                 _cancel(pending)
                 raise
+        if self._stream is not None:
+            torch.cuda.empty_cache()  # what is freed on our stream no other can use: the update has need of it
         return [found[place] for place in range(len(found))]
 
     def cancel(self) -> None:

@@ -76,7 +76,7 @@ class RolloutSampler:
             sampled = self.sample(prompt_ids)
         if self.engine is not None:
             self._release_cache()
-        completions, logprobs, own = [], [], []
+        completions, logprobs, env_mask = [], [], []
         positions, longest = max_positions(trainer.model.config), max(map(len, prompt_ids))
         for ids, logps, ended in zip(sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True):
             # TRL knows a finished completion by its end of turn. Where the closing tag took its place, one is put there
@@ -85,12 +85,12 @@ class RolloutSampler:
             forced = [self.renderer.tokenizer.eos_token_id] if ended == "closing_tag" and room else []
             completions.append(ids + forced)
             logprobs.append(logps + [0.0] * len(forced))
-            own.append([1] * len(ids) + [0] * len(forced))
+            env_mask.append([1] * len(ids) + [0] * len(forced))
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": completions,
             "logprobs": logprobs,
-            "env_mask": own,
+            "env_mask": env_mask,
             "teacher_logprobs": [g + own for g, own in zip(sampled.given_logprobs, sampled.logprobs, strict=True)],
             "ended": sampled.ended,
         }

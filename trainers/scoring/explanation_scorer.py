@@ -142,8 +142,12 @@ def teacher_logprobs(
     renderer: Renderer,
     model: FrozenModel,
     padding_in_kl: bool,
+    max_prompt_length: int | None = None,
 ) -> list[Tensor | str]:
     """How likely a teacher was to write explanations it did not sample, by a forward pass.
+
+    Args:
+        max_prompt_length: Prompts lose their start beyond so many tokens, as those it samples from do.
 
     Returns:
         For each explanation `[tokens]`, with `padding_in_kl` the padding's first, or why the teacher cannot read it.
@@ -153,6 +157,8 @@ def teacher_logprobs(
         renderer.encode(renderer.teacher(question, solution, e.text), {"explanation": e.ids})
         for question, solution, e in zip(questions, solutions, explanations, strict=True)
     ]
+    if max_prompt_length is not None:
+        texts = [text.cut(text.spans["explanation"][0] - max_prompt_length) for text in texts]
     results: list[Tensor | str] = [f"longer than the {limit} tokens that the teacher can read"] * len(texts)
     read = [i for i, text in enumerate(texts) if len(text.ids) <= limit]
     spans = [explained_span(texts[i]) if padding_in_kl else texts[i].spans["explanation"] for i in read]

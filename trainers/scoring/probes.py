@@ -37,10 +37,12 @@ class Probes:
         scorer: The scorer.
         limit: Most questions to probe.
         tokens_per_pass: See `FrozenModel`.
+        max_prompt_length: Of the teacher.
     """
 
-    def __init__(self, scorer: ExplanationScorer, limit: int, tokens_per_pass: int) -> None:
+    def __init__(self, scorer: ExplanationScorer, limit: int, tokens_per_pass: int, max_prompt_length: int) -> None:
         self.scorer, self.limit, self.tokens_per_pass = scorer, limit, tokens_per_pass
+        self.max_prompt_length = max_prompt_length
         self.end_ids = {*scorer.teacher.end_ids, scorer.teacher.tokenizer.pad_token_id}
 
     def __call__(self, rows: list[Evaluated], teacher: nn.Module, temperature: float) -> dict[str, float]:
@@ -70,7 +72,8 @@ class Probes:
             model = FrozenModel(
                 ResidentBackbone(teacher, next(teacher.parameters()).device), temperature, self.tokens_per_pass
             )
-            logprobs = teacher_logprobs(questions, solutions, explanations, renderer, model, self.scorer.padding_in_kl)
+            whether = self.scorer.padding_in_kl, self.max_prompt_length
+            logprobs = teacher_logprobs(questions, solutions, explanations, renderer, model, *whether)
         scores = self.scorer.score(questions, explanations, solutions, logprobs, keep=False)
         means = {}
         for i, name in enumerate(kinds):

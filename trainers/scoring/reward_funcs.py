@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -183,6 +183,8 @@ def guarded(function: RewardFunction, name: str) -> RewardFunction:
 
 def _checked(name: str, rewards: Any, batch: dict[str, Any]) -> list[float | None]:
     try:
+        if isinstance(rewards, Mapping):
+            raise TypeError("a mapping gives its keys")
         numbers = [None if reward is None else float(reward) for reward in rewards]
     except (TypeError, ValueError) as error:
         cause = f"the reward function {name} must return a list with a number or None for each completion"

@@ -321,7 +321,8 @@ def _checkpoint_names(model: Any, source: WeightFiles | HostWeights, key: str) -
     wrong: list[str] = []
     parameters = list(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters:
-        same = [name, *(other for other, p in parameters if p is parameter)]
+        # Of a tied weight its first name, by which `blend` knows it: the file may hold it under the others as well.
+        same = [other for other, p in parameters if p is parameter]
         stored = next((candidate for candidate in same if candidate in source), None)
         if stored is None or source.shape(stored) != tuple(parameter.shape):
             wrong.append(name)

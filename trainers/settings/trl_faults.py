@@ -13,7 +13,10 @@ SCHEDULES = {
 
 
 def schedule_faults(options: TrainOptions) -> list[Fault]:
-    """Schedules of the learning rate that need an argument."""
+    """Schedules of the learning rate that need an argument, and no steps to go with them."""
+    if options.max_steps == 0:  # transformers would take one
+        remedy = "max_steps=1 or more, or max_steps=-1 for num_train_epochs"
+        return [Fault("max_steps", 0, "there is nothing to train", remedy)]
     needed, given = SCHEDULES.get(options.lr_scheduler_type, ()), options.lr_scheduler_kwargs or {}
     if not needed or not isinstance(given, dict) or sum(given.get(name) is not None for name in needed) == 1:
         return []

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -129,6 +130,25 @@ def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REP
     logging.captureWarnings(True)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is used on purpose, at a pinned version
     replace_link(root / "logs" / "training.log", output_dir / "training.log")
+
+
+@contextmanager
+def ending_in_the_log(output_dir: Path) -> Iterator[None]:
+    """What stops a run is told in its log too, and an interrupt in a line, with what is left to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        whole = [file.parent for file in output_dir.glob("checkpoint-*/trainer_state.json")]  # written last
+        last = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        left = "no checkpoint was written" if last is None else f"go on from it with model_name_or_path={last}"
+        logger.error("interrupted: %s", left)
+        sys.exit(128 + signal.SIGINT)
+    except ConfigError as error:
+        logger.error("%s", error, extra={"only_file": True})
+        raise
+    except Exception:
+        logger.exception("stopped", extra={"only_file": True})
+        raise
 
 
 def take_over_library_logs() -> None:

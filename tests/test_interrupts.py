@@ -1,0 +1,32 @@
+"""A run that is told to end. Run: ./run_tests.sh tests/test_interrupts.py"""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import REPO
+from safetensors.torch import load_file
+
+
+def test_ctrl_c_ends_a_run_with_a_line(model_dir, rows_file, tmp_path):
+    out = tmp_path / "out"
+    words = [f"model_name_or_path={model_dir}", f"student_model={model_dir}", f"dataset_id_or_path={rows_file}"]
+    words += ["train_batch_size=8", "per_device_train_batch_size=8", "num_generations=4", "max_completion_length=16"]
+    words += ["max_steps=1000", "logging_steps=1", "save_steps=1", "report_before_after=false", "num_probes=0"]
+    command = [sys.executable, str(REPO / "train.py"), *words, f"output_dir={out}"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+    try:
+        deadline = time.monotonic() + 240
+        while not list(out.glob("checkpoint-*/trainer_state.json")):
+            assert run.poll() is None and time.monotonic() < deadline, "it ended, or never began to train"
+            time.sleep(0.2)
+        run.send_signal(signal.SIGINT)
+        shown, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130 and "Traceback" not in shown, shown[-2000:]
+    (kept,) = re.findall(r"interrupted: go on from it with model_name_or_path=(\S+)", shown)
+    assert load_file(f"{kept}/model.safetensors")
+    assert "interrupted" in (out / "training.log").read_text()
