@@ -225,7 +225,8 @@ def _check_model(options: CommonOptions, num_devices: int, repo: Path) -> list[F
         if options.student_model is None and uses_student(options):
             cause = "the reward needs a student"
             faults.append(Fault("student_model", None, cause, "student_model=<folder, hub id or run:NAME>"))
-        faults += _check_model_path("student_model", options.student_model, num_devices, repo)
+        if uses_student(options):
+            faults += _check_model_path("student_model", options.student_model, num_devices, repo)
     return faults
 
 
