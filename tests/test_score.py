@@ -50,6 +50,17 @@ def plain_logprobs(model, encoded, first, last, temperature):
     return torch.stack([logprobs[t - 1, encoded.ids[t]] for t in range(start, end)])
 
 
+def test_tags_inside_explanations_are_told(model_dir, tmp_path, caplog):
+    row = {"question": "What is 2+3?", "solution": "5"}
+    rows = [row | {"explanation": text} for text in ("2+3=5", "2+3=5<|end_of_explanation|>")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    load_score_rows(options(model_dir, path))
+    assert "1 of 2 explanations hold a tag of tag_format=stratos (the first: row 1)" in caplog.text
+    caplog.clear()
+    load_score_rows(options(model_dir, path, tag_format="r1"))
+    assert not caplog.text
+
+
 def test_what_data_may_say_of_the_closing_tag(model_dir, tmp_path):
     row = {**ROWS[0], "explanation": "2+3=5"}
     given = [True, False, 0, 1, "false", "True", None]

@@ -20,6 +20,7 @@ from trainers.plan.workload import SCORED_AT_ONCE
 from trainers.scoring.explanation_scorer import Scored, teacher_logprobs
 from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
 from trainers.scoring.quantized import samples_of
+from trainers.texts import tag_format
 from trainers.warmup import resolve_model
 from trainers.watch.outputs import whole_file
 
@@ -95,6 +96,17 @@ def load_score_rows(options: ScoreOptions) -> Dataset:
     if missing := sum(value is None for value in raw[options.explanation_column]):
         logger.warning("%d of %d rows have no explanation: scored as an empty one", missing, len(raw))
     rows = select_texts(raw, columns, key, path)
+    tags = tag_format(options)
+    names = [tag for pair in (tags.explanation, tags.thought, tags.solution) for tag in pair]
+    if tagged := [i for i, text in enumerate(rows["explanation"]) if any(tag in text for tag in names)]:
+        logger.warning(
+            "%d of %d explanations hold a tag of tag_format=%s (the first: row %d), which is scored as text: an "
+            "explanation is what stands between the tags, and closed=false says that the closing one is missing",
+            len(tagged),
+            len(rows),
+            options.tag_format,
+            tagged[0],
+        )
     has_closed = options.closed_column in raw.column_names
     if not has_closed and options.closed_column != type(options).model_fields["closed_column"].default:
         cause = f"no such column of {path}: {', '.join(raw.column_names)}"
