@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 
 def pressed_until_it_ends(run, times=3):
-    """What it has shown. Python drops an interrupt that falls into a finalizer or a callback of C: one presses again."""
+    """What it has shown. Python drops an interrupt that falls into a finalizer: one presses again."""
     for _ in range(times):
         run.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
