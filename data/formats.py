@@ -19,6 +19,10 @@ class TagFormat:
     student_system_prompt: str
     padding: str = "\n\n"
 
+    @property
+    def every_tag(self) -> tuple[str, ...]:
+        return (*self.explanation, *self.thought, *self.solution)
+
     def with_prompts(self, teacher: str | None, student: str | None) -> "TagFormat":
         """Return the format with the system prompts that are given."""
         return replace(

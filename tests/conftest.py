@@ -41,7 +41,7 @@ def tokenizer(tags):
     from trainers.models import make_tokenizer
 
     texts = [" ".join(row.values()) + "\nExplain. Solve. system\nuser\nassistant\n" for row in ROWS] * 4
-    return make_tokenizer(texts, [t for pair in (tags.explanation, tags.thought, tags.solution) for t in pair], 400)
+    return make_tokenizer(texts, tags.every_tag, 400)
 
 
 @pytest.fixture(scope="session")

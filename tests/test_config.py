@@ -302,6 +302,11 @@ def test_a_function_reads_no_option_that_its_stage_has_not():
     assert seen > 100
 
 
+def test_a_student_that_no_reward_asks_need_not_be_there():
+    words = ["reward_funcs=[format]", "student_model=./nowhere", "num_probes=0"]
+    assert load_options(compose_run("teacher_rlt_tiny", words), repo=REPO).student_model == "./nowhere"
+
+
 def test_derived_options_name_options_that_exist():
     trl = set(trl_options("grpo")) | set(trl_options("sft"))
     gone = {name for name in DERIVED if name not in trl}

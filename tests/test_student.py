@@ -169,9 +169,7 @@ def test_text_longer_than_the_student_reads_is_none_and_counted(model_dir, rende
 def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_dir, renderer, tags):
     from trainers.models import make_tokenizer
 
-    other = make_tokenizer(
-        ["2+3=5 " * 5], [t for pair in (tags.explanation, tags.thought, tags.solution) for t in pair], 300
-    )
+    other = make_tokenizer(["2+3=5 " * 5], tags.every_tag, 300)
     other.add_tokens(["2+3", "\n\n"])  # one token where the student has three, and one where it has two
     student = make_student(model_dir, renderer)
     explanation = other("2+3=5", add_special_tokens=False)["input_ids"]

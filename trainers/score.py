@@ -96,9 +96,8 @@ def load_score_rows(options: ScoreOptions) -> Dataset:
     if missing := sum(value is None for value in raw[options.explanation_column]):
         logger.warning("%d of %d rows have no explanation: scored as an empty one", missing, len(raw))
     rows = select_texts(raw, columns, key, path)
-    tags = tag_format(options)
-    names = [tag for pair in (tags.explanation, tags.thought, tags.solution) for tag in pair]
-    if tagged := [i for i, text in enumerate(rows["explanation"]) if any(tag in text for tag in names)]:
+    tags = tag_format(options).every_tag
+    if tagged := [i for i, text in enumerate(rows["explanation"]) if any(tag in text for tag in tags)]:
         logger.warning(
             "%d of %d explanations hold a tag of tag_format=%s (the first: row %d), which is scored as text: an "
             "explanation is what stands between the tags, and closed=false says that the closing one is missing",

@@ -126,8 +126,7 @@ def _tokenizer(options: SFTOptions, model_path: str | None, rows: Any) -> Any:
         tags = tag_format(options)
         plain = Renderer(make_tokenizer([], [], 512), tags, None, "model_init")
         texts = (_text(plain.teacher(**_row(r))) + _text(plain.student(**_row(r))) for r in rows)
-        names = [tag for pair in (tags.explanation, tags.thought, tags.solution) for tag in pair]
-        tokenizer = make_tokenizer(texts, names, vocab_size)
+        tokenizer = make_tokenizer(texts, tags.every_tag, vocab_size)
     choose_pad_token(tokenizer, vocab_size, "model_name_or_path")
     check_vocabulary(tokenizer, vocab_size, "model_name_or_path")
     return tokenizer

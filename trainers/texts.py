@@ -105,10 +105,10 @@ def tell_whole_questions(rows: Dataset, student: Renderer, options: RLOptions) -
     Args:
         rows: With `prompt_tokens`, of the teacher.
     """
-    cut = [row for row in rows if row["prompt_tokens"] > options.max_prompt_length]
-    if options.overlong != "truncate_left" or not cut:
+    lengths = rows["prompt_tokens"]
+    if options.overlong != "truncate_left" or max(lengths) <= options.max_prompt_length:
         return
-    row = max(cut, key=lambda row: row["prompt_tokens"])
+    row = rows[max(range(len(rows)), key=lambda i: lengths[i])]
     longest = len(student.encode(student.student(row["question"], "", row["solution"])).ids)
     longest += options.max_completion_length
     if longest > (planned := options.max_prompt_length + options.max_completion_length):

@@ -156,7 +156,7 @@ def accuracy_function(teacher: Renderer) -> RewardFunction:
 
 def format_function(teacher: Renderer) -> RewardFunction:
     """1.0 where a completion is an explanation, its closing tag and the end of turn."""
-    tags = (*teacher.tags.explanation, *teacher.tags.thought, *teacher.tags.solution)
+    tags = teacher.tags.every_tag
 
     def explanation_forms(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         written = [_written(teacher, ids) for ids in completion_ids]
