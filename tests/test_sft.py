@@ -143,6 +143,14 @@ def test_routers_of_a_model_without_them_are_told(model_dir):
         load_teacher(options(router_aux_loss_coef=0.1), str(model_dir), torch.float32)
 
 
+def test_a_tied_head_in_fp32_behind_adapters_is_told(model_dir):
+    from trainers.weights.starts import load_teacher
+
+    asked = options_class("rl")(use_peft=True, cast_lm_head_to_fp32=True, device="cpu")
+    with pytest.raises(ConfigError, match="cast_lm_head_to_fp32=True: .* one weight for head and embedding"):
+        load_teacher(asked, str(model_dir), torch.float32)
+
+
 def test_which_of_two_lengths_counts_is_said(caplog):
     caplog.set_level("INFO")
     tell_length(options(max_steps=3))

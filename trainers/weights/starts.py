@@ -66,13 +66,15 @@ def load_teacher(options: TrainOptions, path: str, dtype: torch.dtype, adapter: 
     """Load the model to train, with adapters where they are what is trained: fresh ones unless one is given.
 
     Raises:
-        ConfigError: If it cannot be loaded, or has no routers for `router_aux_loss_coef`.
+        ConfigError: If it cannot be loaded, or is not of the kind that the options speak of.
     """
-    if options.router_aux_loss_coef and not hasattr(
-        load_config(path, KEY, options.trust_remote_code).get_text_config(), "output_router_logits"
-    ):
+    config = load_config(path, KEY, options.trust_remote_code).get_text_config()
+    if options.router_aux_loss_coef and not hasattr(config, "output_router_logits"):
         cause = f"{path} is no mixture of experts that gives its routers' logits"
         raise ConfigError(Fault("router_aux_loss_coef", options.router_aux_loss_coef, cause, "leave it out"))
+    if options.use_peft and config.tie_word_embeddings and getattr(options, "cast_lm_head_to_fp32", False):
+        cause = f"{path} has one weight for head and embedding, which TRL does not find behind adapters"
+        raise ConfigError(Fault("cast_lm_head_to_fp32", True, cause, "cast_lm_head_to_fp32=false, or use_peft=false"))
     model = load_model(path, dtype, options.attn_implementation, KEY, options.trust_remote_code)
     suit_attention(model, resolve_device(options.device))
     if adapter is not None:
