@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import REPO
+from planned import planned as planned_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory import allocator_peak
@@ -270,3 +271,14 @@ def test_what_transformers_generates_with_is_planned(given, completion, attentio
         model.generate(ids, attention_mask=mask, max_new_tokens=completion, min_new_tokens=completion, do_sample=True)
 
     assert items["KV cache"] + items.get("prompts' activations", 0) == pytest.approx(measured(step), rel=0.05)
+
+
+def test_a_tied_head_s_gradient_waits_for_the_embedding_s():
+    """Beside what was accumulated before; of a model that is not tied it is added at once."""
+    tied, untied = (
+        planned_run("teacher_rlt_mono_80gb", f"model_name_or_path=Qwen/{name}", "per_device_train_batch_size=2")[0].plan
+        for name in ("Qwen2.5-1.5B-Instruct", "Qwen2.5-7B-Instruct")
+    )
+    assert tied.work.teacher.ties_head and not untied.work.teacher.ties_head
+    assert tied.phases["update"]["tied head's gradient"] == 2 * 151_936 * 1536
+    assert not untied.phases["update"].get("tied head's gradient")

@@ -235,9 +235,11 @@ def _update(work: Workload) -> dict[str, int]:
     backward, in_course = activations(work)
     # Without accumulation the gradients of the layers come as the activations go.
     early = gradients if work.accumulates else _head_gradient(work)
+    # A tied head's waits for the embedding's, to be added to it, and both to what was accumulated.
+    waiting = _head_gradient(work) if work.accumulates and work.teacher.ties_head else 0
     moments = [
         {"gradients": early} | backward,
-        {"gradients": gradients} | in_course,
+        {"gradients": gradients, "tied head's gradient": waiting} | in_course,
         {"gradients": gradients, "optimizer's step": step},
     ]
     for items in moments:

@@ -115,6 +115,11 @@ class ModelShape:
         return sum(prod(shape) for shape in self.parameters.values())
 
     @cached_property
+    def ties_head(self) -> bool:
+        """Whether head and embedding are one weight."""
+        return list(self.parameters.values()).count((self.vocab, self.hidden)) < 2
+
+    @cached_property
     def largest_parameter(self) -> int:
         """Elements of it."""
         return max(map(prod, self.parameters.values()))
