@@ -10,15 +10,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPO, TINY_MODEL
 from simulated_gpu.device import build
+
+from trainers.plan.activations import HEAD_WIDTH
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="the simulated GPU is compiled, and there is no g++"
 )
 
-# Of the plan: what is not simulated, and the weights, which the CPU's engine holds.
-APART = ("CUDA context", "CUDA graphs", "fragmentation", "weights", "engine's weights")
+# Of the plan: what is not simulated, the weights, which the CPU's engine holds, and a checkpoint's, which is not saved.
+APART = ("CUDA context", "CUDA graphs", "fragmentation", "weights", "engine's weights", "clones")
 SMALL = 2**16  # bytes: a rollout's tokens, a streamed model's last norm
 
 
@@ -43,8 +46,6 @@ def on_gpu(tmp_path_factory):
 @pytest.fixture(scope="module")
 def deep_model(tokenizer, tmp_path_factory):
     """More layers than a streamed model has room for at once."""
-    import torch
-
     from trainers.models import make_model
 
     path = tmp_path_factory.mktemp("deep")
@@ -55,7 +56,7 @@ def deep_model(tokenizer, tmp_path_factory):
 
 def test_the_simulation_tells_devices_apart(on_gpu):
     found = on_gpu("devices")
-    assert "same device" in found["told"]
+    assert ["same device" in message for message in found["told"]] == [True] * 4
     assert found["used"] == [4096, 0]
 
 
@@ -63,11 +64,10 @@ def test_the_simulation_tells_devices_apart(on_gpu):
     ("on_disk", "needed"),
     [
         (False, ["default stream without wait_event", "other stream without wait_event"]),
-        (True, []),  # read by the CPU, which is there when a copy returns
+        (True, ["other stream without wait_event"]),  # read by the CPU: a copy is there when it returns
     ],
 )
 def test_a_streamed_pass_waits_for_its_copies_and_they_for_it(on_gpu, deep_model, on_disk, needed):
-    import torch
     from transformers import AutoModelForCausalLM
 
     found = on_gpu("streamed", deep_model, on_disk)
@@ -127,8 +127,6 @@ def test_rl_computes_on_a_gpu_what_it_does_on_a_cpu(on_gpu, model_dir, rows_file
     held = sum(p for name, p in gpu["plan"]["save"].items() if name not in APART)
     for phase in ("score", "step"):
         assert last[f"memory/{phase}"] <= held + SMALL, "something of a phase stays on the GPU"
-    planned = {
-        phase: sum(p for name, p in gpu["plan"][phase].items() if name not in APART) for phase in ("score", "update")
-    }
-    assert last["memory/step_peak"] == pytest.approx(planned["update"], rel=0.1)
-    assert last["memory/score_peak"] <= planned["score"]
+    planned = sum(size for name, size in gpu["plan"]["update"].items() if name not in APART)
+    tile = SHORT["per_device_train_batch_size"] * SHORT["max_completion_length"] * HEAD_WIDTH * 4  # nearly all of it
+    assert last["memory/step_peak"] - tile == pytest.approx(planned - tile, rel=0.1)

@@ -230,16 +230,19 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
 
 
 def _update(work: Workload) -> dict[str, int]:
-    """The larger of two moments: the backward pass, and the optimizer's step."""
+    """The largest of the moments of the backward pass, and the optimizer's step."""
     gradients, step = work.trained_bytes, work.optimizer_bytes.transient
     backward, in_course = activations(work)
     # Without accumulation the gradients of the layers come as the activations go.
     early = gradients if work.accumulates else _head_gradient(work)
-    # A tied head's waits for the embedding's, to be added to it, and both to what was accumulated.
-    waiting = _head_gradient(work) if work.accumulates and work.teacher.ties_head else 0
+    # At the very end comes the embedding's gradient, to be added to a tied head's, which has waited for it, and both to
+    # what was accumulated.
+    tied, head = work.teacher.ties_head, _head_gradient(work)
+    waiting, last = head if tied and work.accumulates else 0, head if tied or work.accumulates else 0
     moments = [
         {"gradients": early} | backward,
         {"gradients": gradients, "tied head's gradient": waiting} | in_course,
+        {"gradients": gradients, "tied head's gradient": waiting, "embedding's gradient": last},
         {"gradients": gradients, "optimizer's step": step},
     ]
     for items in moments:

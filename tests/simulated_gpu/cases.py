@@ -15,17 +15,28 @@ from simulated_gpu import device  # noqa: E402
 
 
 def devices() -> dict[str, Any]:
-    """That a tensor on the wrong device is told, and what is in use."""
+    """What is told of tensors on the wrong device, and what is in use."""
     import torch
 
-    here, there = torch.ones(1000), torch.ones(1000, device="cuda")
-    try:
-        there + here
-    except RuntimeError as error:
-        told = str(error)
-    used = torch.cuda.memory_allocated()
-    del there
-    return {"told": told, "used": [used, torch.cuda.memory_allocated()]}
+    def while_there_is_one() -> int:
+        one = torch.ones(1000, device="cuda")
+        return torch.cuda.memory_allocated() * one.is_cuda
+
+    used = [while_there_is_one(), torch.cuda.memory_allocated()]
+    here, there, number = torch.ones(1000), torch.ones(1000, device="cuda"), torch.zeros(())
+    told = []
+    for wrong in (
+        lambda: there + here,
+        lambda: number.add_(there.sum()),
+        lambda: here[torch.zeros(3, dtype=torch.long, device="cuda")],
+        lambda: there.index_put_((torch.arange(3),), torch.ones(3)),
+    ):
+        try:
+            wrong()
+        except RuntimeError as error:
+            told.append(str(error))
+    assert (there + number)[torch.arange(3)].tolist() == [1, 1, 1]  # as on a card
+    return {"told": told, "used": used}
 
 
 def streamed(model: str, on_disk: str) -> dict[str, Any]:

@@ -83,6 +83,10 @@ struct PinnedAllocator final : c10::Allocator {
   }
   static void unpin(void* context) {
     auto* bytes = static_cast<c10::DataPtr*>(context);
+    {
+      std::lock_guard<std::recursive_mutex> guard(order::lock);
+      order::blocks.erase(bytes->get());  // torch's own allocator waits for streams before it gives pinned memory anew
+    }
     pin(reinterpret_cast<int64_t>(bytes->get()), 0);
     delete bytes;
   }
@@ -94,7 +98,6 @@ struct PinnedAllocator final : c10::Allocator {
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return GPU; }
   c10::Device getDevice() const override { return GPU; }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   // Autograd's own: backward passes run on the stream of their forward pass, which here is the default one.
   c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, GPU); }
   c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
@@ -211,9 +214,9 @@ class Call {
   std::map<c10::StorageImpl*, c10::Storage> storages_;
 };
 
-// Those that take tensors of both devices on a real card.
-const std::set<std::string> MIXED = {"aten::copy_",      "aten::_foreach_copy_", "aten::index",
-                                     "aten::index_put_", "aten::_index_put_impl_"};
+// Those that take tensors of both devices on a real card: all of them, or the places where to look.
+const std::set<std::string> COPIES = {"aten::copy_", "aten::_foreach_copy_"};
+const std::set<std::string> LOOK_UPS = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"};
 // Those after which the host knows a result.
 const std::set<std::string> SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::equal",
                                      "aten::masked_select"};
@@ -237,9 +240,9 @@ void note(const c10::FunctionSchema& schema, const std::vector<Access>& accesses
   bool waits = SYNCS.count(schema.name()) > 0;
   for (auto& a : accesses) {
     order::touch(a.bytes, order::stream, a.write, schema.name());
-    waits |= a.is_pageable || (a.is_pinned && !non_blocking);
+    waits |= (a.is_pageable && (a.write || !non_blocking)) || (a.is_pinned && !non_blocking);
   }
-  if (waits) order::merge(order::clocks[order::HOST], order::clocks[order::stream]);
+  if (waits && !order::in_kernel) order::merge(order::clocks[order::HOST], order::clocks[order::stream]);
 }
 
 void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
@@ -247,8 +250,8 @@ void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
   std::vector<Access> accesses;
   bool non_blocking = false;
   auto add = [&](const Tensor& t, bool write) {
-    bool is_number = !t.is_cuda() && t.dim() == 0 && schema.name() != "aten::copy_";
-    if (!t.defined() || !t.has_storage() || t.numel() == 0 || is_number) return;
+    bool is_number = !t.is_cuda() && t.dim() == 0 && !COPIES.count(schema.name());
+    if (!t.has_storage() || t.numel() == 0 || is_number) return;
     const void* bytes = t.storage().data();
     bool pinned = !t.is_cuda() && is_pinned(bytes);
     accesses.push_back({bytes, write, pinned, !t.is_cuda() && !pinned});
@@ -257,6 +260,7 @@ void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
     return std::any_of(accesses.begin(), accesses.end(), [&](auto& a) { return a.bytes == t.storage().data(); });
   };
   Call call;
+  bool is_mixed = false;
   auto begin = stack->size() - schema.arguments().size();
   for (size_t i = begin; i < stack->size(); ++i) {
     IValue& value = (*stack)[i];
@@ -269,13 +273,14 @@ void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
     }
     value = each_tensor(value, [&](const Tensor& t) {
       if (order::watching && t.defined()) add(t, write);
+      bool may_be_of_cpu = COPIES.count(schema.name()) || (t.defined() && t.dim() == 0 && !write) ||
+                           (LOOK_UPS.count(schema.name()) && argument.name() == "indices");
+      is_mixed |= t.defined() && !t.is_cuda() && !may_be_of_cpu;
       return call.to_cpu(t);
     });
   }
-  if (!MIXED.count(schema.name()))
-    for (auto& t : call.of_cpu)
-      TORCH_CHECK(t.dim() == 0, "Expected all tensors to be on the same device, but found at least two devices, ",
-                  "cuda:0 and cpu! (", schema.name(), ")");
+  TORCH_CHECK(!is_mixed, "Expected all tensors to be on the same device, but found at least two devices, ",
+              "cuda:0 and cpu! (", schema.name(), ")");
   {
     at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(stack);
@@ -314,11 +319,6 @@ Tensor& set_storage(Tensor& self, at::Storage source) {
   return set_storage_at(self, std::move(source), 0, {size}, {1});
 }
 
-void record_stream(Tensor& self, at::Stream) {
-  std::lock_guard<std::recursive_mutex> guard(order::lock);
-  order::blocks[self.storage().data()].recorded = true;
-}
-
 auto as_boxed() { return torch::CppFunction::makeFromBoxedFunction<&as_the_cpu>(); }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(as_boxed()); }
@@ -328,7 +328,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty_strided", &empty_strided);
   m.impl("set_.source_Storage", &set_storage);
   m.impl("set_.source_Storage_storage_offset", &set_storage_at);
-  m.impl("record_stream", &record_stream);
   m.impl("copy_", as_boxed());          // otherwise a kernel that looks for CUDA's
   m.impl("silu_backward", as_boxed());  // otherwise put together from others, which take more memory
 }
@@ -362,7 +361,12 @@ TORCH_LIBRARY(simulated, m) {
   m.def("reset_peak() -> ()", +[]() { peak = in_use.load(); });
   m.def("pin(int address, int size) -> ()", &pin);
   m.def("as_gpu(Tensor cpu) -> Tensor");
-  m.def("watch(bool on) -> ()", +[](bool on) { order::watching = on; });
+  m.def("watch(bool on) -> ()", +[](bool on) {
+    std::lock_guard<std::recursive_mutex> guard(order::lock);
+    order::blocks.clear();
+    order::watching = on;
+  });
+  m.def("in_kernel(bool on) -> ()", +[](bool on) { order::in_kernel = on; });
   m.def("use_stream(int stream) -> ()", +[](int64_t stream) { order::stream = stream; });
   m.def("record(int event, int stream) -> ()", +[](int64_t event, int64_t stream) {
     std::lock_guard<std::recursive_mutex> guard(order::lock);

@@ -1,7 +1,8 @@
 """Let torch's CPU build believe in a GPU: device.cpp, and what `torch.cuda` would tell of it.
 
-What it is good for: a tensor on the wrong device fails as on a GPU, accesses of two streams (and of the host, to pinned
-memory) that nothing orders are told, and bytes in use are counted. Not for time, rounding or kernels.
+What it is good for: a tensor on the wrong device fails as on a GPU; accesses of two streams that nothing orders are
+told, and those of the host to pinned memory, in `host_mode` and its thread; bytes in use are counted. Not for time,
+rounding or kernels.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,23 +43,18 @@ def pretend(library: Path) -> None:
     import trainers.plan.hardware as hardware
     import trainers.plan.machine as machine
 
-    hardware.num_cuda_devices = machine.num_cuda_devices = lambda: 1
+    hardware.num_cuda_devices = lambda: 1
     machine.read_card = lambda: machine.Card("simulated", TOTAL, TOTAL, 9.0)
 
 
 def _tell_of_the_device(torch: Any) -> None:
     """What `torch.cuda` says, and its streams and events."""
     ops, cuda, here = torch.ops.simulated, torch.cuda, threading.local()
+    events, streams, numbers = count(1), count(1), []
 
     class Event:
-        count = 0
-
-        def __new__(cls, *_: Any, **__: Any) -> "Event":
-            return object.__new__(cls)
-
         def __init__(self, *_: Any, **__: Any) -> None:
-            Event.count += 1
-            self.number = Event.count
+            self.number = next(events)
 
         def record(self, stream: Any = None) -> None:
             ops.record(self.number, (stream or current()).number)
@@ -72,15 +69,11 @@ def _tell_of_the_device(torch: Any) -> None:
             return True
 
     class Stream:
-        count = 0
         device = torch.device("cuda", 0)
 
-        def __new__(cls, *_: Any, **__: Any) -> "Stream":
-            return object.__new__(cls)
-
         def __init__(self, *_: Any, **__: Any) -> None:
-            Stream.count += 1
-            self.number = Stream.count
+            self.number = next(streams)
+            numbers.append(self.number)
 
         def wait_stream(self, other: "Stream") -> None:
             ops.wait_stream(self.number, other.number)
@@ -117,7 +110,7 @@ def _tell_of_the_device(torch: Any) -> None:
         yield
 
     def synchronize(device: Any = None) -> None:
-        for number in range(1, Stream.count + 1):
+        for number in numbers:
             ops.wait_stream(0, number)
 
     def host_register(address: int, size: int, flags: int) -> int:
@@ -188,10 +181,19 @@ def _stand_in_for_kernels(torch: Any) -> None:
 
     torch.nn.functional.scaled_dot_product_attention = attention
 
+    @contextmanager
+    def in_kernel() -> Any:
+        torch.ops.simulated.in_kernel(True)
+        try:
+            yield
+        finally:
+            torch.ops.simulated.in_kernel(False)
+
     def addmm(into: Any, a: Any, b: Any, dtype: Any, *, beta: float = 1, alpha: float = 1, out: Any) -> Any:
         assert into.dtype == out.dtype == dtype
-        a, b = a.cpu().to(dtype), b.cpu().to(dtype)
-        return out.copy_(torch.addmm(into.cpu(), a, b, beta=beta, alpha=alpha))
+        with in_kernel():
+            a, b = a.cpu().to(dtype), b.cpu().to(dtype)
+            return out.copy_(torch.addmm(into.cpu(), a, b, beta=beta, alpha=alpha))
 
     global library  # lives as long as the process
     library = torch.library.Library("aten", "IMPL")
@@ -211,10 +213,11 @@ def _stand_in_for_kernels(torch: Any) -> None:
         def __call__(self, *arguments: Any, **constants: Any) -> None:
             tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
             assert all(t.is_cuda for t in tensors)
-            there = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
-            self.tile(*there, **constants)
-            for mine, its in zip(tensors, (t for t in there if isinstance(t, torch.Tensor)), strict=True):
-                mine.copy_(its)
+            with in_kernel():
+                there = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+                self.tile(*there, **constants)
+                for mine, its in zip(tensors, (t for t in there if isinstance(t, torch.Tensor)), strict=True):
+                    mine.copy_(its)
 
     chunked_logprob._TRITON_AVAILABLE = True
     chunked_logprob.triton = SimpleNamespace(cdiv=lambda a, b: -(-a // b))

@@ -1,5 +1,8 @@
 // Which accesses to memory are ordered: host and streams have vector clocks (Lamport, Mattern), as in a race detector.
+// The host is one agent, whatever the thread: that a thread has waited for another is taken for granted.
 #pragma once
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -18,12 +21,12 @@ struct Accesses {
   std::pair<int, int64_t> write{-1, 0};
   std::string writer;
   std::map<int, int64_t> reads;
-  bool recorded = false;  // record_stream
 };
 
 inline std::recursive_mutex lock;
-inline bool watching = false;
+inline std::atomic<bool> watching = false;
 inline thread_local int stream = 1;
+inline thread_local bool in_kernel = false;  // copies stand in for a kernel's own accesses: the host waits for none
 inline std::map<int, Clock> clocks;
 inline std::map<int64_t, Clock> events;
 inline std::map<const void*, Accesses> blocks;  // by the address of their bytes
@@ -84,7 +87,7 @@ inline void freed(const void* bytes) {
   auto last = block.reads;
   if (block.write.first > HOST) last[block.write.first] = std::max(last[block.write.first], block.write.second);
   for (auto& [agent, time] : last)
-    if (!block.recorded && agent > HOST && agent != block.stream && at(known, agent) < time)
+    if (agent > HOST && agent != block.stream && at(known, agent) < time)
       faults.insert("a block is freed while " + name(agent) + " may still use it, after " + block.writer);
   blocks.erase(found);
 }

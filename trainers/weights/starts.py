@@ -72,7 +72,8 @@ def load_teacher(options: TrainOptions, path: str, dtype: torch.dtype, adapter: 
     if options.router_aux_loss_coef and not hasattr(config, "output_router_logits"):
         cause = f"{path} is no mixture of experts that gives its routers' logits"
         raise ConfigError(Fault("router_aux_loss_coef", options.router_aux_loss_coef, cause, "leave it out"))
-    if options.use_peft and config.tie_word_embeddings and getattr(options, "cast_lm_head_to_fp32", False):
+    casts = options.use_peft and getattr(options, "cast_lm_head_to_fp32", False)
+    if casts and getattr(config, "tie_word_embeddings", False):
         cause = f"{path} has one weight for head and embedding, which TRL does not find behind adapters"
         raise ConfigError(Fault("cast_lm_head_to_fp32", True, cause, "cast_lm_head_to_fp32=false, or use_peft=false"))
     model = load_model(path, dtype, options.attn_implementation, KEY, options.trust_remote_code)
