@@ -47,9 +47,9 @@ def pretend(library: Path) -> None:
     machine.read_card = lambda: machine.Card("simulated", TOTAL, TOTAL, 9.0)
 
 
-def _tell_of_the_device(torch: Any) -> None:
-    """What `torch.cuda` says, and its streams and events."""
-    ops, cuda, here = torch.ops.simulated, torch.cuda, threading.local()
+def _streams(torch: Any) -> dict[str, Any]:
+    """Streams and events, by their names in `torch.cuda`; what they order, device.cpp is told."""
+    ops, here = torch.ops.simulated, threading.local()
     events, streams, numbers = count(1), count(1), []
 
     class Event:
@@ -105,13 +105,27 @@ def _tell_of_the_device(torch: Any) -> None:
             here.stream = before
             ops.use_stream(before.number)
 
-    @contextmanager
-    def on_device(device: Any) -> Any:
-        yield
-
     def synchronize(device: Any = None) -> None:
         for number in numbers:
             ops.wait_stream(0, number)
+
+    return {
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": current,
+        "default_stream": lambda device=None: default,
+        "stream": use,
+        "synchronize": synchronize,
+    }
+
+
+def _tell_of_the_device(torch: Any) -> None:
+    """What `torch.cuda` says."""
+    ops, cuda = torch.ops.simulated, torch.cuda
+
+    @contextmanager
+    def on_device(device: Any) -> Any:
+        yield
 
     def host_register(address: int, size: int, flags: int) -> int:
         ops.pin(address, size)
@@ -126,7 +140,7 @@ def _tell_of_the_device(torch: Any) -> None:
     runtime = SimpleNamespace(cudaHostRegister=host_register, cudaHostUnregister=lambda at: host_register(at, 0, 0))
     properties = SimpleNamespace(name="simulated", total_memory=TOTAL, major=9, minor=0, multi_processor_count=132)
     random_state = torch.zeros(8, dtype=torch.uint8)
-    answers = {
+    answers = _streams(torch) | {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -145,12 +159,6 @@ def _tell_of_the_device(torch: Any) -> None:
         "max_memory_reserved": lambda device=None: ops.peak(),
         "reset_peak_memory_stats": lambda device=None: ops.reset_peak(),
         "empty_cache": lambda: None,
-        "synchronize": synchronize,
-        "Stream": Stream,
-        "Event": Event,
-        "current_stream": current,
-        "default_stream": lambda device=None: default,
-        "stream": use,
         "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda device=None: random_state,
         "get_rng_state_all": lambda: [random_state],
