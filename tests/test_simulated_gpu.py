@@ -16,9 +16,10 @@ from simulated_gpu.device import build
 
 from trainers.plan.activations import HEAD_WIDTH
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="the simulated GPU is compiled, and there is no g++"
-)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the simulated GPU is compiled, and there is no g++"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch brings CUDA's own kernels"),
+]
 
 # Of the plan: what is not simulated, the weights, which the CPU's engine holds, and a checkpoint's, which is not saved.
 APART = ("CUDA context", "CUDA graphs", "fragmentation", "weights", "engine's weights", "clones")

@@ -40,7 +40,7 @@ def devices() -> dict[str, Any]:
 
 
 def streamed(model: str, on_disk: str) -> dict[str, Any]:
-    """A streamed pass, and with each of its waits left out."""
+    """A streamed pass, and with each kind of wait left out."""
     import torch
     from transformers import AutoConfig
 
@@ -60,7 +60,7 @@ def streamed(model: str, on_disk: str) -> dict[str, Any]:
 
 
 def offloaded(place: str) -> dict[str, Any]:
-    """Steps of the optimizer in host memory, and with each of its waits left out."""
+    """Steps of the optimizer in host memory, and with each kind of wait left out."""
     import torch
 
     import trainers.master_adamw as master_adamw
