@@ -92,3 +92,11 @@ def adapter_dir(model_dir, tokenizer, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def on_gpu(tmp_path_factory):
+    """A function that lets a case of simulated_gpu/cases.py run."""
+    from simulated_gpu.run import on_simulated_gpu
+
+    return on_simulated_gpu(tmp_path_factory.mktemp("simulated") / "libsimulated.so")

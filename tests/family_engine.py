@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,18 +28,26 @@ def largest_difference(model, prompts, rollout) -> float:
     worst = 0.0
     for prompt, completion, logprobs in zip(prompts, rollout.completion_ids, rollout.logprobs, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + completion])).logits[0]
+            logits = model(torch.tensor([prompt + completion], device=model.device)).logits[0].float().cpu()
         positions = list(range(len(prompt) - 1, len(prompt) + len(completion) - 1))
         expected = logits.log_softmax(-1)[positions, completion]
         worst = max(worst, (expected - torch.tensor(logprobs)).abs().max().item())
     return worst
 
 
-def measure(family: str, use_peft: bool) -> dict[str, float]:
-    """Differences before and after three updates, and how far the least moved parameter went."""
+def measure(
+    family: str,
+    use_peft: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    completions: int = 8,
+    max_tokens: int = 16,
+    **chosen: Any,
+) -> dict[str, float]:
+    """Differences before and after three updates, and how far the least moved parameter went; `chosen` are options."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():  # scores that are worth capping
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name or "qkv_proj" in name:
@@ -46,28 +55,35 @@ def measure(family: str, use_peft: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
-        model = load_model(folder, torch.float32, None, "model_name_or_path", False)
-        options = options_class("rl")(max_prompt_length=64, max_completion_length=64, seed=1, use_peft=use_peft)
+        model = load_model(folder, dtype, None, "model_name_or_path", False)
+        options = options_class("rl")(
+            max_prompt_length=64, max_completion_length=64, seed=1, use_peft=use_peft, **chosen
+        )
         if use_peft:
             model = add_adapters(model, options)
-        engine = Engine(model, folder, options, torch.device("cpu"), torch.float32, [2])
-    prompts = [torch.randint(3, 470, (20,)).tolist() for _ in range(8)]
-    sampling = {"temperature": 1.0, "max_tokens": 16}
+        engine = Engine(model, folder, options, torch.device(device), dtype, [2])
+    model.to(device)
+    prompts = [torch.randint(3, 470, (20,)).tolist() for _ in range(completions)]
+    sampling = {"temperature": 1.0, "max_tokens": max_tokens}
     before = largest_difference(model, prompts, engine.generate(prompts, sampling, 0))
+    engine.release_cache()
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2 if use_peft else 1e-3)
     for _ in range(3):
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=device)
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     moved = min((p - weights[name]).abs().max().item() for name, p in model.named_parameters() if name in weights)
     engine.sync_weights()
     after = largest_difference(model, prompts, engine.generate(prompts, sampling, 1))
-    sampled = engine.generate(prompts, sampling, 2)
-    engine.close()
     found = {"before": before, "after": after, "least_moved": moved}
-    return found if use_peft else found | fresh_differences(model, prompts, sampled)
+    if device == "cpu" and not use_peft:
+        sampled = engine.generate(prompts, sampling, 2)
+        engine.close()
+        return found | fresh_differences(model, prompts, sampled)
+    engine.close()
+    return found
 
 
 def fresh_differences(model, prompts, sampled) -> dict[str, float]:

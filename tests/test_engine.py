@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers import rl
 from trainers.engine import Engine, next_token_params, request_seed
-from trainers.engine_setup import engine_arguments, kept_process_state
+from trainers.engine_setup import check_architecture, engine_arguments, kept_process_state
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
@@ -225,6 +225,16 @@ def test_model_without_a_class_of_vllm_s_own_is_refused_before_it_is_loaded(
     monkeypatch.setattr(rl, "load_teacher", lambda *_: pytest.fail("the weights are loaded"))
     with pytest.raises(ConfigError, match=f"(?i)no class of its own for {family}ForCausalLM.*\n.*use_vllm=false"):
         rl.run_rl(options, tmp_path / "out")
+
+
+def test_model_that_vllm_refuses_in_fp16_is_told_before_it_is_loaded(tokenizer, tmp_path):
+    AutoConfig.for_model("gemma2", **COMMON).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = small_options(model_name_or_path=str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"1\. model_name.*refuses it: The model type 'gemma2'.* instead\.\n.*correct"
+    ):
+        check_architecture(options, str(tmp_path), torch.device("cpu"), torch.float16)
 
 
 def test_what_vllm_sets_for_the_whole_process_is_put_back():

@@ -3,45 +3,21 @@
 The GPU is simulated (tests/simulated_gpu): its kernels are the CPU's. Run: ./run_tests.sh tests/test_simulated_gpu.py
 """
 
-import json
-import os
-import shutil
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
-from conftest import REPO, TINY_MODEL
-from simulated_gpu.device import build
+from conftest import TINY_MODEL
+from simulated_gpu.run import POSSIBLE
 
 from trainers.plan.activations import HEAD_WIDTH
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="the simulated GPU is compiled, and there is no g++"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch brings CUDA's own kernels"),
-]
+pytestmark = POSSIBLE
 
-# Of the plan: what is not simulated, the weights, which the CPU's engine holds, and a checkpoint's, which is not saved.
-APART = ("CUDA context", "CUDA graphs", "fragmentation", "weights", "engine's weights", "clones")
+# Of the plan: what is not simulated, what the CPU's engine holds, if at all, and a checkpoint's, which is not saved.
+ENGINE = ("weights", "engine's weights", "engine's sampling state")
+APART = (*ENGINE, "CUDA context", "CUDA graphs", "fragmentation", "clones")
 SMALL = 2**16  # bytes: a rollout's tokens, a streamed model's last norm
-
-
-@pytest.fixture(scope="module")
-def on_gpu(tmp_path_factory):
-    """A function that lets a case of cases.py run with a simulated GPU."""
-    library = tmp_path_factory.mktemp("simulated") / "libsimulated.so"
-    build(library)
-
-    def run(case, *arguments):
-        command = [sys.executable, str(REPO / "tests/simulated_gpu/cases.py"), str(library), case]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, text=True, cwd=REPO, env=environment, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +35,21 @@ def test_the_simulation_tells_devices_apart(on_gpu):
     found = on_gpu("devices")
     assert ["same device" in message for message in found["told"]] == [True] * 4
     assert found["used"] == [4096, 0]
+
+
+def test_a_graph_reads_the_weights_where_they_were(on_gpu):
+    found = on_gpu("graphs")
+    assert found["in place"] == [2 * 3 * 3 + 1] * 2
+    assert found["moved"] == [1 * 3 * 3 + 1] * 2, "a graph of the simulation would hide that a weight was moved"
+    assert "when stream is capturing" in found["told"]
+
+
+def test_who_touches_a_pool_that_sleeps_is_stopped(on_gpu):
+    found = on_gpu("asleep")
+    cache, beside = 20480, 4096
+    assert found["used"] == [cache + beside, cache, beside, cache, cache + beside]
+    assert found["signal"] == signal.SIGSEGV
+    assert found["kept"] and found["gone"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
-from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment
+from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment, words_of
 from trainers.errors import ConfigError, Fault
 from trainers.options import RLOptions
 from trainers.plan.hardware import vllm_releases_cache
@@ -114,7 +114,7 @@ class Engine:
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             if not self._asked:
                 raise
-            cause = f"vLLM does not start with it: {' '.join(str(error).split()) or type(error).__name__}"
+            cause = f"vLLM does not start with it: {words_of(error)}"
             fault = Fault("vllm_kwargs", self._asked, cause, "correct what it names, or leave it out")
             raise ConfigError(fault) from error
 

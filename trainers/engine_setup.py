@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from trainers.errors import ConfigError, Fault
 from trainers.options import RLOptions
@@ -64,26 +65,37 @@ def engine_arguments(options: RLOptions, model_path: str, device: torch.device, 
 
 
 def check_architecture(options: RLOptions, model_path: str, device: torch.device, dtype: torch.dtype) -> None:
-    """See that vLLM has a class of its own for a model, before any weights are loaded.
+    """See that vLLM takes a model, and has a class of its own for it, before any weights are loaded.
 
     Its Transformers backend decorates transformers' own classes, for the whole process: the trainer's forward pass then
     asks the trainer's model for what only vLLM's has.
 
     Raises:
-        ConfigError: If it would fall back on that backend.
+        ConfigError: If it would fall back on that backend, or refuses the model (Gemma in fp16).
     """
     prepare_environment(device)
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = engine_arguments(options, model_path, device, dtype) | options.vllm_kwargs
     known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
-    with kept_process_state():
-        config = EngineArgs(**known).create_model_config()
+    try:
+        with kept_process_state():
+            config = EngineArgs(**known).create_model_config()
+    except ValueError as error:
+        cause, remedy = f"vLLM refuses it: {words_of(error)}", "correct what it names, or use_vllm=false"
+        raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy)) from error
     if config.using_transformers_backend():
         cause = f"vLLM has no class of its own for {', '.join(config.architectures)}, and its Transformers backend "
         cause += "alters the classes that the trainer computes with"
         remedy = "use_vllm=false, or a model of another architecture"
         raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
+
+
+def words_of(error: Exception) -> str:
+    """What vLLM says is wrong, without what pydantic adds to it."""
+    if isinstance(error, ValidationError):
+        return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -28,6 +28,9 @@ CUDA_GRAPH = 26 * 2**20
 # Of what comes and goes: blocks that are free but not given back. Not measured on a GPU. On a CPU glibc keeps 15 to 50
 # percent of it, less predictably than can be planned (docs/LOG.md): the plan says what is needed.
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
+# Of each sequence vLLM's second model runner keeps, in every phase, a count and two bits for each token of the
+# vocabulary (penalties, grammars), and room for biases, forbidden words and wanted tokens (v1/worker/gpu of 0.31).
+SEQUENCE_STATE = 4 * (3 * 1024 + 128 + 1024 + 129 + 128)
 BUCKETS = "gradient buckets"
 LOADING = ("reading the teacher", "merging an adapter")  # of the host
 MAX_SEQS = 256  # completions that it writes at once, unless set
@@ -94,6 +97,9 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
         bridge = work.bridge
         padded = (-teacher.vocab % 64) * teacher.hidden * size
         yield "engine's weights", (weights if bridge in ("copy", "restart") else 0) + padded
+        if work.device == "cuda":
+            state = teacher.vocab * 34 // 8 + SEQUENCE_STATE
+            yield "engine's sampling state", max_num_seqs(work.options) * state
         if bridge == "lora":
             yield "engine's adapters", size * sum(map(prod, work.adapter_shapes(_vllm_rank(work.adapter.rank))))
     yield "optimizer", work.optimizer_bytes.device

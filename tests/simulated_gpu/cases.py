@@ -1,9 +1,10 @@
-"""What test_simulated_gpu.py lets run with a simulated GPU, each case in a process: `cases.py LIBRARY CASE [...]`.
+"""What is let run with a simulated GPU, each case in a process: `cases.py LIBRARY CASE [...]`.
 
-The last line is JSON.
+The last line is JSON. With SIMULATED_TRITON, a folder that holds Triton, vLLM's own GPU worker is the engine.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-from simulated_gpu import device  # noqa: E402
+from simulated_gpu import device, gpu_engine  # noqa: E402
 
 
 def devices() -> dict[str, Any]:
@@ -37,6 +38,56 @@ def devices() -> dict[str, Any]:
             told.append(str(error))
     assert (there + number)[torch.arange(3)].tolist() == [1, 1, 1]  # as on a card
     return {"told": told, "used": used}
+
+
+def graphs() -> dict[str, Any]:
+    """What a captured graph computes after its weights were written in place, and after they were moved."""
+    import torch
+
+    from simulated_gpu.graphs import simulate
+
+    simulate()
+    weights = torch.nn.Linear(3, 2, bias=False).to("cuda")
+    given = torch.ones(1, 3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        made = weights(given).relu() + 1
+
+    def replayed(x: float, w: float, moved: bool = False) -> list[float]:
+        with torch.no_grad():
+            given.fill_(x)
+            if moved:
+                weights.weight.data = weights.weight.data.clone()
+            weights.weight.fill_(w)
+        graph.replay()
+        return made.cpu().flatten().tolist()
+
+    found: dict[str, Any] = {"in place": replayed(2, 3), "moved": replayed(1, 5, moved=True)}
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        try:
+            given.sum().item()
+        except RuntimeError as error:
+            found["told"] = str(error)
+    return found
+
+
+def asleep() -> dict[str, Any]:
+    """Bytes of a pool whose pages are taken away, and what becomes of who touches it then."""
+    import torch
+
+    ops = torch.ops.simulated
+    ops.use_pool("kv_cache")
+    cache = torch.zeros(5000, device="cuda")
+    ops.use_pool("")
+    beside = torch.zeros(1000, device="cuda")
+    used = [ops.memory(), ops.set_asleep("kv_cache", True), ops.memory()]
+    if (child := os.fork()) == 0:
+        cache.add_(1)
+        os._exit(0)
+    ended = os.WTERMSIG(os.waitpid(child, 0)[1])
+    used += [ops.set_asleep("kv_cache", False), ops.memory()]
+    kept = bool((beside == 0).all())
+    return {"used": used, "signal": ended, "kept": kept, "gone": bool(cache.isnan().all())}
 
 
 def streamed(model: str, on_disk: str) -> dict[str, Any]:
@@ -124,16 +175,50 @@ def train(output_dir: str, *overrides: str) -> dict[str, Any]:
 
     options = load_options(compose_run("teacher_rlt_tiny", [*overrides, f"output_dir={output_dir}"]))
     solved = solve(problem_of(options))
-    if options.device == "cuda":
+    if options.device == "cuda" and gpu_worker is None:
         device.share_the_cpu_engine()
         torch.ops.simulated.watch(True)
     run_rl(solved.options, Path(output_dir))
     metrics = [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text("utf-8").splitlines()]
-    left = {"plan": solved.plan.phases, "faults": torch.ops.simulated.take_faults(), "peak": torch.ops.simulated.peak()}
-    return {"metrics": [row for row in metrics if "reward" in row]} | left
+    steps = [row for row in metrics if "reward" in row]
+    told = {"faults": torch.ops.simulated.take_faults(), "peak": torch.ops.simulated.peak()}
+    return {"metrics": steps, "plan": solved.plan.phases, "worker": gpu_worker and vars(gpu_worker)} | told
+
+
+def family(name: str, trained: str) -> dict[str, Any]:
+    """One of families.py on vLLM's GPU worker: whether trainer and engine agree, before and after updates."""
+    import torch
+    from family_engine import measure
+
+    graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [4]}
+    # LoRA's kernels add in the type of the model, and Triton's interpreter adds bf16 as integers.
+    dtype = torch.float16 if trained == "adapters" else torch.float32
+    engine = {"compilation_config": graphs, "max_num_batched_tokens": 64}
+    limits = {"completions": 3, "max_tokens": 5, "max_num_seqs": 4, "kv_cache_gib": 0.01, "vllm_kwargs": engine}
+    return measure(name, trained == "adapters", "cuda", dtype, **limits) | vars(gpu_worker)
+
+
+def resting(model: str, sequences: str) -> int:
+    """Bytes that vLLM's GPU worker holds beside weights and KV cache, for so many sequences at once."""
+    import torch
+
+    from trainers.engine import Engine
+    from trainers.models import load_model
+    from trainers.options import options_class
+
+    teacher = load_model(model, torch.bfloat16, None, "model_name_or_path", False)
+    limits = {"max_prompt_length": 64, "max_completion_length": 64, "max_num_seqs": int(sequences)}
+    chosen = {"kv_cache_gib": 0.01, "enforce_eager": True, "vllm_kwargs": {"max_num_batched_tokens": 64}}
+    options = options_class("rl")(**limits, **chosen)
+    engine = Engine(teacher, model, options, torch.device("cuda"), torch.bfloat16, [2])
+    return torch.cuda.memory_allocated() - engine.bridge.weight_bytes() - engine.kv_cache_bytes()
 
 
 if __name__ == "__main__":
+    triton = os.environ.get("SIMULATED_TRITON")
+    if triton is not None:
+        gpu_engine.find_triton(triton)
     device.pretend(Path(sys.argv[1]))
-    case: Any = {kind.__name__: kind for kind in (devices, streamed, offloaded, train)}[sys.argv[2]]
-    print(json.dumps(case(*sys.argv[3:])))
+    gpu_worker = None if triton is None else gpu_engine.use()
+    kinds: Any = (devices, graphs, asleep, streamed, offloaded, train, family, resting)
+    print(json.dumps({kind.__name__: kind for kind in kinds}[sys.argv[2]](*sys.argv[3:])))

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "memory.h"
 #include "order.h"
 
 namespace {
@@ -22,76 +23,8 @@ using at::Tensor;
 using c10::DispatchKey;
 using c10::IValue;
 
-const c10::Device CPU(c10::DeviceType::CPU), GPU(c10::DeviceType::CUDA, 0);
-
-// --- memory -------------------------------------------------------------------------------------------------------
-
-std::atomic<int64_t> in_use{0}, peak{0};
-
-struct Block {
-  c10::DataPtr bytes;
-  int64_t size;
-};
-
-int64_t rounded(int64_t size) { return (size + 511) / 512 * 512; }  // as CUDACachingAllocator
-
-void release(void* context) {
-  auto* block = static_cast<Block*>(context);
-  in_use -= rounded(block->size);
-  order::freed(block->bytes.get());
-  delete block;
-}
-
-c10::DataPtr on_gpu(c10::DataPtr bytes, int64_t size) {
-  int64_t now = in_use += rounded(size);
-  for (int64_t most = peak; now > most && !peak.compare_exchange_weak(most, now);) {}
-  void* data = bytes.get();
-  order::allocated(data);
-  return {data, new Block{std::move(bytes), size}, &release, GPU};
-}
-
-struct DeviceAllocator final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override { return on_gpu(c10::GetCPUAllocator()->allocate(size), size); }
-  void copy_data(void* to, const void* from, std::size_t size) const override { std::memcpy(to, from, size); }
-} allocator;
+using memory::allocator, memory::is_pinned, memory::on_gpu, memory::CPU, memory::GPU;
 REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &allocator)
-
-std::mutex pins_lock;
-std::map<const char*, size_t> pins;
-
-void pin(int64_t address, int64_t size) {  // 0 to take it back
-  std::lock_guard<std::mutex> guard(pins_lock);
-  auto* begin = reinterpret_cast<const char*>(address);
-  if (size > 0) pins[begin] = size;
-  else pins.erase(begin);
-}
-
-bool is_pinned(const void* address) {
-  std::lock_guard<std::mutex> guard(pins_lock);
-  auto* byte = static_cast<const char*>(address);
-  auto next = pins.upper_bound(byte);
-  if (next == pins.begin()) return false;
-  auto& [begin, size] = *std::prev(next);
-  return byte < begin + size;
-}
-
-struct PinnedAllocator final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override {
-    auto* bytes = new c10::DataPtr(c10::GetCPUAllocator()->allocate(size));
-    pin(reinterpret_cast<int64_t>(bytes->get()), size);
-    return {bytes->get(), bytes, &unpin, CPU};
-  }
-  static void unpin(void* context) {
-    auto* bytes = static_cast<c10::DataPtr*>(context);
-    {
-      std::lock_guard<std::recursive_mutex> guard(order::lock);
-      order::blocks.erase(bytes->get());  // torch's own allocator waits for streams before it gives pinned memory anew
-    }
-    pin(reinterpret_cast<int64_t>(bytes->get()), 0);
-    delete bytes;
-  }
-  void copy_data(void* to, const void* from, std::size_t size) const override { std::memcpy(to, from, size); }
-} pinned_allocator;
 
 // --- what torch asks of a device -------------------------------------------------------------------------------------
 
@@ -121,7 +54,7 @@ struct CUDAHooks final : CUDAHooksInterface {  // looked up by this name
   DeviceIndex getCurrentDevice() const override { return 0; }
   DeviceIndex deviceCount() const override { return 1; }
   int getNumGPUs() const override { return 1; }
-  Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
+  Allocator* getPinnedMemoryAllocator() const override { return &memory::pinned_allocator; }
   const Generator& getDefaultGenerator(DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
   Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
@@ -134,6 +67,13 @@ namespace {
 
 Tensor with_storage(c10::Storage storage, DispatchKey key, const Tensor& like) {
   auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype());
+  made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
+  return made;
+}
+
+Tensor view_of(const Tensor& base, const Tensor& like) {  // an inference tensor where its base is one, as views are
+  auto made = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(base.storage()),
+                                                       base.key_set(), like.dtype());
   made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   return made;
 }
@@ -201,7 +141,7 @@ class Call {
       if (its.is_same(t)) return mine;
     auto* storage = t.storage().unsafeGetStorageImpl();
     for (auto& [mine, its] : pairs_)
-      if (its.storage().unsafeGetStorageImpl() == storage) return with_storage(mine.storage(), DispatchKey::CUDA, t);
+      if (its.storage().unsafeGetStorageImpl() == storage) return view_of(mine, t);
     int64_t size = storage->nbytes();
     c10::Storage made(c10::Storage::use_byte_size_t(), size, on_gpu(storage->set_data_ptr(nothing()), size), &allocator,
                       true);
@@ -245,7 +185,7 @@ void note(const c10::FunctionSchema& schema, const std::vector<Access>& accesses
   if (waits && !order::in_kernel) order::merge(order::clocks[order::HOST], order::clocks[order::stream]);
 }
 
-void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   std::vector<Access> accesses;
   bool non_blocking = false;
@@ -293,6 +233,43 @@ void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
       return made;
     });
   if (order::watching) note(schema, accesses, non_blocking);
+}
+
+// --- CUDA graphs: what was computed while one was captured, again, on the same addresses -------------------------------
+
+struct Captured {
+  c10::OperatorHandle op;
+  std::vector<IValue> given, made;
+};
+
+std::vector<Captured> captured;
+bool capturing = false;
+
+void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  bool is_view = std::any_of(schema.returns().begin(), schema.returns().end(),
+                             [](auto& made) { return made.alias_info() && !made.alias_info()->isWrite(); });
+  if (!capturing || is_view) return compute(op, stack);
+  TORCH_CHECK(!SYNCS.count(schema.name()), "operation not permitted when stream is capturing: ", schema.name());
+  Captured call{op, {stack->end() - schema.arguments().size(), stack->end()}, {}};
+  compute(op, stack);
+  call.made.assign(stack->end() - schema.returns().size(), stack->end());
+  captured.push_back(std::move(call));
+}
+
+void replay(int64_t begin, int64_t end) {
+  c10::InferenceMode guard;
+  for (int64_t i = begin; i < end; ++i) {
+    auto& call = captured[i];
+    torch::jit::Stack stack(call.given);
+    compute(call.op, &stack);
+    for (size_t k = 0; k < call.made.size(); ++k) {
+      if (call.made[k].isNone()) continue;
+      TORCH_CHECK(call.made[k].isTensor(), "not simulated in a graph: ", call.op.schema().name());
+      auto into = call.made[k].toTensor(), made = stack[k].toTensor();
+      if (into.defined() && into.numel() && into.storage().data() != made.storage().data()) into.copy_(made);
+    }
+  }
 }
 
 Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
@@ -356,10 +333,18 @@ order::Clock& clock_of(int64_t agent) {  // of the host, or of a stream, for whi
 }
 
 TORCH_LIBRARY(simulated, m) {
-  m.def("memory() -> int", +[]() { return in_use.load(); });
-  m.def("peak() -> int", +[]() { return peak.load(); });
-  m.def("reset_peak() -> ()", +[]() { peak = in_use.load(); });
-  m.def("pin(int address, int size) -> ()", &pin);
+  m.def("memory() -> int", +[]() { return memory::in_use.load(); });
+  m.def("peak() -> int", +[]() { return memory::peak.load(); });
+  m.def("reset_peak() -> ()", +[]() { memory::peak = memory::in_use.load(); });
+  m.def("pin(int address, int size) -> ()", &memory::pin);
+  m.def("capture(bool on) -> int", +[](bool on) {  // returns how many calls are captured by now
+    capturing = on;
+    return static_cast<int64_t>(captured.size());
+  });
+  m.def("replay(int begin, int end) -> ()", &replay);
+  m.def("use_pool(str name) -> ()", +[](std::string name) { memory::pool = name; });
+  m.def("set_asleep(str pool, bool asleep) -> int", +[](std::string pool, bool asleep) { return memory::set_asleep(pool, asleep); });
+  m.def("pooled() -> int", &memory::pooled);
   m.def("as_gpu(Tensor cpu) -> Tensor");
   m.def("watch(bool on) -> ()", +[](bool on) {
     std::lock_guard<std::recursive_mutex> guard(order::lock);
