@@ -81,15 +81,17 @@ def test_rl_releases_the_cache_for_the_update_and_agrees_after_it(on_gpu, model_
         assert given_back == pytest.approx(KV_CACHE, rel=0.02)
 
 
-def test_what_the_engine_holds_for_each_sequence_is_planned(on_gpu, tmp_path):
-    sizes = COMMON | {"vocab_size": 32000, "num_hidden_layers": 1, "model_type": "qwen2"}
+def test_what_the_engine_holds_and_takes_is_planned(on_gpu, tmp_path):
+    sizes = COMMON | {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 1024, "model_type": "qwen2"}
     tokenizer = make_tokenizer(["a b c"], [], 300)
-    make_model(sizes, tokenizer, 0, torch.bfloat16, None).save_pretrained(tmp_path)
+    make_model(sizes | {"max_position_embeddings": 1024}, tokenizer, 0, torch.bfloat16, None).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    both = []
+    measured, plans = [], []
     for sequences in (8, 64):
-        here = [f"model_name_or_path={tmp_path}", f"student_model={tmp_path}", f"max_num_seqs={sequences}"]
-        plan = planned("teacher_rlt_mono", *here, gb=24)[0].plan
-        both.append((on_gpu("resting", tmp_path, sequences, SIMULATED_TRITON=TRITON), plan.phases["score"][STATE]))
-    (less, few), (more, many) = both
-    assert more - less == pytest.approx(many - few, rel=0.1)
+        here = [f"{key}={tmp_path}" for key in ("model_name_or_path", "student_model")]
+        tokens = "vllm_kwargs={max_num_batched_tokens: 1024}"
+        plans.append(planned("teacher_rlt_mono", *here, f"max_num_seqs={sequences}", tokens, gb=24)[0].plan.phases)
+        measured.append(on_gpu("resting", tmp_path, sequences, SIMULATED_TRITON=TRITON))
+    held = measured[1]["held"] - measured[0]["held"]
+    assert held == pytest.approx(plans[1]["score"][STATE] - plans[0]["score"][STATE], rel=0.02)
+    assert measured[0]["activations"] == pytest.approx(plans[0]["generate"]["engine's activations"], rel=0.02)

@@ -174,7 +174,7 @@ def _engine(work: Workload) -> dict[str, int]:
     if work.device == "cpu":  # whole prompts, and no dummy run with as many tokens as there may be
         questions = -(-batch_plan(o).generation_batch // o.num_generations)
         tokens = min(max(tokens, work.length), questions * o.max_prompt_length)
-    layer = tokens * (3 * teacher.intermediate + 4 * teacher.hidden) * work.itemsize
+    layer = tokens * (3 * teacher.intermediate + 5 * teacher.hidden) * work.itemsize
     sampling = 4 * max_num_seqs(o) * teacher.vocab * 4
     return {"KV cache": work.kv_cache, "engine's activations": max(layer, sampling)}
 

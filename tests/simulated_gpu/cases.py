@@ -198,20 +198,32 @@ def family(name: str, trained: str) -> dict[str, Any]:
     return measure(name, trained == "adapters", "cuda", dtype, **limits) | vars(gpu_worker)
 
 
-def resting(model: str, sequences: str) -> int:
-    """Bytes that vLLM's GPU worker holds beside weights and KV cache, for so many sequences at once."""
+def resting(model: str, sequences: str) -> dict[str, int]:
+    """Bytes that vLLM's GPU worker holds beside weights and KV cache, for so many sequences at once, and the most that
+    its own trial pass takes, over as many tokens as there may be (1024) and without attention."""
     import torch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     from trainers.engine import Engine
     from trainers.models import load_model
     from trainers.options import options_class
 
+    found, run = {}, GPUModelRunner.profile_run
+
+    def profile_run(runner: Any, *arguments: Any, **named: Any) -> None:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(runner, *arguments, **named)
+        found["activations"] = torch.cuda.max_memory_allocated() - before
+
+    GPUModelRunner.profile_run = profile_run
     teacher = load_model(model, torch.bfloat16, None, "model_name_or_path", False)
-    limits = {"max_prompt_length": 64, "max_completion_length": 64, "max_num_seqs": int(sequences)}
-    chosen = {"kv_cache_gib": 0.01, "enforce_eager": True, "vllm_kwargs": {"max_num_batched_tokens": 64}}
+    limits = {"max_prompt_length": 512, "max_completion_length": 512, "max_num_seqs": int(sequences)}
+    chosen = {"kv_cache_gib": 0.01, "enforce_eager": True, "vllm_kwargs": {"max_num_batched_tokens": 1024}}
     options = options_class("rl")(**limits, **chosen)
     engine = Engine(teacher, model, options, torch.device("cuda"), torch.bfloat16, [2])
-    return torch.cuda.memory_allocated() - engine.bridge.weight_bytes() - engine.kv_cache_bytes()
+    found["held"] = torch.cuda.memory_allocated() - engine.bridge.weight_bytes() - engine.kv_cache_bytes()
+    return found
 
 
 if __name__ == "__main__":
