@@ -237,6 +237,16 @@ def test_model_that_vllm_refuses_in_fp16_is_told_before_it_is_loaded(tokenizer, 
         check_architecture(options, str(tmp_path), torch.device("cpu"), torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [({"max_logprobs": "x"}, "max_logprobs: Input should be"), ({"runner": "foo"}, "runner: Input should be")],
+)
+def test_arguments_of_vllm_that_the_model_cannot_help_are_told_as_such(model_dir, asked, told):
+    options = small_options(model_name_or_path=str(model_dir), vllm_kwargs=asked)
+    with pytest.raises(ConfigError, match=rf"1\. vllm_kwargs=.*{told}.*\n.*leave it out"):
+        check_architecture(options, str(model_dir), torch.device("cpu"), torch.float32)
+
+
 def test_what_vllm_sets_for_the_whole_process_is_put_back():
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     try:

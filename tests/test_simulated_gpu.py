@@ -39,8 +39,9 @@ def test_the_simulation_tells_devices_apart(on_gpu):
 
 def test_a_graph_reads_the_weights_where_they_were(on_gpu):
     found = on_gpu("graphs")
-    assert found["in place"] == [2 * 3 * 3 + 1] * 2
-    assert found["moved"] == [1 * 3 * 3 + 1] * 2, "a graph of the simulation would hide that a weight was moved"
+    assert found["in place"] == [3 * 2 * 3 + 1, 2 * 3, 3, 2 * 3]
+    assert found["moved"] == [3 * 1 * 3 + 1, 1 * 3, 3, 1 * 3], "a graph would hide that a weight was moved"
+    assert found["left"] == 0
     assert "when stream is capturing" in found["told"]
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
-from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment, words_of
-from trainers.errors import ConfigError, Fault
+from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment, refused_arguments
 from trainers.options import RLOptions
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.rollout.rollouts import Ended, Rollout
@@ -114,9 +113,7 @@ class Engine:
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             if not self._asked:
                 raise
-            cause = f"vLLM does not start with it: {words_of(error)}"
-            fault = Fault("vllm_kwargs", self._asked, cause, "correct what it names, or leave it out")
-            raise ConfigError(fault) from error
+            raise refused_arguments(self._asked, error) from error
 
     def close(self) -> None:
         """Stop vLLM and free what it holds; parameters that are shared keep their memory."""

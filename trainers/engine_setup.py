@@ -74,15 +74,14 @@ def check_architecture(options: RLOptions, model_path: str, device: torch.device
         ConfigError: If it would fall back on that backend, or refuses the model (Gemma in fp16).
     """
     prepare_environment(device)
-    from vllm.engine.arg_utils import EngineArgs
-
-    arguments = engine_arguments(options, model_path, device, dtype) | options.vllm_kwargs
-    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    arguments = engine_arguments(options, model_path, device, dtype)
     try:
-        with kept_process_state():
-            config = EngineArgs(**known).create_model_config()
+        config = _model_config(arguments | options.vllm_kwargs)
     except ValueError as error:
-        cause, remedy = f"vLLM refuses it: {words_of(error)}", "correct what it names, or use_vllm=false"
+        if options.vllm_kwargs and _is_taken(arguments):
+            raise refused_arguments(options.vllm_kwargs, error) from error
+        cause = f"vLLM refuses it: {words_of(error)}"
+        remedy = "correct what it names, another model, or use_vllm=false"
         raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy)) from error
     if config.using_transformers_backend():
         cause = f"vLLM has no class of its own for {', '.join(config.architectures)}, and its Transformers backend "
@@ -91,11 +90,35 @@ def check_architecture(options: RLOptions, model_path: str, device: torch.device
         raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
 
 
+def _model_config(arguments: dict[str, Any]) -> Any:
+    """vLLM's config of the model for these arguments."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    with kept_process_state():
+        return EngineArgs(**known).create_model_config()
+
+
+def _is_taken(arguments: dict[str, Any]) -> bool:
+    try:
+        _model_config(arguments)
+    except ValueError:
+        return False
+    return True
+
+
+def refused_arguments(asked: dict[str, Any], error: Exception) -> ConfigError:
+    """What to say where vLLM does not take `vllm_kwargs`."""
+    cause = f"vLLM does not start with it: {words_of(error)}"
+    return ConfigError(Fault("vllm_kwargs", asked, cause, "correct what it names, or leave it out"))
+
+
 def words_of(error: Exception) -> str:
-    """What vLLM says is wrong, without what pydantic adds to it."""
-    if isinstance(error, ValidationError):
-        return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
-    return " ".join(str(error).split()) or type(error).__name__
+    """What vLLM says is wrong, and with which argument, without what pydantic adds to it."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split()) or type(error).__name__
+    faults = ((".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors())
+    return "; ".join(f"{name}: {said}" if name else said.removeprefix("Value error, ") for name, said in faults)
 
 
 @contextmanager

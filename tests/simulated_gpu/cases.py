@@ -44,25 +44,37 @@ def graphs() -> dict[str, Any]:
     """What a captured graph computes after its weights were written in place, and after they were moved."""
     import torch
 
-    from simulated_gpu.graphs import simulate
+    from simulated_gpu.graphs import as_kernel, simulate
 
     simulate()
-    weights = torch.nn.Linear(3, 2, bias=False).to("cuda")
-    given = torch.ones(1, 3, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        made = weights(given).relu() + 1
+    weight = torch.nn.Parameter(torch.zeros(1, 3, device="cuda"))
+    given, scaled = (torch.zeros(1, 3, device="cuda") for _ in range(2))
 
-    def replayed(x: float, w: float, moved: bool = False) -> list[float]:
+    @as_kernel
+    def kernel(x: Any, w: Any, *, out: Any) -> Any:
+        return out.copy_(x * w)
+
+    def in_use() -> int:
+        return torch.cuda.memory_allocated()
+
+    before, graph = in_use(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        made = [torch.nn.functional.linear(given, weight).relu() + 1, given * weight]
+        made += [torch.nn.functional.embedding(torch.zeros(1, dtype=torch.int, device="cuda"), weight)]
+        made += [kernel(given, weight, out=scaled)]
+
+    def replayed(x: float, w: float, moved: bool = False) -> list[Any]:
         with torch.no_grad():
             given.fill_(x)
             if moved:
-                weights.weight.data = weights.weight.data.clone()
-            weights.weight.fill_(w)
+                weight.data = weight.data.clone()
+            weight.fill_(w)
         graph.replay()
-        return made.cpu().flatten().tolist()
+        return [values.flatten()[0].item() for values in made]
 
     found: dict[str, Any] = {"in place": replayed(2, 3), "moved": replayed(1, 5, moved=True)}
+    graph = made = None
+    found["left"] = in_use() - before
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         try:
             given.sum().item()
@@ -72,22 +84,26 @@ def graphs() -> dict[str, Any]:
 
 
 def asleep() -> dict[str, Any]:
-    """Bytes of a pool whose pages are taken away, and what becomes of who touches it then."""
+    """Bytes that are taken while a pool's pages are there and not, and what becomes of who touches it then."""
     import torch
 
     ops = torch.ops.simulated
+
+    def taken() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
     ops.use_pool("kv_cache")
     cache = torch.zeros(5000, device="cuda")
     ops.use_pool("")
     beside = torch.zeros(1000, device="cuda")
-    used = [ops.memory(), ops.set_asleep("kv_cache", True), ops.memory()]
+    used = [taken(), ops.set_asleep("kv_cache", True), taken()]
     if (child := os.fork()) == 0:
         cache.add_(1)
         os._exit(0)
     ended = os.WTERMSIG(os.waitpid(child, 0)[1])
-    used += [ops.set_asleep("kv_cache", False), ops.memory()]
-    kept = bool((beside == 0).all())
-    return {"used": used, "signal": ended, "kept": kept, "gone": bool(cache.isnan().all())}
+    used += [ops.set_asleep("kv_cache", False), taken()]
+    return {"used": used, "signal": ended, "kept": (beside == 0).all().item(), "gone": cache.isnan().all().item()}
 
 
 def streamed(model: str, on_disk: str) -> dict[str, Any]:
@@ -164,7 +180,8 @@ def orders(work: Callable[[], Any]) -> dict[str, list[str]]:
 
 
 def train(output_dir: str, *overrides: str) -> dict[str, Any]:
-    """A run of RL, on the GPU with the CPU's engine: its steps, the plan, accesses out of order, bytes at the peak."""
+    """A run of RL: its steps, the plan, and bytes at the peak; what vLLM's own worker did, where it is the engine, and
+    accesses out of order, where the CPU's is."""
     import torch
 
     from trainers.checks import load_options
@@ -228,9 +245,9 @@ def resting(model: str, sequences: str) -> dict[str, int]:
 
 if __name__ == "__main__":
     triton = os.environ.get("SIMULATED_TRITON")
-    if triton is not None:
+    if triton:
         gpu_engine.find_triton(triton)
     device.pretend(Path(sys.argv[1]))
-    gpu_worker = None if triton is None else gpu_engine.use()
+    gpu_worker = gpu_engine.use() if triton else None
     kinds: Any = (devices, graphs, asleep, streamed, offloaded, train, family, resting)
     print(json.dumps({kind.__name__: kind for kind in kinds}[sys.argv[2]](*sys.argv[3:])))

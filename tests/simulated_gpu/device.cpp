@@ -12,7 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
+#include <iterator>
 
 #include "memory.h"
 #include "order.h"
@@ -235,15 +235,19 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (order::watching) note(schema, accesses, non_blocking);
 }
 
-// --- CUDA graphs: what was computed while one was captured, again, on the same addresses -------------------------------
+// --- CUDA graphs: what was computed while one was captured, again, on the same addresses -----------------------------
 
 struct Captured {
   c10::OperatorHandle op;
   std::vector<IValue> given, made;
 };
 
-std::vector<Captured> captured;
-bool capturing = false;
+std::vector<std::optional<Captured>> captured;
+thread_local bool capturing = false;
+
+IValue in_place(const IValue& value) {  // tensors as they are now, wherever their owners move them
+  return each_tensor(value, [](const Tensor& t) { return t.defined() && t.has_storage() ? view_of(t, t) : t; });
+}
 
 void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -251,17 +255,21 @@ void as_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
                              [](auto& made) { return made.alias_info() && !made.alias_info()->isWrite(); });
   if (!capturing || is_view) return compute(op, stack);
   TORCH_CHECK(!SYNCS.count(schema.name()), "operation not permitted when stream is capturing: ", schema.name());
-  Captured call{op, {stack->end() - schema.arguments().size(), stack->end()}, {}};
+  Captured call{op, {}, {}};
+  auto given = stack->end() - schema.arguments().size();
+  std::transform(given, stack->end(), std::back_inserter(call.given), in_place);
   compute(op, stack);
-  call.made.assign(stack->end() - schema.returns().size(), stack->end());
+  auto made = stack->end() - schema.returns().size();
+  std::transform(made, stack->end(), std::back_inserter(call.made), in_place);
   captured.push_back(std::move(call));
 }
 
 void replay(int64_t begin, int64_t end) {
   c10::InferenceMode guard;
   for (int64_t i = begin; i < end; ++i) {
-    auto& call = captured[i];
-    torch::jit::Stack stack(call.given);
+    const Captured& call = captured[i].value();
+    torch::jit::Stack stack;
+    std::transform(call.given.begin(), call.given.end(), std::back_inserter(stack), in_place);
     compute(call.op, &stack);
     for (size_t k = 0; k < call.made.size(); ++k) {
       if (call.made[k].isNone()) continue;
@@ -270,6 +278,10 @@ void replay(int64_t begin, int64_t end) {
       if (into.defined() && into.numel() && into.storage().data() != made.storage().data()) into.copy_(made);
     }
   }
+}
+
+void forget(int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) captured[i].reset();
 }
 
 Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
@@ -342,8 +354,11 @@ TORCH_LIBRARY(simulated, m) {
     return static_cast<int64_t>(captured.size());
   });
   m.def("replay(int begin, int end) -> ()", &replay);
+  m.def("forget(int begin, int end) -> ()", &forget);
   m.def("use_pool(str name) -> ()", +[](std::string name) { memory::pool = name; });
-  m.def("set_asleep(str pool, bool asleep) -> int", +[](std::string pool, bool asleep) { return memory::set_asleep(pool, asleep); });
+  m.def("set_asleep(str pool, bool sleeps) -> int",
+        +[](std::string pool, bool sleeps) { return memory::set_asleep(pool, sleeps); });
+  m.def("asleep() -> int", +[]() { return memory::asleep.load(); });
   m.def("pooled() -> int", &memory::pooled);
   m.def("as_gpu(Tensor cpu) -> Tensor");
   m.def("watch(bool on) -> ()", +[](bool on) {

@@ -152,7 +152,7 @@ def _tell_of_the_device(torch: Any) -> None:
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: True,
-        "mem_get_info": lambda device=None: (TOTAL - ops.memory(), TOTAL),
+        "mem_get_info": lambda device=None: (TOTAL - ops.memory() + ops.asleep(), TOTAL),
         "memory_allocated": lambda device=None: ops.memory(),
         "memory_reserved": lambda device=None: ops.memory(),
         "max_memory_allocated": lambda device=None: ops.peak(),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 ops = torch.ops.simulated
 capturing: list["Graph"] = []  # the one that is
@@ -17,6 +18,7 @@ class Graph:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.calls: list[Callable[[], Any]] = []
+        self.captured: list[tuple[int, int]] = []
         seen.graphs += 1
 
     def begin(self) -> None:
@@ -27,8 +29,13 @@ class Graph:
     def end(self) -> None:
         """Capture no more, or not for now."""
         begin, end = self.start, ops.capture(False)
+        self.captured.append((begin, end))
         self.calls.append(lambda: ops.replay(begin, end))
         capturing.remove(self)
+
+    def __del__(self) -> None:
+        for begin, end in self.captured:
+            ops.forget(begin, end)
 
     def replay(self) -> None:
         """Compute it again."""
@@ -56,9 +63,12 @@ def as_kernel(compute: Callable[..., Any]) -> Callable[..., Any]:
             return compute(*arguments, **named)
         graph = capturing[0]
         graph.end()
-        made = compute(*arguments, **named)
-        graph.calls.append(lambda: compute(*arguments, **named))
-        graph.begin()
+        try:
+            made = compute(*arguments, **named)
+            there, by_name = tree_map_only(torch.Tensor, torch.Tensor.detach, (arguments, named))
+            graph.calls.append(lambda: compute(*there, **by_name))
+        finally:
+            graph.begin()
         return made
 
     return call

@@ -1,5 +1,6 @@
 // The simulated device's memory: counted as CUDACachingAllocator counts it, with host memory that is pinned, and pools
-// whose pages can be taken away and given back, as vLLM's sleep mode does with CUDA's virtual memory.
+// whose pages can be taken away and given back, as vLLM's sleep mode does with CUDA's virtual memory. The allocator
+// does not know of that: what sleeps is in use for it, and free.
 #pragma once
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -18,7 +19,7 @@ namespace memory {
 
 const c10::Device CPU(c10::DeviceType::CPU), GPU(c10::DeviceType::CUDA, 0);
 
-inline std::atomic<int64_t> in_use{0}, peak{0};
+inline std::atomic<int64_t> in_use{0}, peak{0}, asleep{0};
 
 struct Block {
   c10::DataPtr bytes;
@@ -59,7 +60,7 @@ inline size_t whole_pages(size_t size) { return (std::max<size_t>(size, 1) + 409
 inline void unmap(void* address) {
   std::lock_guard<std::mutex> guard(mappings_lock);
   auto found = mappings.find(address);
-  if (found->second.is_asleep) in_use += rounded(found->second.size);  // `release` subtracts it once more
+  if (found->second.is_asleep) asleep -= rounded(found->second.size);
   munmap(address, found->second.size);
   mappings.erase(found);
 }
@@ -73,18 +74,18 @@ inline c10::DataPtr map(size_t size) {
 }
 
 // Take the pages of a pool away (who touches them then gets a SIGSEGV), or give them back, full of NaN. Returns bytes.
-inline int64_t set_asleep(const std::string& name, bool asleep) {
+inline int64_t set_asleep(const std::string& name, bool sleeps) {
   std::lock_guard<std::mutex> guard(mappings_lock);
   int64_t changed = 0;
   for (auto& [address, mapping] : mappings) {
-    if (mapping.pool != name || mapping.is_asleep == asleep) continue;
-    if (asleep) madvise(address, mapping.size, MADV_DONTNEED);
-    mprotect(address, mapping.size, asleep ? PROT_NONE : PROT_READ | PROT_WRITE);
-    if (!asleep) std::memset(address, 0xff, mapping.size);
-    mapping.is_asleep = asleep;
+    if (mapping.pool != name || mapping.is_asleep == sleeps) continue;
+    if (sleeps) TORCH_CHECK(madvise(address, mapping.size, MADV_DONTNEED) == 0);
+    TORCH_CHECK(mprotect(address, mapping.size, sleeps ? PROT_NONE : PROT_READ | PROT_WRITE) == 0);
+    if (!sleeps) std::memset(address, 0xff, mapping.size);
+    mapping.is_asleep = sleeps;
     changed += rounded(mapping.size);
   }
-  in_use += asleep ? -changed : changed;
+  asleep += sleeps ? changed : -changed;
   return changed;
 }
 
