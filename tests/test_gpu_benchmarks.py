@@ -1,5 +1,6 @@
 """The scripts of benchmarks/gpu, rehearsed on a CPU in small: what they would do on a card, they can do."""
 
+import importlib.metadata
 import json
 import runpy
 import subprocess
@@ -61,6 +62,17 @@ def test_a_missing_package_is_named(script, package, monkeypatch, capsys):
         runpy.run_path(str(REPO / f"benchmarks/gpu/{script}.py"), run_name="__main__")
     assert stopped.value.code == 0
     assert f"{package} missing here: nothing was measured" in capsys.readouterr().out
+
+
+def test_the_engine_of_a_gpu_needs_torchvision_too(monkeypatch, tmp_path, capsys):
+    of = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.31.0" if name == "vllm" else of(name))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr(sys, "argv", ["step", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(REPO / "benchmarks/gpu/step.py"), run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == "step: torchvision missing here: nothing was measured\n"
 
 
 def test_ceilings(tmp_path):

@@ -18,11 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.report import bridge_way, leave_without, parser, start
+from benchmarks.gpu.report import bridge_way, leave_without_engine, parser, start
 
-leave_without(
-    "engine", "vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao"
-)
+leave_without_engine("engine")
 
 import torch
 

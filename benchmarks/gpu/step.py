@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.report import Report, bridge_way, leave_without, parser, start
+from benchmarks.gpu.report import Report, bridge_way, leave_without_engine, parser, start
 
-leave_without("step", "vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
+leave_without_engine("step")
 
 import torch
 
