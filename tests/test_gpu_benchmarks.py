@@ -1,6 +1,5 @@
 """The scripts of benchmarks/gpu, rehearsed on a CPU in small: what they would do on a card, they can do."""
 
-import importlib.metadata
 import json
 import runpy
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from conftest import REPO
 
 from benchmarks.commands import last_error, run
+from benchmarks.gpu import report
 
 SCRIPTS = ("ceilings", "student", "update", "engine", "step")
 SMALL = {
@@ -65,8 +65,7 @@ def test_a_missing_package_is_named(script, package, monkeypatch, capsys):
 
 
 def test_the_engine_of_a_gpu_needs_torchvision_too(monkeypatch, tmp_path, capsys):
-    of = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.31.0" if name == "vllm" else of(name))
+    monkeypatch.setattr(report, "installed", lambda: {"vllm"})  # its build for GPUs, of the same version
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(sys, "argv", ["step", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:

@@ -11,10 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
-
 from benchmarks.commands import REPO, run
-from trainers.plan.hardware import prepare_allocator
+from trainers.plan.hardware import prepare_allocator, vllm_releases_cache
 from trainers.plan.machine import read_card
 
 ENGINE = ("vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
@@ -79,7 +77,7 @@ def shown(value: Any) -> str:
 def where(device: str) -> dict[str, Any]:
     """The card, the packages and the commit that figures belong to."""
     card = read_card() if device == "cuda" else None
-    here = {found.name for found in importlib.metadata.distributions()}
+    here = installed()
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in here}
     return {
         "card": "no GPU: a rehearsal on a CPU" if card is None else card.name,
@@ -148,15 +146,12 @@ def leave_without(name: str, *packages: str) -> None:
 def leave_without_engine(name: str) -> None:
     """Say so and exit with 0 where a package is missing that a script with vLLM in it takes."""
     # vLLM's build for GPUs imports it from 0.31 on as it warms its kernels up, whatever the model.
-    leave_without(name, *ENGINE, *(["torchvision"] if version_of("vllm") >= Version("0.31") else []))
+    leave_without(name, *ENGINE, *(["torchvision"] if "vllm" in installed() and vllm_releases_cache() else []))
 
 
-def version_of(package: str) -> Version:
-    """The version that is installed; 0 where none is."""
-    try:
-        return Version(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return Version("0")
+def installed() -> set[str]:
+    """The names of all packages that are."""
+    return {found.name for found in importlib.metadata.distributions()}
 
 
 def start(name: str, question: str, arguments: argparse.Namespace) -> Report:
