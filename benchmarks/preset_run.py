@@ -77,6 +77,7 @@ def compose(config: str, overrides: list[str], folder: Path, models: Path, shape
     # Made-up tokenizers cut the rest of the teacher's prompt into some 510 tokens, the student's into 350.
     write_rows(folder / "rows.jsonl", words=max(32, composed["max_prompt_length"] - 500))
     here |= {"dataset_id_or_path": folder / "rows.jsonl", "output_dir": folder / "out", "report_to": "none"}
+    here |= {"eval_size": "null", "report_before_after": False}
     here |= {"overlong": "truncate_left", "save_strategy": "no", "logging_steps": 1, "num_completions_to_print": 0}
     # Completions of full length: for vLLM, and for transformers. What vLLM then tells is of a distribution without the
     # end, so the KL leaves the teacher's log-probabilities out: the same work, and its numbers mean nothing here.

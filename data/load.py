@@ -1,6 +1,7 @@
 """Rows of question, solution and perhaps a reasoning trace, from a file, a folder or a hub data set."""
 
 import csv
+import hashlib
 import json
 import logging
 import re
@@ -45,15 +46,39 @@ def load_rows(
     Args:
         path, split, max_samples, key: As in `read_rows`.
         columns: The source's name for each column.
-        tags: For data sets of whole `conversations`, whose texts hold the tags.
+        tags: For data sets of whole conversations (`CHATS`), whose texts hold the tags.
 
     Raises:
         ConfigError: If the data cannot be read, or lacks a column.
     """
     rows = read_rows(path, split, max_samples, key)
-    if "conversations" in rows.column_names and columns["question"] not in rows.column_names:
-        return _from_conversations(rows, tags, key, path)
+    chat = next((name for name in CHATS if name in rows.column_names), None)
+    if chat is not None and columns["question"] not in rows.column_names:
+        return _from_conversations(rows, chat, tags, key, path)
     return select_texts(rows, columns, key, path)
+
+
+def hold_out(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
+    """Set so many questions apart, each with all of its rows.
+
+    Which ones they are hangs on the texts of the questions alone, neither on a seed nor on the order of the rows: the
+    warm-up and RL on the same data hold out the same.
+
+    Returns:
+        The rows that are left, and those that are held out.
+
+    Raises:
+        ConfigError: If nothing would be left.
+    """
+    questions = sorted(set(rows["question"]), key=lambda text: hashlib.sha256(text.encode()).digest())
+    if len(questions) <= count:
+        cause = f"the training data has {len(questions)} questions in all, and some must be left to train on"
+        remedy = f"eval_size={len(questions) // 10}" if len(questions) >= 10 else "more data, or eval_size=null"
+        raise ConfigError(Fault("eval_size", count, cause, remedy))
+    chosen = set(questions[:count])
+    held = [question in chosen for question in rows["question"]]
+    left, apart = (rows.select([i for i, is_held in enumerate(held) if is_held == want]) for want in (False, True))
+    return left, apart
 
 
 def _read(path: str, split: str, key: str) -> Dataset:
@@ -97,10 +122,16 @@ def _all_of(files: list[Path], key: str, path: str) -> Dataset:
 
 
 def _from_csv(file: Path, key: str, path: str) -> Dataset:
-    """Rows of text, 007 and NA too; a comma at the end of lines, which names no column, is passed over."""
+    """Rows of text, 007 and NA too; a comma at the end of lines, which names no column, is passed over.
+
+    Semicolons or tabs may stand for the commas, as spreadsheets write them: what the header has most of.
+    """
     csv.field_size_limit(sys.maxsize)  # of its own accord 128 KiB
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        names, *rows = [row for row in csv.reader(lines) if row] or [[]]
+        header = lines.readline()
+        lines.seek(0)
+        reader = csv.reader(lines, delimiter=max(",;\t", key=header.count))
+        names, *rows = [row for row in reader if row] or [[]]
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         cause = f"cannot be read: {len(twice)} columns are named twice, the first is {twice[0]!r}"
         raise ConfigError(Fault(key, path, cause, "give each column a name of its own"))
@@ -141,12 +172,13 @@ def _from_json(file: Path, key: str, path: str) -> Dataset:
     return Dataset.from_dict({name: [_as_column(row.get(name), name) for row in rows] for name in names})
 
 
+CHATS = ("conversations", "messages")  # columns of whole conversations
 READERS = {".csv": _from_csv, ".json": _from_json, ".jsonl": _from_json}
 
 
 def _as_column(value: Any, name: str) -> Any:
     """Text, or the turns of a conversation: a column holds values of one type."""
-    if name == "conversations":
+    if name in CHATS:
         turns = value if isinstance(value, list) else []
         return [{"from": _turn(t, "from", "role"), "value": _turn(t, "value", "content")} for t in turns]
     if value is None:
@@ -202,11 +234,11 @@ def _text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> Dataset:
-    """Split Bespoke-Stratos rows: `conversations` of user (human) and assistant (gpt), thought and solution in tags."""
+def _from_conversations(rows: Dataset, column: str, tags: TagFormat, key: str, path: str) -> Dataset:
+    """Split rows such as Bespoke-Stratos's: turns of user (human) and assistant (gpt), thought and solution in tags."""
 
     def split(row: dict[str, Any]) -> dict[str, str]:
-        question, answer = _first_exchange(row["conversations"] or [])
+        question, answer = _first_exchange(row[column] or [])
         return {
             "question": question,
             "solution": _between(answer, tags.solution),
@@ -214,7 +246,7 @@ def _from_conversations(rows: Dataset, tags: TagFormat, key: str, path: str) -> 
             "reasoning_trace": _between(answer, tags.thought).removeprefix(tags.padding),
         }
 
-    asked = ([_turn(turn, "from", "role") in ASKS for turn in turns or []] for turns in rows["conversations"])
+    asked = ([_turn(turn, "from", "role") in ASKS for turn in turns or []] for turns in rows[column])
     if longer := sum(sum(each) > 1 for each in asked):
         logger.warning("%d of %d conversations go on after the first answer: the rest is left out", longer, len(rows))
     split_rows = rows.map(split, remove_columns=rows.column_names, desc="Splitting conversations")

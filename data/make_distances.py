@@ -1,8 +1,8 @@
 """Make the sample data set: chains of distances between digits, explained step by step, well or badly.
 
-    python -m data.make_distances data
+    python -m data.make_distances data/distances
 
-writes `distances_train.jsonl` and `distances_test.jsonl` (no question of one is in the other). `a~b` is the distance
+writes `train.jsonl` and `test.jsonl` (no question of one is in the other). `a~b` is the distance
 between two digits, and a chain is worked out from left to right: 7~3~9 = 4~9 = 5. A good explanation writes one
 distance per line, each starting from the result of the line before; 60 % of the reasoning traces are spoiled, since
 they break off half-way or are empty talk, as traces gathered in the wild are. Solutions are always right.
@@ -55,10 +55,10 @@ def make_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def main(folder: str, num_train: int = 8192, num_test: int = 512) -> None:
     rows = make_rows(num_train + num_test, seed=20250608)
-    for name, part in (("distances_train", rows[:num_train]), ("distances_test", rows[num_train:])):
+    for name, part in (("train", rows[:num_train]), ("test", rows[num_train:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         Path(folder, f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "data")
+    main(sys.argv[1] if len(sys.argv) > 1 else "data/distances")

@@ -135,7 +135,7 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("bf16_full_eval=true", "bf16_full_eval", "sets it itself", "as they are"),
         ("student_mode=streamed student_quantization=4bit", "student_mode", "quantized", "student_mode=resident"),
         ("student_model=null", "student_model", "needs a student", "student_model="),
-        ("eval_dataset_id_or_path=null", "eval_dataset_id_or_path", "none is named", "report_before_after=false"),
+        ("eval_dataset_split=null", "eval_dataset_id_or_path", "none is named", "eval_size=64"),
         (
             "per_device_eval_batch_size=12 num_generations_eval=8",
             "per_device_eval_batch_size",
@@ -173,7 +173,7 @@ def test_evaluation_batch_is_checked_only_where_something_is_evaluated(monkeypat
     emergency = ["train_batch_size=64", "per_device_train_batch_size=2", "num_generations=16"]
     options = load_options(compose_run("teacher_rlt_mono_85gb", emergency), repo=REPO)
     assert options.generation_aggregation_steps == 8
-    found = faults("teacher_rlt_mono_85gb", *emergency, "eval_strategy=steps", "eval_dataset_split=test")
+    found = faults("teacher_rlt_mono_85gb", *emergency, "num_generations_eval=16")
     assert "per_device_eval_batch_size=32" in found["per_device_eval_batch_size"].remedy
 
 

@@ -46,9 +46,19 @@ def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
 def test_conversations_of_any_make_are_split_or_left_out(tmp_path, tags):
     answer = "<|begin_of_thought|>\n\nAdd.<|end_of_thought|>\n\n<|begin_of_solution|>5<|end_of_solution|>"
     turns = [{"role": "user", "content": "2+3?", "weight": 1}, {"role": "assistant", "content": answer, "weight": True}]
-    path = write(tmp_path / "d.jsonl", [{"conversations": each} for each in (turns, "none", None, [7])])
-    rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
-    assert rows.to_list() == [{"question": "2+3?", "solution": "5", "reasoning_trace": "Add."}]
+    for column in ("conversations", "messages"):
+        path = write(tmp_path / "d.jsonl", [{column: each} for each in (turns, "none", None, [7])])
+        rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+        assert rows.to_list() == [{"question": "2+3?", "solution": "5", "reasoning_trace": "Add."}]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_of_spreadsheets_are_read(tmp_path, tags, separator):
+    lines = [["question", "solution", "note, of mine"], ["What is 2,5; or more?", "3,0", ""]]
+    text = "\r\n".join(separator.join(f'"{cell}"' if ";" in cell else cell for cell in line) for line in lines)
+    (tmp_path / "d.csv").write_bytes(text.encode("utf-8-sig"))
+    rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "What is 2,5; or more?", "solution": "3,0"}]
 
 
 def test_a_column_that_comes_late_or_changes_its_type_is_read_whatever_the_size(tmp_path, tags):
@@ -111,9 +121,9 @@ def test_shipped_data_is_right_and_apart():
     from conftest import REPO
 
     def rows(name):
-        return [json.loads(line) for line in (REPO / "data" / name).read_text().splitlines()]
+        return [json.loads(line) for line in (REPO / "data/distances" / name).read_text().splitlines()]
 
-    train, test = rows("distances_train.jsonl"), rows("distances_test.jsonl")
+    train, test = rows("train.jsonl"), rows("test.jsonl")
     assert not {r["question"] for r in train} & {r["question"] for r in test}
     for row in train[:500] + test:
         left, *digits = map(int, row["question"].removeprefix("What is left of ").removesuffix("?").split("~"))

@@ -261,13 +261,18 @@ def test_run_without_vllm(warm, tmp_path):
     assert rewards(tmp_path / "again") == rewards(tmp_path / "out")
 
 
-def test_adapters_are_trained_against_the_model_without_them(warm, tmp_path):
+def test_adapters_are_trained_against_the_model_without_them_and_evaluated(warm, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
-    printed = rl(
-        warm, tmp_path / "out", "use_peft=true", "beta=0.04", "learning_rate=1e-2", "report_before_after=false"
-    )
+    data = f"dataset_id_or_path={REPO / 'data/distances/test.jsonl'}", "eval_dataset_split=null", "eval_size=6"
+    printed = rl(warm, tmp_path / "out", "use_peft=true", "beta=0.04", "learning_rate=1e-2", *data)
     assert "weight_bridge=lora" in printed
+    assert "6 rows of the training data are held out, 58 are left" in printed and "6 held-out questions" in printed
+    evaluations = [line for line in lines(tmp_path / "out") if "eval_reward" in line]
+    assert len(evaluations) == 2
+    for line in evaluations:  # the adapter takes part
+        assert line["eval_probe/teacher"] == pytest.approx(line["eval_reward"], abs=1e-4)
+    assert evaluations[0]["eval_probe/solution"] != pytest.approx(evaluations[1]["eval_probe/solution"], abs=1e-4)
     steps = [line for line in lines(tmp_path / "out") if "reward" in line]
     assert abs(steps[0]["kl"]) < 1e-5
     assert steps[-1]["kl"] > 1e-5

@@ -94,12 +94,14 @@ SHORT |= {
 }
 SHORT |= {"teacher_system_prompt": "Explain.", "student_system_prompt": "Solve."}
 STREAMED = {"student_mode": "streamed", "reference_mode": "streamed", "beta": 0.1, "gradient_checkpointing": True}
+EVALUATED = {"report_before_after": True, "eval_dataset_split": "null", "eval_size": 2, "num_probes": 2}
+EVALUATED |= {"num_generations_eval": 1, "per_device_eval_batch_size": 4}
 
 
 @pytest.mark.parametrize(
     "chosen",
     [
-        STREAMED | {"optim": "cpu_offload"},
+        STREAMED | EVALUATED | {"optim": "cpu_offload"},
         {"overlap_scoring": True, "optim": "adamw_torch", "gradient_checkpointing": True},
     ],
     ids=["streamed", "overlapped"],
@@ -112,6 +114,11 @@ def test_rl_computes_on_a_gpu_what_it_does_on_a_cpu(on_gpu, model_dir, rows_file
     assert len(gpu["metrics"]) == 2
     for theirs, ours in zip(cpu["metrics"], gpu["metrics"], strict=True):
         for name in ("reward", "solution_log_prob_reward", "kl_reward", "loss", "grad_norm", "entropy"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+    assert len(gpu["evaluations"]) == (2 if chosen.get("report_before_after") else 0)
+    for theirs, ours in zip(cpu["evaluations"], gpu["evaluations"], strict=True):
+        assert {"eval_probe/empty", "eval_probe/other"} <= set(ours)
+        for name in ("eval_reward", *(name for name in ours if name.startswith("eval_probe/"))):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
     assert gpu["faults"] == []
     assert cpu["peak"] == 0, "device=cpu took memory of the GPU"

@@ -84,7 +84,7 @@ def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):
 
 SEVEN_B = {
     "stage": "score",
-    "dataset_id_or_path": str(REPO / "data/distances_train.jsonl"),
+    "dataset_id_or_path": str(REPO / "data/distances/train.jsonl"),
     "model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",
     "student_model": "bespokelabs/Bespoke-Stratos-7B",
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROWS
 
-from data.render import Renderer
+from data.render import Encoded, Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.models import load_model
 from trainers.options import options_class
@@ -48,6 +48,17 @@ def test_scores_equal_a_plain_forward_of_each_text(model_dir, renderer, tokens_p
         closing = text.spans["end"][0]
         greedy = all(logits[t - 1].argmax() == text.ids[t] for t in range(start, closing + 1))
         assert score.solves == greedy
+
+
+def test_a_token_that_the_student_has_no_row_for_is_told(model_dir, renderer):
+    """As Qwen2.5-7B may sample 152000, which Qwen2.5-3B's embedding does not reach."""
+    student = make_student(model_dir, renderer)
+    text = texts(renderer)[0]
+    assert student.why_not(text) is None
+    start = text.spans["explanation"][0]
+    ids = [*text.ids[:start], 512, *text.ids[start + 1 :]]
+    told = student.why_not(Encoded(ids, text.spans, text.sampled))
+    assert told == "token 512 was sampled, and the student's embedding has 512 rows"
 
 
 def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):

@@ -26,6 +26,7 @@ from trainers.plan.hardware import num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, micro_batch_choices
 from trainers.settings.config_faults import STAGES, invalid_faults, unknown_fault
 from trainers.settings.engine_specs import ENGINE_FAULTS
+from trainers.settings.evaluation import evaluates, held_out_faults
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reporting import hub_faults, report_faults
 from trainers.settings.reward_specs import COEFFICIENTS, formula_faults, rescore_faults, reward_faults, uses_student
@@ -192,7 +193,7 @@ def _check_eval_batch(options: TrainOptions) -> list[Fault]:
     if options.stage == "sft":
         return []
     generations = options.num_generations_eval or options.num_generations
-    if _evaluates(options) and options.per_device_eval_batch_size % generations:
+    if evaluates(options) and options.per_device_eval_batch_size % generations:
         near = max(1, round(options.per_device_eval_batch_size / generations)) * generations
         cause = f"holds no whole groups of {generations} (num_generations_eval, else num_generations)"
         given, remedy = options.per_device_eval_batch_size, f"per_device_eval_batch_size={near}"
@@ -288,18 +289,7 @@ def _check_data(options: CommonOptions, num_devices: int, repo: Path) -> list[Fa
 
 @check(stages=TRAINING)
 def _check_held_out(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
-    if not _evaluates(options) or options.eval_dataset_id_or_path or options.eval_dataset_split:
-        return []
-    remedy = "name held-out data (eval_dataset_id_or_path or eval_dataset_split), or "
-    off = {"report_before_after": "false", "eval_strategy": "no", "eval_on_start": "false"}
-    neutral = (False, "no")
-    remedy += " ".join(f"{k}={v}" for k, v in off.items() if getattr(options, k, False) not in neutral)
-    return [Fault("eval_dataset_id_or_path", None, "held-out data is to be evaluated, but none is named", remedy)]
-
-
-def _evaluates(options: TrainOptions) -> bool:
-    report = options.stage == "rl" and options.report_before_after
-    return report or options.eval_strategy != "no" or options.eval_on_start
+    return held_out_faults(options)
 
 
 @check(stages=("rl",))

@@ -33,6 +33,7 @@ FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
 SEQUENCE_STATE = 4 * (3 * 1024 + 128 + 1024 + 129 + 128)
 BUCKETS = "gradient buckets"
 LOADING = ("reading the teacher", "merging an adapter")  # of the host
+PROBES = 5  # texts for each question that is probed, the teacher's own among them (trainers/scoring/probes.py)
 MAX_SEQS = 256  # completions that it writes at once, unless set
 
 
@@ -182,7 +183,7 @@ def _engine(work: Workload) -> dict[str, int]:
 def _transformers_generation(work: Workload) -> dict[str, int]:
     """What transformers holds while it writes a whole rollout at once: most at the prompts, or at the end."""
     teacher, prompt = work.teacher, work.options.max_prompt_length
-    texts = batch_plan(work.options).generation_batch
+    texts = work.sampled_at_once
     kv = texts * teacher.kv_bytes(work.itemsize)  # of one token of each
     cache = kv * work.length
     cache += cache // (2 * teacher.num_layers)  # a layer's keys are copied where they grow
@@ -200,8 +201,9 @@ def _graphs(work: Workload) -> dict[str, int]:
 
 
 def _scoring(work: Workload) -> dict[str, int]:
-    """The larger of what student and reference need, one after the other."""
+    """The largest of what student and reference need, one after the other, and the teacher who reads probes."""
     readers = [(work.student, work.student_mode), (work.teacher, work.reference_mode)]
+    readers.append((work.teacher, "resident" if work.num_probes else None))
     needs = [_reader(work, shape, mode) for shape, mode in readers if shape is not None and mode is not None]
     return max(needs, key=lambda items: sum(items.values()), default={})
 
@@ -220,7 +222,7 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     if mode != "streamed":
         layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)
         return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
-    batch = batch_plan(work.options).generation_batch if work.is_rl else SCORED_AT_ONCE
+    batch = max(work.sampled_at_once, PROBES * work.num_probes) if work.is_rl else SCORED_AT_ONCE
     held = min(max(work.options.student_tokens_per_pass, length), batch * length)  # a text is read as a whole
     rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
     resting = held * (hidden + masks) * size + rotary

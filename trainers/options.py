@@ -81,8 +81,14 @@ class TrainOptions(CommonOptions):
     """Options of the stages that train."""
 
     eval_dataset_id_or_path: str | None = opt(None, "held-out data; default: eval_dataset_split of the training data")
-    eval_dataset_split: str | None = opt(None, "split of the held-out data")
-    max_eval_samples: int | None = opt(None, "hold out the first so many rows", ge=1)
+    eval_dataset_split: str | None = opt(None, "split of the held-out data, where that is no file")
+    eval_size: int | None = opt(
+        None,
+        "so many questions of the training data are not trained on but evaluated, where no held-out data is named; in "
+        "every run on the same data the same ones",
+        ge=1,
+    )
+    max_eval_samples: int | None = opt(None, "evaluate on the first so many rows of the held-out data", ge=1)
     max_prompt_length: int = opt(1024, "tokens of question, solution and template together", ge=1)
     overlong: Literal["filter", "truncate_left", "error"] = opt(
         "filter", "a prompt over max_prompt_length: leave it out, cut its start, or stop"

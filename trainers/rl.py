@@ -30,7 +30,7 @@ from trainers.settings.engine_specs import has_engine
 from trainers.settings.reward_specs import reward_names, uses_student
 from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.teacher_grpo import TeacherGRPOTrainer
-from trainers.texts import check_enough, load_eval_rows, load_train_rows, rl_rows, show_sample, tell_whole_questions
+from trainers.texts import check_enough, load_train_and_eval_rows, rl_rows, show_sample, tell_whole_questions
 from trainers.warmup import resolve_model
 from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
@@ -53,7 +53,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     device, dtype = resolve_place(options)
     arguments = grpo_config(options, output_dir, dtype)
     own = own_functions(options)
-    rows, eval_rows = load_train_rows(options), load_eval_rows(options)
+    rows, eval_rows = load_train_and_eval_rows(options)
     check_models(options)
     refuse_architecture(options, options.model_name_or_path, device, dtype)
     start = resolve_start(options, resolve_model(options.model_name_or_path, options), output_dir, dtype)
@@ -131,7 +131,10 @@ def load_reference(
 def train_and_report(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) -> None:
     """Train, save, tell what changed where that is asked for, and stop the engine."""
     trainer.remove_callback(PrinterCallback)
-    before = trainer.evaluate() if options.report_before_after else None
+    before = None
+    if options.report_before_after:
+        logger.info("explaining %d held-out questions before training, and again after it", len(trainer.eval_dataset))
+        before = trainer.evaluate()
     trainer.train()
     trainer.save_model(str(output_dir))
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step

@@ -22,7 +22,7 @@ from trainers.models import (
 from trainers.optimizers import OwnOptimizer
 from trainers.options import SFTOptions, trl_arguments
 from trainers.settings.trl_config import precision_arguments, tell_length
-from trainers.texts import check_traces, load_eval_rows, load_train_rows, sft_parts, sft_rows, show_sample, tag_format
+from trainers.texts import check_traces, load_train_and_eval_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapter_files import base_of, tokenizer_of
@@ -53,9 +53,7 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
     """
     tell_length(options)
     device, dtype = resolve_place(options)
-    rows = load_train_rows(options)
-    evaluates = options.eval_strategy != "no" or options.eval_on_start
-    eval_rows = load_eval_rows(options) if evaluates else None
+    rows, eval_rows = load_train_and_eval_rows(options)
     check_traces(rows, options, "training data")
     if eval_rows is not None:
         check_traces(eval_rows, options, "held-out data")

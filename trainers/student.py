@@ -44,6 +44,10 @@ class Student:
         """Why a text cannot be scored; None where it can."""
         if len(text.ids) > self.max_tokens:
             return f"longer than the {self.max_tokens} tokens that the student can read"
+        # Embeddings have rows that no token uses, a larger model's more of them; one may be sampled all the same.
+        rows = self.frozen.backbone.config.get_text_config().vocab_size
+        if (unknown := max(text.ids)) >= rows:
+            return f"token {unknown} was sampled, and the student's embedding has {rows} rows"
         start, end = text.spans["solution"]
         return "the solution has no tokens" if start == end else None
 

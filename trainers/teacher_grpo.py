@@ -228,14 +228,16 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     def _evaluation_logs(self) -> dict[str, float]:
         """Of an evaluation, that of the probes included."""
-        logs = {f"seconds/{phase}": value for phase, value in self.timer.take().items()}
-        if self.timer.memory is not None:
-            logs |= self.timer.memory.take()
         evaluation, self._evaluation = self._evaluation, Evaluation()
         evaluation.weigh_batches(self._metrics["eval"])
+        logs: dict[str, float] = {}
         if self.probes is not None and evaluation.rows:
             teacher = base_model(self.accelerator.unwrap_model(self.model))
-            logs |= self.probes(evaluation.rows, teacher, self.temperature)
+            with self.timer("probe"):
+                logs |= self.probes(evaluation.rows, teacher, self.temperature)
+        logs |= {f"seconds/{phase}": value for phase, value in self.timer.take().items()}
+        if self.timer.memory is not None:
+            logs |= self.timer.memory.take()
         return {f"eval_{name}": value for name, value in logs.items()}
 
 

@@ -7,11 +7,12 @@ from typing import Any
 from datasets import Dataset
 
 from data.formats import TAG_FORMATS, Part, TagFormat
-from data.load import load_rows
+from data.load import hold_out, load_rows
 from data.render import Renderer
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions, RLOptions, SFTOptions, TrainOptions
 from trainers.settings.batch import batch_plan
+from trainers.settings.evaluation import evaluates, names_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +38,26 @@ def load_train_rows(options: CommonOptions) -> Dataset:
     )
 
 
-def load_eval_rows(options: TrainOptions) -> Dataset | None:
-    """The held-out rows, or None where none are named."""
-    if options.eval_dataset_id_or_path is None and options.eval_dataset_split is None:
-        return None
+def load_train_and_eval_rows(options: TrainOptions) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and the held-out ones where they are evaluated."""
+    rows = load_train_rows(options)
+    if names_held_out(options):
+        return rows, _load_eval_rows(options) if evaluates(options) else None
+    if options.eval_size is None:
+        return rows, None
+    rows, held_out = hold_out(rows, options.eval_size)
+    logger.info("%d rows of the training data are held out, %d are left to train on", len(held_out), len(rows))
+    if options.max_eval_samples is not None:
+        held_out = held_out.select(range(min(options.max_eval_samples, len(held_out))))
+    return rows, held_out if evaluates(options) else None
+
+
+def _load_eval_rows(options: TrainOptions) -> Dataset:
     path = options.eval_dataset_id_or_path or options.dataset_id_or_path
     is_file = options.eval_dataset_id_or_path is not None and Path(path).expanduser().is_file()
     return load_rows(
         path,
-        options.eval_dataset_split or ("train" if is_file else options.dataset_split),
+        "train" if is_file else options.eval_dataset_split or options.dataset_split,
         options.max_eval_samples,
         _columns(options),
         tag_format(options),

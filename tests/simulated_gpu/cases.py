@@ -180,8 +180,8 @@ def orders(work: Callable[[], Any]) -> dict[str, list[str]]:
 
 
 def train(output_dir: str, *overrides: str) -> dict[str, Any]:
-    """A run of RL: its steps, the plan, and bytes at the peak; what vLLM's own worker did, where it is the engine, and
-    accesses out of order, where the CPU's is."""
+    """A run of RL: its steps and evaluations, the plan, and bytes at the peak; what vLLM's own worker did, where it is
+    the engine, and accesses out of order, where the CPU's is."""
     import torch
 
     from trainers.checks import load_options
@@ -197,9 +197,14 @@ def train(output_dir: str, *overrides: str) -> dict[str, Any]:
         torch.ops.simulated.watch(True)
     run_rl(solved.options, Path(output_dir))
     metrics = [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text("utf-8").splitlines()]
-    steps = [row for row in metrics if "reward" in row]
+    steps, evaluations = ([row for row in metrics if name in row] for name in ("reward", "eval_reward"))
     told = {"faults": torch.ops.simulated.take_faults(), "peak": torch.ops.simulated.peak()}
-    return {"metrics": steps, "plan": solved.plan.phases, "worker": gpu_worker and vars(gpu_worker)} | told
+    return {
+        "metrics": steps,
+        "evaluations": evaluations,
+        "plan": solved.plan.phases,
+        "worker": gpu_worker and vars(gpu_worker),
+    } | told
 
 
 def family(name: str, trained: str) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""What is evaluated, and what is not trained on. Run: ./run_tests.sh tests/test_held_out.py"""
+
+import json
+import random
+
+import pytest
+from conftest import REPO, ROWS
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from planned import planned
+
+from data.load import hold_out
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.errors import ConfigError
+from trainers.memory import PROBES
+from trainers.scoring.probes import MEANING
+from trainers.texts import load_train_and_eval_rows
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_questions_are_held_out_whole_and_whatever_their_order(numbers, count, shuffler):
+    rows = [{"question": f"What is {n}?", "solution": str(i)} for i, n in enumerate(numbers)]
+    if count >= len(set(numbers)):
+        with pytest.raises(ConfigError, match=rf"eval_size={count}: the training data has {len(set(numbers))} "):
+            hold_out(Dataset.from_list(rows), count)
+        return
+    left, apart = (part.to_list() for part in hold_out(Dataset.from_list(rows), count))
+    held = {row["question"] for row in apart}
+    assert len(held) == count and not held & {row["question"] for row in left}
+    assert sorted(left + apart, key=str) == sorted(rows, key=str)
+    shuffler.shuffle(rows)
+    assert {row["question"] for row in hold_out(Dataset.from_list(rows), count)[1]} == held
+
+
+def test_what_is_held_out_is_a_sample_and_not_the_first_rows():
+    rows = Dataset.from_list([{"question": f"What is {n}?"} for n in range(1000)])
+    places = [int(row["question"][8:-1]) for row in hold_out(rows, 100)[1]]
+    assert 350 < sum(places) / 100 < 650
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [{**ROWS[i % 4], "question": f"{i}: {ROWS[i % 4]['question']}"} for i in range(20)]
+    random.Random(0).shuffle(rows)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def options(run, file, *words):
+    here = ["device=cpu", f"dataset_id_or_path={file}", "eval_dataset_split=null"]
+    here += ["train_batch_size=8", "per_device_train_batch_size=8"]
+    return load_options(compose_run(run, here + list(words)), repo=REPO)
+
+
+def test_warm_up_and_rl_hold_out_the_same_questions(file):
+    def kept(run, *words):
+        rows, held_out = load_train_and_eval_rows(options(run, file, "eval_size=5", *words))
+        return set(rows["question"]), None if held_out is None else set(held_out["question"])
+
+    left, held_out = kept("teacher_rlt_tiny")
+    assert (len(left), len(held_out)) == (15, 5)
+    assert kept("teacher_rlt_tiny", "seed=3", "eval_strategy=steps") == (left, held_out)
+    assert kept("teacher_sft_tiny") == (left, None)  # which evaluates nothing, and does not see them either
+    assert kept("teacher_sft_tiny", "eval_strategy=epoch") == (left, held_out)
+    assert kept("teacher_rlt_tiny", "max_eval_samples=2")[0] == left
+    assert len(kept("teacher_rlt_tiny", "max_eval_samples=2")[1]) == 2
+
+
+def test_named_data_comes_before_eval_size(file, rows_file):
+    named = options("teacher_rlt_tiny", file, "eval_size=5", f"eval_dataset_id_or_path={rows_file}")
+    rows, held_out = load_train_and_eval_rows(named)
+    assert len(rows) == 20 and set(held_out["question"]) == {row["question"] for row in ROWS}
+
+
+def test_a_file_of_one_s_own_is_not_judged_by_the_data_that_ships(file):
+    words = ["device=cpu", f"dataset_id_or_path={file}"]
+    with pytest.raises(ConfigError, match="eval_dataset_split=.*has no splits[\\s\\S]*eval_size=64"):
+        load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
+    load_options(compose_run("teacher_rlt_tiny", [*words, "report_before_after=false"]), repo=REPO)
+
+
+def test_teacher_that_reads_probes_is_planned():
+    assert len(MEANING) + 1 == PROBES
+    small = ["student_model=Qwen/Qwen2.5-0.5B-Instruct", "beta=0", "sync_ref_model=false"]
+    probed, plain = (planned("teacher_rlt_mono_80gb", *small, f"num_probes={n}")[0].plan for n in (32, 0))
+    assert probed.phases["score"]["scoring buffers"] > 2 * plain.phases["score"]["scoring buffers"]
+    silent = planned("teacher_rlt_mono_80gb", *small, "report_before_after=false")[0].plan
+    assert silent.phases["score"] == plain.phases["score"]
