@@ -50,7 +50,6 @@ def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
 
 def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, num_devices: int, rank: int) -> None:
     """Plan it, write its config.yaml, and run it."""
-    from trainers.warmup import resolve_model
     from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs
 
     if options.stage in ("rl", "sft"):
@@ -70,8 +69,9 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
         run_merge(options, output_dir)
     elif options.stage == "sft":
         from trainers.sft import run_sft
+        from trainers.warmup_runs import ensure_model
 
-        run_sft(options, output_dir, resolve_model(options.model_name_or_path, options), num_devices)
+        run_sft(options, output_dir, ensure_model(options.model_name_or_path, options), num_devices)
         logging.getLogger(__name__).info("model saved to %s", output_dir)
     elif options.stage == "score":
         from trainers.score import run_score

@@ -190,7 +190,7 @@ def test_what_cannot_be_is_told_before_a_warm_up_is_trained_for_it(model_dir, tm
     chosen = options(model_dir, write(tmp_path / "rows.jsonl", [{**ROWS[0], "explanation": "2+3=5"}]))
     chosen = chosen.model_copy(update={"student_model": "run:student_sft_tiny"})
     monkeypatch.setattr("trainers.plan.machine.host_room", lambda: (2**30, 2**29))
-    monkeypatch.setattr("trainers.score.resolve_model", lambda *_: pytest.fail("a warm-up was trained"))
+    monkeypatch.setattr("trainers.score.ensure_model", lambda *_: pytest.fail("a warm-up was trained"))
     with pytest.raises(ConfigError, match="memory"):
         run_score(chosen, tmp_path)
 

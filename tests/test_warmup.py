@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers import sft, warmup
+from trainers import warmup, warmup_runs
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError, Fault
@@ -26,23 +26,23 @@ def trained(monkeypatch):
         calls.append((options.sft_role, options.seed, options.tag_format, start))
         (output_dir / "config.json").write_text("{}")
 
-    monkeypatch.setattr(sft, "run_sft", run_sft)
+    monkeypatch.setattr(warmup_runs, "run_sft", run_sft)
     return calls
 
 
 def test_a_warm_up_trains_what_it_starts_from_first_and_is_kept(trained, tmp_path):
-    teacher = warmup.resolve_model("run:teacher_sft_tiny", options(), tmp_path)
-    student = warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
+    teacher = warmup_runs.ensure_model("run:teacher_sft_tiny", options(), tmp_path)
+    student = warmup_runs.ensure_model("run:student_sft_tiny", options(), tmp_path)
     assert trained == [("student", 0, "stratos", None), ("teacher", 0, "stratos", student)]
-    assert warmup.resolve_model("run:teacher_sft_tiny", options(), tmp_path) == teacher
+    assert warmup_runs.ensure_model("run:teacher_sft_tiny", options(), tmp_path) == teacher
     assert len(trained) == 2  # nothing was trained again
     assert not list(tmp_path.glob("results/warmup/*.partial*"))
 
 
 def test_a_warm_up_follows_the_seed_and_the_texts_of_the_run(trained, tmp_path):
-    base = warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
-    seeded = warmup.resolve_model("run:student_sft_tiny", options("seed=5"), tmp_path)
-    tagged = warmup.resolve_model("run:student_sft_tiny", options("tag_format=r1"), tmp_path)
+    base = warmup_runs.ensure_model("run:student_sft_tiny", options(), tmp_path)
+    seeded = warmup_runs.ensure_model("run:student_sft_tiny", options("seed=5"), tmp_path)
+    tagged = warmup_runs.ensure_model("run:student_sft_tiny", options("tag_format=r1"), tmp_path)
     assert len({base, seeded, tagged}) == 3
     assert [call[1:3] for call in trained] == [(0, "stratos"), (5, "stratos"), (0, "r1")]
 
@@ -52,15 +52,15 @@ def test_an_interrupted_warm_up_is_not_taken_for_a_whole_one(trained, tmp_path, 
         (output_dir / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft, "run_sft", interrupted)
+    monkeypatch.setattr(warmup_runs, "run_sft", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
+        warmup_runs.ensure_model("run:student_sft_tiny", options(), tmp_path)
     assert [p for p in tmp_path.glob("results/warmup/*") if ".partial" not in p.name] == []
 
 
 def test_a_path_stays_as_it_is():
-    assert warmup.resolve_model("some/model", options()) == "some/model"
-    assert warmup.resolve_model(None, options()) is None
+    assert warmup_runs.ensure_model("some/model", options()) == "some/model"
+    assert warmup_runs.ensure_model(None, options()) is None
 
 
 def test_only_a_warm_up_can_be_named():
@@ -75,9 +75,9 @@ def test_a_warm_up_that_leaves_an_adapter_is_kept_too(monkeypatch, tmp_path):
         calls.append(start)
         (output_dir / "adapter_config.json").write_text("{}")
 
-    monkeypatch.setattr(sft, "run_sft", run_sft)
-    first = warmup.resolve_model("run:student_sft_tiny", options(), tmp_path)
-    assert warmup.resolve_model("run:student_sft_tiny", options(), tmp_path) == first
+    monkeypatch.setattr(warmup_runs, "run_sft", run_sft)
+    first = warmup_runs.ensure_model("run:student_sft_tiny", options(), tmp_path)
+    assert warmup_runs.ensure_model("run:student_sft_tiny", options(), tmp_path) == first
     assert len(calls) == 1
 
 
@@ -88,8 +88,8 @@ def test_a_warm_up_is_planned_for_its_own_disk_and_refused_before_it_leaves_anyt
         planned.append(Path(options.output_dir))
         raise ConfigError(Fault("disk", ..., "full", "make room"))
 
-    monkeypatch.setattr("trainers.plan.planning.planned_options", refuse)
+    monkeypatch.setattr(warmup_runs, "planned_options", refuse)
     options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
     with pytest.raises(ConfigError, match="full"):
-        warmup.resolve_model("run:student_sft_tiny", options, tmp_path)
+        warmup_runs.ensure_model("run:student_sft_tiny", options, tmp_path)
     assert planned[0].parent == tmp_path / "results/warmup" and not planned[0].exists()

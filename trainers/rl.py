@@ -31,7 +31,7 @@ from trainers.settings.reward_specs import reward_names, uses_student
 from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import check_enough, load_train_and_eval_rows, rl_rows, show_sample, tell_whole_questions
-from trainers.warmup import resolve_model
+from trainers.warmup_runs import ensure_model
 from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
@@ -56,7 +56,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     rows, eval_rows = load_train_and_eval_rows(options)
     check_models(options)
     refuse_architecture(options, options.model_name_or_path, device, dtype)
-    start = resolve_start(options, resolve_model(options.model_name_or_path, options), output_dir, dtype)
+    start = resolve_start(options, ensure_model(options.model_name_or_path, options), output_dir, dtype)
     teacher = make_renderer(options, start.tokenizer, "model_name_or_path")
     student = resolve_student(options, output_dir, dtype) if uses_student(options) else None
     train_set = rl_rows(rows, teacher, options, "training questions")
@@ -106,7 +106,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
 
 def resolve_student(options: RLOptions, output_dir: Path, dtype: torch.dtype) -> tuple[str, Renderer]:
     """The folder or hub id of the student, trained and merged where that is to be done, and its texts."""
-    path = resolve_model(options.student_model, options)
+    path = ensure_model(options.student_model, options)
     path = whole_model(options, "student_model", path, output_dir, dtype)
     return path, make_renderer(options, path, "student_model")
 

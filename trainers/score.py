@@ -21,7 +21,7 @@ from trainers.scoring.explanation_scorer import Scored, teacher_logprobs
 from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
 from trainers.scoring.quantized import samples_of
 from trainers.texts import tag_format
-from trainers.warmup import resolve_model
+from trainers.warmup_runs import ensure_model
 from trainers.watch.outputs import whole_file
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
     check_models(options)
     if any(named_run(getattr(options, key)) for key in MODELS):
         planned_options(options, longest=1)  # what cannot be, however short the texts, is told before they are trained
-    options = options.model_copy(update={key: resolve_model(getattr(options, key), options) for key in MODELS})
+    options = options.model_copy(update={key: ensure_model(getattr(options, key), options) for key in MODELS})
     teacher, student = (make_renderer(options, getattr(options, key), key) for key in MODELS)
     options = planned_options(options, longest=longest_text(rows, teacher, student))
     teacher_path, student_path = (whole_model(options, key, getattr(options, key), output_dir, dtype) for key in MODELS)

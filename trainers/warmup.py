@@ -1,12 +1,8 @@
-"""Models named `run:NAME`: the result of another run configuration, trained when first needed and kept."""
+"""Models named `run:NAME`: the result of another run configuration. What that is, and where it is kept."""
 
 import hashlib
 import importlib.metadata
 import json
-import logging
-import os
-import shutil
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +12,6 @@ from trainers.config import REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.weights.adapter_files import is_adapter
-
-logger = logging.getLogger(__name__)
 
 # Options of the asking run that its warm-ups follow.
 INHERITED = (
@@ -127,48 +121,11 @@ def waiting(path: str | None, options: CommonOptions, root: Path = REPO) -> list
         return []
     composed, checked = warmup_options(name, options, needs_device=False)
     folder = cached_path(name, composed, root)
-    if _is_kept(folder):
+    if is_kept(folder):
         return []
     return [*waiting(checked.model_name_or_path, checked, root), Waiting(name, checked, folder)]
 
 
-def _is_kept(folder: Path) -> bool:
+def is_kept(folder: Path) -> bool:
+    """Whether a warm-up's result is there, whole."""
     return (folder / "config.json").is_file() or is_adapter(str(folder))
-
-
-def _end_reports() -> None:
-    """What comes next is a run of its own for wandb, which would go on with this one."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
-
-
-def resolve_model(path: str | None, options: CommonOptions, root: Path = REPO) -> str | None:
-    """Return the folder of a model: `run:NAME` is trained if it is not in the cache; anything else stays as it is."""
-    name = named_run(path)
-    if name is None:
-        return path
-    composed, checked = warmup_options(name, options)
-    folder = cached_path(name, composed, root)
-    if _is_kept(folder):
-        logger.info("%s: kept from an earlier run in %s", path, folder)
-        return str(folder)
-    start = resolve_model(checked.model_name_or_path, checked, root)
-    from accelerate.utils.memory import clear_device_cache
-
-    from trainers.plan.planning import planned_options
-    from trainers.sft import run_sft
-
-    logger.info("%s: training it now, later runs find it in %s", path, folder)
-    # A folder of its own until it is whole: neither an interrupted warm-up nor one beside this can be taken for it.
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    planned = planned_options(checked.model_copy(update={"output_dir": str(partial)}))  # its disk counts
-    partial.mkdir(parents=True, exist_ok=True)
-    run_sft(planned, partial, start)
-    _end_reports()
-    clear_device_cache(garbage_collection=True)  # a trainer holds itself: what comes next is planned with what is free
-    if folder.exists():  # another run was first; both are alike
-        shutil.rmtree(partial)
-    else:
-        partial.rename(folder)
-    return str(folder)
