@@ -1,7 +1,10 @@
 """What is evaluated, and what is not trained on. Run: ./run_tests.sh tests/test_held_out.py"""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 from conftest import REPO, ROWS
@@ -9,6 +12,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from planned import planned
+from safetensors.torch import load_file
 
 from data.load import hold_out
 from trainers.checks import load_options
@@ -89,3 +93,32 @@ def test_teacher_that_reads_probes_is_planned():
     assert probed.phases["score"]["scoring buffers"] > 2 * plain.phases["score"]["scoring buffers"]
     silent = planned("teacher_rlt_mono_80gb", *small, "report_before_after=false")[0].plan
     assert silent.phases["score"] == plain.phases["score"]
+
+
+@pytest.mark.parametrize(("adapters", "file"), [("false", "model.safetensors"), ("true", "adapter_model.safetensors")])
+def test_the_best_checkpoint_is_kept_and_the_engine_follows_it(model_dir, rows_file, tmp_path, adapters, file):
+    """The reward falls with each evaluation: the first checkpoint is the best, and that is what the run ends with."""
+    (tmp_path / "own_best.py").write_text(
+        "calls = 0\n"
+        "def falling(completion_ids, **kwargs):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return [sum(ids) % 2 - 10.0 * calls for ids in completion_ids]\n"
+    )
+    words = [f"model_name_or_path={model_dir}", f"dataset_id_or_path={rows_file}", f"use_peft={adapters}"]
+    words += ["student_model=null", "reward_funcs=[{_target_: own_best.falling}]", f"output_dir={tmp_path}/out"]
+    words += ["eval_dataset_split=null", "eval_size=2", "train_batch_size=4", "per_device_train_batch_size=4"]
+    words += ["num_generations=2", "per_device_eval_batch_size=8", "max_completion_length=16", "max_steps=3"]
+    words += ["eval_strategy=steps", "eval_steps=1", "save_steps=1", "load_best_model_at_end=true", "device=cpu"]
+    words += ["metric_for_best_model=reward", "teacher_system_prompt=Explain.", "save_total_limit=3"]
+    command = [sys.executable, str(REPO / "train.py"), *words, "student_system_prompt=Solve.", "learning_rate=1e-2"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    kept, best, last = (load_file(tmp_path / "out" / f / file) for f in (".", "checkpoint-1", "checkpoint-3"))
+    assert all(kept[name].equal(best[name]) for name in best) and not all(kept[name].equal(last[name]) for name in last)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    after = [line for line in lines if "eval_reward" in line][-1]
+    # Neither would be so if the engine still had the last step's weights.
+    assert max(value for name, value in after.items() if name.startswith("eval_sentinel/")) < 1e-4
+    assert after["eval_sampling/sampling_logp_difference/max"] < 1e-4
