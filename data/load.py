@@ -30,9 +30,7 @@ def read_rows(path: str, split: str, max_samples: int | None, key: str) -> Datas
     Raises:
         ConfigError: If the data cannot be read or has no rows.
     """
-    rows = _read(path, split, key)
-    if max_samples is not None:
-        rows = rows.select(range(min(max_samples, len(rows))))
+    rows = first(_read(path, split, key), max_samples)
     if len(rows) == 0:
         raise ConfigError(Fault(key, path, "the data set has no rows", "give a data set with at least one row"))
     return rows
@@ -52,20 +50,25 @@ def load_rows(
         ConfigError: If the data cannot be read, or lacks a column.
     """
     rows = read_rows(path, split, max_samples, key)
-    chat = next((name for name in CHATS if name in rows.column_names), None)
-    if chat is not None and columns["question"] not in rows.column_names:
+    chat = next((name for name in CHATS if not isinstance(rows.features.get(name, NO_CHAT), Value)), None)
+    if chat is not None and columns["question"] == "question" not in rows.column_names:
         return _from_conversations(rows, chat, tags, key, path)
     return select_texts(rows, columns, key, path)
 
 
+def first(rows: Dataset, count: int | None) -> Dataset:
+    """So many rows at most; None keeps all."""
+    return rows if count is None else rows.select(range(min(count, len(rows))))
+
+
 def hold_out(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
-    """Set so many questions apart, each with all of its rows.
+    """Set so many questions apart.
 
     Which ones they are hangs on the texts of the questions alone, neither on a seed nor on the order of the rows: the
-    warm-up and RL on the same data hold out the same.
+    warm-up and RL that hold out as many of the same data hold out the same.
 
     Returns:
-        The rows that are left, and those that are held out.
+        The rows of other questions, and of each that is held out its first row.
 
     Raises:
         ConfigError: If nothing would be left.
@@ -75,10 +78,13 @@ def hold_out(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
         cause = f"the training data has {len(questions)} questions in all, and some must be left to train on"
         remedy = f"eval_size={len(questions) // 10}" if len(questions) >= 10 else "more data, or eval_size=null"
         raise ConfigError(Fault("eval_size", count, cause, remedy))
-    chosen = set(questions[:count])
-    held = [question in chosen for question in rows["question"]]
-    left, apart = (rows.select([i for i, is_held in enumerate(held) if is_held == want]) for want in (False, True))
-    return left, apart
+    chosen, left, apart = set(questions[:count]), [], {}
+    for i, question in enumerate(rows["question"]):
+        if question in chosen:
+            apart.setdefault(question, i)
+        else:
+            left.append(i)
+    return rows.select(left), rows.select(apart.values())
 
 
 def _read(path: str, split: str, key: str) -> Dataset:
@@ -106,7 +112,9 @@ def _read(path: str, split: str, key: str) -> Dataset:
         raise ConfigError(Fault(key, path, f"cannot be read: {reason}", remedy)) from error
     assert isinstance(found, DatasetDict)
     if split not in found:
-        raise ConfigError(Fault(key, path, f"has no split {split!r}", f"one of: {', '.join(found)}"))
+        option, others = key.replace("id_or_path", "split"), f"one of: {', '.join(found)}"
+        remedy = others if option == "dataset_split" else f"{others}; or eval_dataset_split=null eval_size=64"
+        raise ConfigError(Fault(option, split, f"{path} has no such split", remedy))
     return found[split]
 
 
@@ -124,23 +132,29 @@ def _all_of(files: list[Path], key: str, path: str) -> Dataset:
 def _from_csv(file: Path, key: str, path: str) -> Dataset:
     """Rows of text, 007 and NA too; a comma at the end of lines, which names no column, is passed over.
 
-    Semicolons or tabs may stand for the commas, as spreadsheets write them: what the header has most of.
+    Semicolons or tabs may stand for the commas, as spreadsheets write them.
     """
     csv.field_size_limit(sys.maxsize)  # of its own accord 128 KiB
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        header = lines.readline()
+        separator = _separator(next((line for line in lines if line.strip()), ""))
         lines.seek(0)
-        reader = csv.reader(lines, delimiter=max(",;\t", key=header.count))
-        names, *rows = [row for row in reader if row] or [[]]
+        names, *rows = [row for row in csv.reader(lines, delimiter=separator) if row] or [[]]
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         cause = f"cannot be read: {len(twice)} columns are named twice, the first is {twice[0]!r}"
         raise ConfigError(Fault(key, path, cause, "give each column a name of its own"))
     for number, row in enumerate(rows):
         if any(row[len(names) :]):
             cause = f"cannot be read: row {number} has {len(row)} fields, the header {len(names)}"
-            raise ConfigError(Fault(key, path, cause, 'put texts with commas or line breaks in quotes: "..."'))
+            remedy = f'put texts with {SEPARATORS[separator]} or line breaks in quotes: "..."'
+            raise ConfigError(Fault(key, path, cause, remedy))
     columns = {name: [row[i] if i < len(row) else None for row in rows] for i, name in enumerate(names) if name}
     return Dataset.from_dict(columns, features=Features({name: Value("string") for name in columns}))
+
+
+def _separator(header: str) -> str:
+    """What cuts a table's first line into most columns, and not within quotes."""
+    columns = {each: next(csv.reader([header], delimiter=each), []) for each in SEPARATORS}
+    return max(columns, key=lambda each: (not any('"' in name for name in columns[each]), len(columns[each])))
 
 
 class _Number(str):
@@ -169,16 +183,20 @@ def _from_json(file: Path, key: str, path: str) -> Dataset:
         cause = f"cannot be read: it is one object of columns ({', '.join(rows[0])}), as pandas writes one by itself"
         raise ConfigError(Fault(key, path, cause, f"{remedy}: df.to_json(..., orient='records', lines=True)"))
     names = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [_as_column(row.get(name), name) for row in rows] for name in names})
+    values = {name: [row.get(name) for row in rows] for name in names}
+    chats = [name for name in CHATS if any(isinstance(value, list) for value in values.get(name, ()))]
+    return Dataset.from_dict({name: [_as_column(each, name in chats) for each in values[name]] for name in names})
 
 
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+NO_CHAT = Value("string")
 CHATS = ("conversations", "messages")  # columns of whole conversations
 READERS = {".csv": _from_csv, ".json": _from_json, ".jsonl": _from_json}
 
 
-def _as_column(value: Any, name: str) -> Any:
+def _as_column(value: Any, is_chat: bool) -> Any:
     """Text, or the turns of a conversation: a column holds values of one type."""
-    if name in CHATS:
+    if is_chat:
         turns = value if isinstance(value, list) else []
         return [{"from": _turn(t, "from", "role"), "value": _turn(t, "value", "content")} for t in turns]
     if value is None:
@@ -254,8 +272,11 @@ def _from_conversations(rows: Dataset, column: str, tags: TagFormat, key: str, p
         lambda row: bool(row["question"].strip() and row["solution"].strip()), desc="Checking tags"
     )
     if len(whole) == 0:
-        cause = f"no assistant turn has its solution between {tags.solution[0]} and {tags.solution[1]}"
-        raise ConfigError(Fault(key, path, cause, "tag_format=stratos or tag_format=r1, whichever the data uses"))
+        cause = f"of its {column} no assistant turn has its solution between {tags.solution[0]} and {tags.solution[1]}"
+        remedy = "tag_format=stratos or tag_format=r1, whichever the data uses"
+        if others := [name for name in rows.column_names if name != column]:
+            remedy += f"; or question_column= and solution_column= out of {', '.join(others)}"
+        raise ConfigError(Fault(key, path, cause, remedy))
     if len(whole) < len(split_rows):
         count = len(split_rows) - len(whole)
         logger.warning("%d of %d conversations have no tagged solution: left out", count, len(split_rows))

@@ -171,8 +171,10 @@ def test_fresh_model_and_named_model_exclude_each_other():
 def test_evaluation_batch_is_checked_only_where_something_is_evaluated(monkeypatch):
     monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
     emergency = ["train_batch_size=64", "per_device_train_batch_size=2", "num_generations=16"]
-    options = load_options(compose_run("teacher_rlt_mono_85gb", emergency), repo=REPO)
-    assert options.generation_aggregation_steps == 8
+    silent = ["num_generations_eval=16", "report_before_after=false", "eval_size=null"]
+    for evaluation in (silent, []):  # the preset's own explains each question once
+        options = load_options(compose_run("teacher_rlt_mono_85gb", emergency + evaluation), repo=REPO)
+        assert options.generation_aggregation_steps == 8
     found = faults("teacher_rlt_mono_85gb", *emergency, "num_generations_eval=16")
     assert "per_device_eval_batch_size=32" in found["per_device_eval_batch_size"].remedy
 

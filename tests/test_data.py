@@ -52,6 +52,31 @@ def test_conversations_of_any_make_are_split_or_left_out(tmp_path, tags):
         assert rows.to_list() == [{"question": "2+3?", "solution": "5", "reasoning_trace": "Add."}]
 
 
+def test_a_column_of_text_may_have_any_name(tmp_path, tags):
+    path = write(tmp_path / "d.jsonl", [{"messages": "2+3?", "solution": "5"}])
+    rows = load_rows(path, "train", None, COLUMNS | {"question": "messages"}, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "2+3?", "solution": "5"}]
+    turns = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    path = write(tmp_path / "d.jsonl", [{"messages": turns, "problem": "2+3?", "answer": 5}])
+    with pytest.raises(ConfigError, match="of its messages no assistant turn.*\n.*out of problem, answer"):
+        load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        'question,solution,"tags (a;b;c;d)"',
+        'question;solution;"note, of mine, yes, really"',
+        "\nquestion\tsolution\tx, y",
+    ],
+)
+def test_what_separates_columns_is_not_what_stands_in_their_names(tmp_path, tags, header):
+    separator = next(each for each in ",;\t" if f"question{each}" in header)
+    (tmp_path / "d.csv").write_text(f"{header}\n" + separator.join(["2+3?", "5", "none"]))
+    rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "2+3?", "solution": "5"}]
+
+
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_tables_of_spreadsheets_are_read(tmp_path, tags, separator):
     lines = [["question", "solution", "note, of mine"], ["What is 2,5; or more?", "3,0", ""]]

@@ -19,6 +19,7 @@ RESULT_KEYS = {
     "explanation_length",
     "truncated_fraction",
     "student_accuracy",
+    "unscorable_fraction",
 }
 
 
@@ -160,6 +161,7 @@ def test_probes_are_scored_at_every_evaluation(first_run):
     evaluations = [line for line in lines(out) if "eval_reward" in line]
     assert len(evaluations) == 2  # before and after
     for line in evaluations:
+        assert line["eval_seconds/probe"] > 0 and line["eval_memory/probe_peak"] > 0
         assert {f"eval_probe/{name}" for name in ("empty", "shuffled", "solution", "other")} <= set(line)
         # All eight questions are probed. The teacher's log-probabilities come from a forward pass there, from the
         # rollout in the evaluation itself.

@@ -11,7 +11,7 @@ from conftest import REPO, ROWS
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from planned import planned
+from planned import machine, planned, problem
 from safetensors.torch import load_file
 
 from data.load import hold_out
@@ -19,12 +19,13 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.memory import PROBES
+from trainers.plan.remedies import knobs
 from trainers.scoring.probes import MEANING
-from trainers.texts import load_train_and_eval_rows
+from trainers.texts import check_enough, load_train_and_eval_rows
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.integers(1, 40), st.randoms(use_true_random=False))
-def test_questions_are_held_out_whole_and_whatever_their_order(numbers, count, shuffler):
+def test_questions_are_held_out_once_and_whatever_their_order(numbers, count, shuffler):
     rows = [{"question": f"What is {n}?", "solution": str(i)} for i, n in enumerate(numbers)]
     if count >= len(set(numbers)):
         with pytest.raises(ConfigError, match=rf"eval_size={count}: the training data has {len(set(numbers))} "):
@@ -32,8 +33,9 @@ def test_questions_are_held_out_whole_and_whatever_their_order(numbers, count, s
         return
     left, apart = (part.to_list() for part in hold_out(Dataset.from_list(rows), count))
     held = {row["question"] for row in apart}
-    assert len(held) == count and not held & {row["question"] for row in left}
-    assert sorted(left + apart, key=str) == sorted(rows, key=str)
+    assert len(held) == len(apart) == count
+    assert left == [row for row in rows if row["question"] not in held]
+    assert all(row == next(r for r in rows if r["question"] == row["question"]) for row in apart)
     shuffler.shuffle(rows)
     assert {row["question"] for row in hold_out(Dataset.from_list(rows), count)[1]} == held
 
@@ -69,8 +71,30 @@ def test_warm_up_and_rl_hold_out_the_same_questions(file):
     assert kept("teacher_rlt_tiny", "seed=3", "eval_strategy=steps") == (left, held_out)
     assert kept("teacher_sft_tiny") == (left, None)  # which evaluates nothing, and does not see them either
     assert kept("teacher_sft_tiny", "eval_strategy=epoch") == (left, held_out)
+    assert kept("teacher_rlt_tiny", "max_samples=8")[1] == held_out  # out of all rows
+    assert len(kept("teacher_rlt_tiny", "max_samples=8")[0] & left) == 8
     assert kept("teacher_rlt_tiny", "max_eval_samples=2")[0] == left
     assert len(kept("teacher_rlt_tiny", "max_eval_samples=2")[1]) == 2
+
+
+@pytest.mark.parametrize("empty", ["eval_dataset_id_or_path=", "eval_dataset_split="])
+def test_what_is_named_by_nothing_is_not_named(file, empty):
+    rows, held_out = load_train_and_eval_rows(options("teacher_rlt_tiny", file, "eval_size=5", empty))
+    assert not set(rows["question"]) & set(held_out["question"])
+
+
+def test_rows_that_are_trained_on_as_well_are_told(file, caplog):
+    load_train_and_eval_rows(options("teacher_rlt_tiny", file, f"eval_dataset_id_or_path={file}"))
+    assert "20 of 20 held-out rows have a question that is trained on" in caplog.text
+
+
+def test_much_of_the_data_is_held_out_with_a_warning_and_too_much_not(file, caplog):
+    load_train_and_eval_rows(options("teacher_rlt_tiny", file, "eval_size=3"))
+    assert not caplog.text
+    rows, _ = load_train_and_eval_rows(options("teacher_rlt_tiny", file, "eval_size=19"))
+    assert "19 questions of the training data are held out, 1 rows are left" in caplog.text
+    with pytest.raises(ConfigError, match="hold out fewer: eval_size below 19"):
+        check_enough(rows, options("teacher_rlt_tiny", file, "eval_size=19", "num_generations=4"))
 
 
 def test_named_data_comes_before_eval_size(file, rows_file):
@@ -84,6 +108,17 @@ def test_a_file_of_one_s_own_is_not_judged_by_the_data_that_ships(file):
     with pytest.raises(ConfigError, match="eval_dataset_split=.*has no splits[\\s\\S]*eval_size=64"):
         load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
     load_options(compose_run("teacher_rlt_tiny", [*words, "report_before_after=false"]), repo=REPO)
+    folder = options("teacher_rlt_tiny", file.parent, "eval_dataset_split=test")
+    with pytest.raises(ConfigError, match="eval_dataset_split='test'[\\s\\S]*no such split[\\s\\S]*eval_size=64"):
+        load_train_and_eval_rows(folder)
+
+
+def test_the_best_checkpoint_is_not_told_by_a_loss_that_tells_nothing():
+    best = ["device=cpu", "load_best_model_at_end=true", "eval_strategy=steps", "save_steps=25", "eval_steps=25"]
+    for metric in ("null", "eval_loss"):
+        with pytest.raises(ConfigError, match="metric_for_best_model=reward"):
+            load_options(compose_run("teacher_rlt_tiny", [*best, f"metric_for_best_model={metric}"]), repo=REPO)
+    load_options(compose_run("teacher_rlt_tiny", [*best, "metric_for_best_model=student_accuracy"]), repo=REPO)
 
 
 def test_teacher_that_reads_probes_is_planned():
@@ -91,8 +126,21 @@ def test_teacher_that_reads_probes_is_planned():
     small = ["student_model=Qwen/Qwen2.5-0.5B-Instruct", "beta=0", "sync_ref_model=false"]
     probed, plain = (planned("teacher_rlt_mono_80gb", *small, f"num_probes={n}")[0].plan for n in (32, 0))
     assert probed.phases["score"]["scoring buffers"] > 2 * plain.phases["score"]["scoring buffers"]
-    silent = planned("teacher_rlt_mono_80gb", *small, "report_before_after=false")[0].plan
-    assert silent.phases["score"] == plain.phases["score"]
+    for never in ("report_before_after=false", "reward_funcs=[student_answer]"):
+        silent = planned("teacher_rlt_mono_80gb", *small, never)[0].plan
+        assert silent.phases["score"] == plain.phases["score"]
+    ahead = planned("teacher_rlt_mono_80gb", *small, "overlap_scoring=true", "student_mode=resident")[0].plan
+    assert ahead.phases["generate"]["scoring buffers"] < probed.phases["score"]["scoring buffers"] / 2
+
+
+def test_an_evaluation_counts_for_the_engine_only_where_there_is_one():
+    words = "train_batch_size=8", "num_generations=8", "per_device_train_batch_size=1"
+    assert planned("teacher_rlt_mono_24gb", *words)[0].options.max_num_seqs == 32
+    assert planned("teacher_rlt_mono_24gb", *words, "report_before_after=false")[0].options.max_num_seqs == 8
+    large = planned("teacher_rlt_mono_24gb", *words, "use_vllm=false", "per_device_eval_batch_size=64")
+    assert not large[0].plan.fits
+    fits = [str(change) for change in knobs(problem(large[1], machine(24))) if change.solved.plan.fits]
+    assert "report_before_after=false" in fits
 
 
 @pytest.mark.parametrize(("adapters", "file"), [("false", "model.safetensors"), ("true", "adapter_model.safetensors")])

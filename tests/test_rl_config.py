@@ -89,7 +89,7 @@ def test_fewer_questions_than_a_rollout_takes_would_train_nothing(caplog):
     """TRL leaves out what does not fill a rollout, and ends at step 0."""
     rows = Dataset.from_dict({"question": [str(i) for i in range(5)]})
     small = SimpleNamespace(train_batch_size=8, per_device_train_batch_size=8, generation_aggregation_steps=None)
-    small.num_generations, small.dataset_id_or_path = 4, "d.jsonl"
+    small.num_generations, small.dataset_id_or_path, small.eval_size = 4, "d.jsonl", None
     check_enough(rows, small)
     assert "each epoch leaves out 1 of 5 questions: a rollout takes 2" in caplog.text
     small.train_batch_size = small.per_device_train_batch_size = 24
@@ -109,8 +109,19 @@ def test_questions_that_only_the_student_reads_whole_are_told(renderer, caplog):
 def test_an_evaluation_counts_rows_and_not_batches():
     """Five rows in batches of 4 and 1, a reward of 1 for the first row alone."""
     metrics = {"reward": [0.25, 0.0], "rare": [float("nan"), 2.0], "else": [1.0]}
-    Evaluation(batch_sizes=[4, 1]).weigh_batches(metrics)
+    Evaluation(batch_sizes=[4, 1], num_scored=[4, 1]).weigh_batches(metrics)
     assert metrics == {"reward": [0.2], "rare": [2.0], "else": [1.0]}
+
+
+def test_an_evaluation_counts_what_has_a_reward_and_not_rows():
+    """Of four rows all have one, of the next four a single one, of the last none."""
+    metrics = {
+        "reward": [-1.0, 0.0, float("nan")],
+        "kl_reward": [-1.0, 0.0],
+        "completions/mean_length": [1.0, 2.0, 3.0],
+    }
+    Evaluation(batch_sizes=[4] * 3, num_scored=[4, 1, 0], of_scored={"kl_reward"}).weigh_batches(metrics)
+    assert metrics == {"reward": [-0.8], "kl_reward": [-0.8], "completions/mean_length": [2.0]}
 
 
 def test_micro_batches_of_a_rollout_are_told_as_one():

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import REPO, TINY_MODEL
 from simulated_gpu.run import POSSIBLE
 
 from trainers.plan.activations import HEAD_WIDTH
@@ -94,8 +94,8 @@ SHORT |= {
 }
 SHORT |= {"teacher_system_prompt": "Explain.", "student_system_prompt": "Solve."}
 STREAMED = {"student_mode": "streamed", "reference_mode": "streamed", "beta": 0.1, "gradient_checkpointing": True}
-EVALUATED = {"report_before_after": True, "eval_dataset_split": "null", "eval_size": 2, "num_probes": 2}
-EVALUATED |= {"num_generations_eval": 1, "per_device_eval_batch_size": 4}
+EVALUATED = {"report_before_after": True, "eval_dataset_id_or_path": REPO / "data/distances", "num_probes": 2}
+EVALUATED |= {"max_eval_samples": 3, "num_generations_eval": 1, "per_device_eval_batch_size": 2}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from trainers.plan.model_shapes import ModelShape
 from trainers.plan.workload import GIB, SCORED_AT_ONCE, Plan, Workload
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import batched_tokens, model_length
+from trainers.settings.evaluation import completions_at_once, prompts_at_once
 
 # Padded tokens of a micro-batch of scoring, and its head's positions (trainers/scoring/frozen.py).
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
@@ -53,8 +54,8 @@ def make_plan(work: Workload, available: int, host_free: int | None = None) -> P
     scoring = _scoring(work)
     if work.is_rl:
         plan.phases["generate"] = resting | gradients | _engine(work)
-        if work.options.overlap_scoring:
-            plan.phases["generate"] |= scoring
+        if work.options.overlap_scoring and work.student is not None:
+            plan.phases["generate"] |= _reader(work, work.student, work.student_mode)
     if work.options.stage != "sft":
         plan.phases["score"] = resting | gradients | scoring
     if work.trains:
@@ -137,14 +138,14 @@ def _gradients_while_generating(work: Workload) -> bool:
 
 def max_num_seqs(options: RLOptions) -> int:
     """Completions that vLLM writes at once."""
-    at_once = max(batch_plan(options).generation_batch, options.per_device_eval_batch_size)
-    return options.max_num_seqs or min(MAX_SEQS, at_once)
+    return options.max_num_seqs or min(MAX_SEQS, completions_at_once(options))
 
 
 def kv_needed(options: RLOptions, teacher: ModelShape, itemsize: int, device: str) -> int:
     """Bytes of keys and values where all completions that are written at once are as long as they may be.
 
-    The prompt of a group is held once; not counted on where memory is no matter (a CPU).
+    Of a rollout; an evaluation has more prompts for as many completions, and some may have to wait (vLLM preempts
+    them). The prompt of a group is held once; not counted on where memory is no matter (a CPU).
     """
     seqs = max_num_seqs(options)
     prompts = seqs if device == "cpu" or not options.enable_prefix_caching else -(-seqs // options.num_generations)
@@ -173,8 +174,7 @@ def _engine(work: Workload) -> dict[str, int]:
         return _transformers_generation(work)
     tokens = o.vllm_kwargs.get("max_num_batched_tokens", batched_tokens(o, max_num_seqs(o)))
     if work.device == "cpu":  # whole prompts, and no dummy run with as many tokens as there may be
-        questions = -(-batch_plan(o).generation_batch // o.num_generations)
-        tokens = min(max(tokens, work.length), questions * o.max_prompt_length)
+        tokens = min(max(tokens, work.length), prompts_at_once(o) * o.max_prompt_length)
     layer = tokens * (3 * teacher.intermediate + 5 * teacher.hidden) * work.itemsize
     sampling = 4 * max_num_seqs(o) * teacher.vocab * 4
     return {"KV cache": work.kv_cache, "engine's activations": max(layer, sampling)}
@@ -183,7 +183,7 @@ def _engine(work: Workload) -> dict[str, int]:
 def _transformers_generation(work: Workload) -> dict[str, int]:
     """What transformers holds while it writes a whole rollout at once: most at the prompts, or at the end."""
     teacher, prompt = work.teacher, work.options.max_prompt_length
-    texts = work.sampled_at_once
+    texts = completions_at_once(work.options)
     kv = texts * teacher.kv_bytes(work.itemsize)  # of one token of each
     cache = kv * work.length
     cache += cache // (2 * teacher.num_layers)  # a layer's keys are copied where they grow
@@ -222,7 +222,9 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     if mode != "streamed":
         layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)
         return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
-    batch = max(work.sampled_at_once, PROBES * work.num_probes) if work.is_rl else SCORED_AT_ONCE
+    batch = SCORED_AT_ONCE
+    if work.is_rl:
+        batch = max(completions_at_once(work.options), PROBES * work.num_probes)
     held = min(max(work.options.student_tokens_per_pass, length), batch * length)  # a text is read as a whole
     rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
     resting = held * (hidden + masks) * size + rotary

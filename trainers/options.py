@@ -68,7 +68,9 @@ class CommonOptions(ModelOptions):
 
     dataset_id_or_path: str | None = opt(None, "the data: a .jsonl/.json/.parquet/.csv file, a folder or a hub id")
     dataset_split: str = opt("train", "split of a folder or hub data set")
-    max_samples: int | None = opt(None, "use the first so many rows", ge=1)
+    max_samples: int | None = opt(
+        None, "use the first so many rows (to train on: of those that eval_size leaves)", ge=1
+    )
     question_column: str = opt("question", "column with the question")
     solution_column: str = opt("solution", "column with the solution")
 
@@ -84,8 +86,8 @@ class TrainOptions(CommonOptions):
     eval_dataset_split: str | None = opt(None, "split of the held-out data, where that is no file")
     eval_size: int | None = opt(
         None,
-        "so many questions of the training data are not trained on but evaluated, where no held-out data is named; in "
-        "every run on the same data the same ones",
+        "so many questions of the training data are not trained on but evaluated, where no held-out data is named; "
+        "with the same number the same ones in every run on that data, RL or warm-up, whatever max_samples is",
         ge=1,
     )
     max_eval_samples: int | None = opt(None, "evaluate on the first so many rows of the held-out data", ge=1)
@@ -232,7 +234,9 @@ class RLOptions(TrainOptions, RewardOptions):
     enforce_eager: bool = opt(False, "vLLM without CUDA graphs")
     enable_prefix_caching: bool = opt(True, "vLLM keeps the KV cache of a shared prompt between requests")
     max_num_seqs: int | None = opt(
-        None, "completions that vLLM writes at once; default: those of a rollout, at most 256 (on a CPU: vLLM's)", ge=1
+        None,
+        "completions that vLLM writes at once; default: those of a rollout or of an evaluation's batch, at most 256",
+        ge=1,
     )
     kv_cache_gib: float | None = opt(
         None,

@@ -27,6 +27,7 @@ from trainers.scoring.quantized import samples_of
 from trainers.scoring.reward_funcs import StudentReward, make_reward_funcs, own_functions
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import has_engine
+from trainers.settings.evaluation import scores_probes
 from trainers.settings.reward_specs import reward_names, uses_student
 from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.teacher_grpo import TeacherGRPOTrainer
@@ -81,7 +82,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     else:
         scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
         student_reward = make_student_reward(options, scorer, device)
-    if options.num_probes and "teacher_logprob_kl" in options.reward_funcs:
+    if scores_probes(options):
         limits = options.num_probes, options.student_tokens_per_pass, options.max_prompt_length
         probes = Probes(student_reward.scorer, *limits)
     timer = PhaseTimer(MemoryWatch(device))

@@ -193,15 +193,25 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
             self.timer.seconds[phase] += value
         return metrics
 
+    def _log_metric(self, name: str, value: float) -> None:
+        """As TRL's, which hands it to the reward functions: all that they log is of the completions with a reward, but
+        for how many have none."""
+        if name != "unscorable_fraction":
+            self._evaluation.of_scored.add(name)
+        super()._log_metric(name, value)
+
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
         """As TRL's, every reward function timed as scoring; an evaluation's completions are kept for the probes."""
         if not self.model.training:
             pairs = zip(inputs, ids, strict=True)
             self._evaluation.rows += [Evaluated(row["question"], row["solution"], own) for row, own in pairs]
-            self._evaluation.batch_sizes.append(len(inputs))
         self._log_completion_extra("ended", [row["ended"] for row in inputs])
         with self.timer("score"):
-            return super()._calculate_rewards(inputs, prompts, completions, ids)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
+        if not self.model.training:
+            self._evaluation.batch_sizes.append(len(inputs))
+            self._evaluation.num_scored.append(int((~rewards.isnan()).any(1).sum()))
+        return rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of each phase (per optimizer step while training, in total for an evaluation) and the
@@ -243,16 +253,29 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
 @dataclass
 class Evaluation:
-    """What is kept of an evaluation while it goes on: its completions, and the sizes of its batches."""
+    """What is kept of an evaluation while it goes on.
+
+    Attributes:
+        rows: Its completions.
+        batch_sizes: Of its batches.
+        num_scored: How many completions of each have a reward.
+        of_scored: Metrics that are means of those alone.
+    """
 
     rows: list[Evaluated] = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=list)
+    num_scored: list[int] = field(default_factory=list)
+    of_scored: set[str] = field(default_factory=set)
 
     def weigh_batches(self, metrics: dict[str, list[float]]) -> None:
-        """TRL's mean of an evaluation is that of its batches; the last one may be smaller than the others."""
+        """TRL's mean of an evaluation is that of its batches, as if each had as many completions and rewards."""
         for name, values in metrics.items():
-            known = [(value, n) for value, n in zip(values, self.batch_sizes, strict=False) if value == value]
-            if len(values) == len(self.batch_sizes) and known:  # one for each batch; NaN where no row had a value
+            is_of_scored = name in self.of_scored or name.startswith("reward")
+            weights = self.num_scored if is_of_scored else self.batch_sizes
+            if len(values) < len(weights):  # nothing is logged of a batch without a reward
+                weights = [n for n in weights if n]
+            known = [(value, n) for value, n in zip(values, weights, strict=False) if value == value and n]
+            if len(values) == len(weights) and known:  # one for each batch; NaN where no row had a value
                 metrics[name] = [sum(value * n for value, n in known) / sum(n for _, n in known)]
 
 

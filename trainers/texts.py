@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from data.formats import TAG_FORMATS, Part, TagFormat
-from data.load import hold_out, load_rows
+from data.load import first, hold_out, load_rows
 from data.render import Renderer
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions, RLOptions, SFTOptions, TrainOptions
@@ -15,6 +15,8 @@ from trainers.settings.batch import batch_plan
 from trainers.settings.evaluation import evaluates, names_held_out
 
 logger = logging.getLogger(__name__)
+
+MUCH = 0.25  # held-out questions for each row that is left: more is told as a warning
 
 
 def tag_format(options: CommonOptions) -> TagFormat:
@@ -27,28 +29,28 @@ def _columns(options: CommonOptions) -> dict[str, str]:
     return columns | ({"reasoning_trace": options.reasoning_trace_column} if options.stage == "sft" else {})
 
 
-def load_train_rows(options: CommonOptions) -> Dataset:
-    return load_rows(
-        options.dataset_id_or_path,
-        options.dataset_split,
-        options.max_samples,
-        _columns(options),
-        tag_format(options),
-        "dataset_id_or_path",
-    )
-
-
 def load_train_and_eval_rows(options: TrainOptions) -> tuple[Dataset, Dataset | None]:
     """The rows to train on, and the held-out ones where they are evaluated."""
-    rows = load_train_rows(options)
-    if names_held_out(options):
-        return rows, _load_eval_rows(options) if evaluates(options) else None
-    if options.eval_size is None:
-        return rows, None
-    rows, held_out = hold_out(rows, options.eval_size)
-    logger.info("%d rows of the training data are held out, %d are left to train on", len(held_out), len(rows))
-    if options.max_eval_samples is not None:
-        held_out = held_out.select(range(min(options.max_eval_samples, len(held_out))))
+    path, split, columns, tags = (
+        options.dataset_id_or_path,
+        options.dataset_split,
+        _columns(options),
+        tag_format(options),
+    )
+    holds_out = options.eval_size is not None and not names_held_out(options)
+    # Out of all rows, or another max_samples would hold out others.
+    limit = None if holds_out else options.max_samples
+    rows, held_out = load_rows(path, split, limit, columns, tags, "dataset_id_or_path"), None
+    if holds_out:
+        rows, held_out = hold_out(rows, options.eval_size)
+        total, rows, held_out = len(rows), first(rows, options.max_samples), first(held_out, options.max_eval_samples)
+        tell = logger.warning if options.eval_size > MUCH * total else logger.info
+        tell("%d questions of the training data are held out, %d rows are left of it", options.eval_size, total)
+    elif names_held_out(options) and evaluates(options):
+        held_out = _load_eval_rows(options)
+        trained = set(rows["question"])
+        if known := sum(question in trained for question in held_out["question"]):
+            logger.warning("%d of %d held-out rows have a question that is trained on", known, len(held_out))
     return rows, held_out if evaluates(options) else None
 
 
@@ -143,6 +145,8 @@ def check_enough(questions: Dataset, options: RLOptions) -> None:
     if count < taken:
         cause = f"{count} questions are left, and a rollout takes {taken}: nothing would be trained"
         remedy = f"more data, or a smaller batch: train_batch_size={count * options.num_generations}"
+        if options.eval_size is not None and not names_held_out(options):
+            remedy += f", or hold out fewer: eval_size below {options.eval_size}"
         raise ConfigError(Fault("dataset_id_or_path", options.dataset_id_or_path, cause, remedy))
     if rest := count % taken:
         logger.warning("each epoch leaves out %d of %d questions: a rollout takes %d", rest, count, taken)

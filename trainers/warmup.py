@@ -39,6 +39,7 @@ CODE = (
     "trainers/models.py",
     "trainers/master_adamw.py",
     "trainers/optimizers.py",
+    "trainers/settings/evaluation.py",
     "trainers/settings/trl_config.py",
     "trainers/attention.py",
     "trainers/weights/adapters.py",
@@ -46,6 +47,7 @@ CODE = (
     "trainers/weights/starts.py",
 )
 WARMUPS = REPO / "results" / "warmup"  # where they are kept
+LARGE = 2**26  # bytes of a folder that are not read for this
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "peft")
 
 
@@ -96,14 +98,18 @@ def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
 
 
 def _contents(path: str | None) -> bytes:
-    """What a file holds, or names, sizes and times of a folder's files; nothing of what is no local path."""
+    """What a file holds, or the names and texts of a folder's files (of large ones sizes and times); nothing of what is
+    no local path."""
     found = Path(path or "").expanduser()
     if not path or len(path) > 1000 or not found.exists():  # a template may be written out in place of its file
         return b""
     if found.is_file():
         return found.read_bytes()
     files = sorted(file for file in found.rglob("*") if file.is_file())
-    return repr([(str(f.relative_to(found)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()
+    stats = [(str(file.relative_to(found)), file.stat()) for file in files]
+    if sum(stat.st_size for _, stat in stats) <= LARGE:
+        return b"".join(name.encode() + file.read_bytes() for (name, _), file in zip(stats, files, strict=True))
+    return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()
 
 
 class Waiting(NamedTuple):

@@ -39,6 +39,8 @@ FRUGAL: tuple[Settings, ...] = (
     {"kv_cache_gib": None},
     {"weight_bridge": None},
     {"student_tokens_per_pass": "auto"},
+    {"num_probes": 0},
+    {"report_before_after": False},
     {"enforce_eager": True},
 )
 # What takes from the one memory for the other, with how painful it is: of each row what is best for the device, and

@@ -9,7 +9,7 @@ from trainers.plan.hardware import cpu_multiplies_bf16
 from trainers.plan.model_shapes import AdapterShape, ModelShape
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import bridge_name
-from trainers.settings.evaluation import evaluates
+from trainers.settings.evaluation import scores_probes
 from trainers.settings.optim_specs import OptimizerBytes, optimizer_bytes
 from trainers.weights.adapter_files import is_continued
 
@@ -74,16 +74,9 @@ class Workload:
         return o.max_length or self.teacher.max_positions
 
     @property
-    def sampled_at_once(self) -> int:
-        """Completions of a rollout, or of an evaluation's batch if that is larger."""
-        o = self.options
-        return max(batch_plan(o).generation_batch, o.per_device_eval_batch_size if evaluates(o) else 0)
-
-    @property
     def num_probes(self) -> int:
         """Questions whose probes are scored (trainers/scoring/probes.py)."""
-        asked = self.is_rl and self.student is not None and evaluates(self.options)
-        return self.options.num_probes if asked else 0
+        return self.options.num_probes if self.is_rl and scores_probes(self.options) else 0
 
     @property
     def has_engine(self) -> bool:

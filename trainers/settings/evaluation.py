@@ -3,32 +3,60 @@
 from pathlib import Path
 
 from trainers.errors import Fault
-from trainers.options import TrainOptions
+from trainers.options import RLOptions, TrainOptions
+from trainers.settings.batch import batch_plan
+
+OFF = {"report_before_after": False, "eval_strategy": "no", "eval_on_start": False}
+HOLD_OUT = "eval_dataset_split=null eval_size=64"
 
 
 def evaluates(options: TrainOptions) -> bool:
     """Whether held-out data is asked for at any time."""
-    reports = getattr(options, "report_before_after", False)
-    return reports or options.eval_strategy != "no" or options.eval_on_start
+    return any(getattr(options, key, off) != off for key, off in OFF.items())
 
 
 def names_held_out(options: TrainOptions) -> bool:
     """Whether held-out data is named; where it is not, `eval_size` sets some of the training data apart."""
-    return options.eval_dataset_id_or_path is not None or options.eval_dataset_split is not None
+    return bool(options.eval_dataset_id_or_path or options.eval_dataset_split)
+
+
+def scores_probes(options: RLOptions) -> bool:
+    """Whether an evaluation scores what explains nothing, too."""
+    return evaluates(options) and options.num_probes > 0 and "teacher_logprob_kl" in options.reward_funcs
+
+
+def prompts_at_once(options: RLOptions) -> int:
+    """Different prompts that are explained at once: of a rollout, or of an evaluation's batch if those are more."""
+    rollout = -(-batch_plan(options).generation_batch // options.num_generations)
+    if not evaluates(options):
+        return rollout
+    return max(rollout, options.per_device_eval_batch_size // (options.num_generations_eval or options.num_generations))
+
+
+def completions_at_once(options: RLOptions) -> int:
+    """Completions of a rollout, or of an evaluation's batch if those are more."""
+    return max(batch_plan(options).generation_batch, options.per_device_eval_batch_size if evaluates(options) else 0)
 
 
 def held_out_faults(options: TrainOptions) -> list[Fault]:
-    """A fault where there is nothing to evaluate on."""
+    """Nothing to evaluate on, and nothing that the best checkpoint could be told by."""
     if not evaluates(options):
         return []
+    faults = []
+    if options.stage == "rl" and getattr(options, "load_best_model_at_end", False):
+        metric = options.metric_for_best_model
+        if metric is None or metric.removeprefix("eval_") == "loss":
+            cause = "GRPO's loss is about 0 whatever the teacher is worth, and the best checkpoint is to be told by it"
+            faults.append(Fault("metric_for_best_model", metric, cause, "metric_for_best_model=reward"))
     data, split = options.dataset_id_or_path, options.eval_dataset_split
-    if split is not None and options.eval_dataset_id_or_path is None and Path(data or "").expanduser().is_file():
-        remedy = "eval_dataset_split=null eval_size=64, or eval_dataset_id_or_path=<a file of held-out rows>"
-        return [Fault("eval_dataset_split", split, f"{data} is a file and has no splits", remedy)]
-    if names_held_out(options) or options.eval_size is not None:
-        return []
-    remedy = "eval_size=64, or name held-out data (eval_dataset_id_or_path or eval_dataset_split), or "
-    off = {"report_before_after": "false", "eval_strategy": "no", "eval_on_start": "false"}
-    neutral = (False, "no")
-    remedy += " ".join(f"{k}={v}" for k, v in off.items() if getattr(options, k, False) not in neutral)
-    return [Fault("eval_dataset_id_or_path", None, "held-out data is to be evaluated, but none is named", remedy)]
+    if not names_held_out(options):
+        if options.eval_size is None:
+            remedy = f"{HOLD_OUT}, or name held-out data (eval_dataset_id_or_path or eval_dataset_split), or "
+            given = {key: str(off).lower() for key, off in OFF.items() if getattr(options, key, off) != off}
+            remedy += " ".join(f"{key}={off}" for key, off in given.items())
+            cause = "held-out data is to be evaluated, but none is named"
+            faults.append(Fault("eval_dataset_id_or_path", None, cause, remedy))
+    elif not options.eval_dataset_id_or_path and Path(data or "").expanduser().is_file():
+        remedy = f"{HOLD_OUT}, or eval_dataset_id_or_path=<a file of held-out rows>"
+        faults.append(Fault("eval_dataset_split", split, f"{data} is a file and has no splits", remedy))
+    return faults

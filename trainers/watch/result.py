@@ -10,6 +10,7 @@ from rich.table import Table
 
 logger = logging.getLogger(__name__)
 
+UNSCORABLE = "could not be scored"
 # Name in result.json, name of TRL's evaluation metric, title of the table's row.
 ROWS = (
     ("reward", "eval_reward", "reward"),
@@ -19,6 +20,7 @@ ROWS = (
     ("explanation_length", "eval_explanation_length", "explanation length, tokens"),
     ("truncated_fraction", "eval_completions/clipped_ratio", "cut at the length limit"),
     ("student_accuracy", "eval_student_accuracy", "student's greedy accuracy"),
+    ("unscorable_fraction", "eval_unscorable_fraction", UNSCORABLE),
 )
 
 
@@ -47,7 +49,7 @@ def write_result(
         table.add_column(column, justify=justify)
     for name, _, title in rows:
         old, new = result["before"][name], result["after"][name]
-        if old is not None and new is not None:
+        if old is not None and new is not None and (title != UNSCORABLE or old or new):
             table.add_row(title, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
     text = StringIO()
     Console(file=text, width=100).print(table)
