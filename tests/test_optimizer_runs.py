@@ -48,6 +48,27 @@ def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kin
     assert all(0.3 < line["update/visible_fraction"] <= 1 for line in steps)
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_no_number_is_not_applied(renderer, model_dir, tmp_path, max_grad_norm):
+    trainer = make_trainer(renderer, model_dir, tmp_path, max_steps=3, max_grad_norm=max_grad_norm)
+    weights = list(trainer.model.parameters())
+    kept, poisoned = [], weights[3]
+
+    def poison(gradient):
+        if trainer.state.global_step == 1:
+            kept.extend(weight.detach().clone() for weight in weights)
+            return gradient * float("nan")
+        return gradient
+
+    poisoned.register_hook(poison)
+    try:
+        with pytest.raises(FloatingPointError, match="gradient of step 2 is nan: it is not applied"):
+            trainer.train()
+    finally:
+        trainer.sampler.engine.close()
+    assert len(kept) == len(weights) and all(torch.equal(a, b) for a, b in zip(kept, weights, strict=True))
+
+
 def test_warm_up_uses_the_optimizer_too(model_dir, tokenizer, tmp_path):
     options = options_class("sft")(
         device="cpu",

@@ -1,6 +1,7 @@
 """The optimizers of `optim`. Every one writes the weights in place: the engine computes with the same memory."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -198,7 +199,10 @@ class CombinedOptimizer(Optimizer):
 
 
 class OwnOptimizer:
-    """Lets a TRL trainer that holds `options` use the optimizer they name, and measure what its steps change."""
+    """Lets a TRL trainer that holds `options` use the optimizer they name, and measure what its steps change.
+
+    A gradient that is not finite stops the run ahead of the step: after it no weight would be a number.
+    """
 
     def watch_updates(self) -> None:
         """Log `update/visible_fraction`, averaged over a logging interval like TRL's metrics."""
@@ -208,6 +212,22 @@ class OwnOptimizer:
             self._metrics["train"]["update/visible_fraction"].append(value)
 
         self.add_callback(VisibleFraction(trained, self.model.dtype, report))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
+        """As transformers', which calls it between clipping and the optimizer's step.
+
+        Raises:
+            FloatingPointError: If it is not finite. Where the loss is scaled (fp16), the scaler skips such a step.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            step = self.state.global_step
+            raise FloatingPointError(
+                f"the gradient of step {step + 1} is {float(norm)}: it is not applied, the weights are those after "
+                f"step {step}\n  -> look at the last checkpoint and at {self.args.output_dir}/metrics.jsonl; a smaller "
+                f"learning_rate (now {self.args.learning_rate:g}), or precision=fp32"
+            )
+        return norm
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """As transformers': called when training begins, so after the engine took over the weights."""

@@ -33,6 +33,7 @@ from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import check_enough, load_train_and_eval_rows, rl_rows, show_sample, tell_whole_questions
 from trainers.warmup_runs import ensure_model
+from trainers.watch.health import HealthWatch
 from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
@@ -99,7 +100,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,
-        callbacks=[MetricsWriter(output_dir, timer), Progress()],
+        callbacks=[MetricsWriter(output_dir, timer), Progress(), HealthWatch(options)],
     )
     train_and_report(trainer, options, output_dir)
     return output_dir
