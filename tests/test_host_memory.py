@@ -168,3 +168,12 @@ def test_prompts_that_are_read_once_are_offloaded_once():
     plan = planned(140, 512, *words).plan
     assert plan.work.shared_prompts == 1
     assert plan.host["activations"] == 2**20 * (28 * (4 * 256 + 13 * 32) + 27 * (4 * 64 + 13 * 8) + 28 * 2 * 16)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, 2), (2, 2), (3, 3)])
+def test_the_best_checkpoint_is_kept_beside_the_last(limit, kept):
+    best = "load_best_model_at_end=true", "metric_for_best_model=reward", "eval_strategy=steps", "eval_steps=25"
+    words = f"save_total_limit={limit}", "save_steps=25"
+    plain, chosen = (planned(80, 512, *words, *more).plan.disk for more in ((), best))
+    one = plain["checkpoints"] / (limit + 1)
+    assert chosen["checkpoints"] == pytest.approx((kept + 1) * one)

@@ -73,5 +73,7 @@ def disk_space(work: Workload) -> dict[str, int]:
     # Without a limit all stay; how many there will be is known only where steps are counted.
     saved = o.max_steps // o.save_steps if o.save_strategy == "steps" and o.max_steps > 0 and o.save_steps >= 1 else 1
     saved = -(-o.num_train_epochs // 1) if o.save_strategy == "epoch" else saved
-    number = 0 if o.save_strategy == "no" else (o.save_total_limit or int(saved)) + 1
+    best = 2 if getattr(o, "load_best_model_at_end", False) else 0  # transformers keeps it and the last one
+    kept = max(o.save_total_limit, best) if o.save_total_limit else int(saved)
+    number = 0 if o.save_strategy == "no" else kept + 1
     return {"checkpoints": number * (weights + states), "result": weights} | merged
