@@ -113,7 +113,8 @@ def _read(path: str, split: str, key: str) -> Dataset:
     assert isinstance(found, DatasetDict)
     if split not in found:
         option, others = key.replace("id_or_path", "split"), f"one of: {', '.join(found)}"
-        remedy = others if option == "dataset_split" else f"{others}; or eval_dataset_split=null eval_size=64"
+        instead = "eval_dataset_id_or_path=null eval_dataset_split=null eval_size=64"
+        remedy = others if option == "dataset_split" else f"{others}; or {instead}"
         raise ConfigError(Fault(option, split, f"{path} has no such split", remedy))
     return found[split]
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import REPO
 from families import COMMON, FAMILIES
 from planned import planned
 from simulated_gpu.run import POSSIBLE
@@ -27,7 +28,10 @@ KV_CACHE = 0.01
 STATE = "engine's sampling state"
 SHARED = {"max_num_seqs": 4, "kv_cache_gib": KV_CACHE, "device": "cuda", "precision": "fp32", "optim": "adamw_torch"}
 SHORT = {"max_prompt_length": 128, "max_completion_length": 6, "train_batch_size": 4, "num_generations": 2}
-SHORT |= {"per_device_train_batch_size": 4, "max_steps": 2, "report_before_after": False, "num_probes": 0}
+SHORT |= {"per_device_train_batch_size": 4, "max_steps": 2, "num_probes": 3}
+# Before and after, in two batches: the cache is given back between them.
+SHORT |= {"eval_dataset_id_or_path": REPO / "data/distances", "max_eval_samples": 3, "num_generations_eval": 1}
+SHORT |= {"per_device_eval_batch_size": 2}
 SHORT |= {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-3}
 GRAPHS = "{mode: 0, cudagraph_mode: FULL, cudagraph_capture_sizes: [4]}"
 ENGINE = f"{{compilation_config: {GRAPHS}, max_num_batched_tokens: 160}}"
@@ -69,15 +73,20 @@ def test_rl_releases_the_cache_for_the_update_and_agrees_after_it(on_gpu, model_
     assert worker["graphs"] > 0
     assert worker["replays"] >= 2 * 5  # of each step's tokens after the first
     for step in (first, second):
-        assert step["sentinel/mismatch_max"] < 1e-5
         assert step["sampling/sampling_logp_difference/max"] < 1e-5
+    assert second["sentinel/mismatch_max"] < 1e-5  # at the first step the engine has the weights already
     assert second["update/visible_fraction"] > 0.9
+    assert len(found["evaluations"]) == 2
+    for line in found["evaluations"]:
+        assert line["eval_sentinel/mismatch_max"] < 1e-5
+        assert line["eval_sampling/sampling_logp_difference/max"] < 1e-5
+        assert line["eval_probe/teacher"] == pytest.approx(line["eval_reward"], abs=1e-4)
     given_back = second["memory/generate"] - second["memory/score"]
     if bridge == "restart":
         assert worker["released"] == 0
         assert given_back == pytest.approx(0, abs=1e-4)
     else:
-        assert worker["released"] == worker["woken"] >= 2 * 0.99 * KV_CACHE * 2**30
+        assert worker["released"] == worker["woken"] >= (2 + 2 * 2) * 0.99 * KV_CACHE * 2**30
         assert given_back == pytest.approx(KV_CACHE, rel=0.02)
 
 

@@ -7,7 +7,7 @@ import pytest
 from trainers.options import options_class
 from trainers.watch.health import NEEDED, HealthWatch, verdicts
 
-WELL = dict(zip(NEEDED, (0.1, -0.1, 0.0, 0.3, 0.98), strict=True))
+WELL = dict(zip(NEEDED, (0.1, -0.1, 0.0, 0.3, 0.98, 0.7, 0.0), strict=True))
 OPTIONS = options_class("rl")(max_completion_length=300, learning_rate=1e-6, num_generations=8, temperature=0.7)
 
 
@@ -19,6 +19,9 @@ def test_a_run_that_learns_is_told_nothing():
     ("metrics", "name", "words"),
     [
         ({"completions/clipped_ratio": 0.97, "match_reward": -0.97}, "cut", ("97% of", "max_completion_length=600")),
+        ({"completions/clipped_ratio": 0.97, "match_reward": 0.0}, "cut", ("97% of", "-> max_completion_length=600")),
+        ({"unscorable_fraction": 0.9}, "unscored", ("90% of the completions have no reward",)),
+        ({"grad_norm": float("inf"), "update/visible_fraction": 0.0}, "skipped", ("overflow", "precision=fp32")),
         ({"match_reward": -0.8}, "open", ("80% of", "stage=sft")),
         ({"frac_reward_zero_std": 1.0}, "same", ("100% of the questions", "temperature (now 0.7)")),
         ({"update/visible_fraction": 0.0}, "still", ("no weight", "learning_rate (now 1e-06)")),
@@ -28,6 +31,23 @@ def test_a_run_that_learns_is_told_nothing():
 def test_each_reason_has_a_figure_and_a_remedy(metrics, name, words):
     (found,) = verdicts(WELL | metrics, OPTIONS).items()
     assert found[0] == name and all(word in found[1] for word in words)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "chosen"),
+    [
+        ({"grad_norm": 0.0, "update/visible_fraction": 0.0}, {}),  # nothing to change them by
+        ({"frac_reward_zero_std": 1.0}, {"scale_rewards": "batch"}),  # where it says something else
+    ],
+)
+def test_what_a_figure_does_not_mean_is_not_told(metrics, chosen):
+    assert verdicts(WELL | metrics, OPTIONS.model_copy(update=chosen)) == {}
+
+
+def test_what_is_not_known_is_not_judged(caplog):
+    watch = HealthWatch(OPTIONS)
+    watch.on_log(None, SimpleNamespace(global_step=5), None, logs={"reward": None} | dict.fromkeys(NEEDED))
+    assert not caplog.messages
 
 
 def test_without_a_penalty_a_missing_tag_is_no_verdict():
@@ -46,6 +66,7 @@ def test_a_verdict_takes_five_steps_and_is_told_once_and_at_the_end(caplog, ever
                 watch.on_log(None, SimpleNamespace(global_step=step), None, logs={"eval_reward": -1.0})
 
     cut = {"completions/clipped_ratio": 1.0}
+    cut |= {"match_reward": -1.0}
     run(range(1, 5), **cut)
     assert not caplog.messages
     run(range(5, 41), **cut)

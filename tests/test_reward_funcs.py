@@ -150,7 +150,10 @@ def test_student_answer_alone_is_one_where_greedy_decoding_writes_the_solution(m
     scorer = make_scorer(model_dir, renderer)
     (answer,) = make(renderer, "reward_funcs=[student_answer]", scorer=scorer)
     seven, close = (renderer.encode_text(text)[0] for text in ("7", "<|end_of_solution|>"))
-    scorer.student.frozen = SimpleNamespace(score=lambda texts, *_: [forced(text.ids, seven, close) for text in texts])
+    known = scorer.student.frozen.backbone
+    scorer.student.frozen = SimpleNamespace(
+        backbone=known, score=lambda texts, *_: [forced(text.ids, seven, close) for text in texts]
+    )
     rows = [{**ROWS[0], "solution": solution} for solution in ("7", "8", "77", "")]
     given, metrics, _ = batch(renderer, [f"2+3=5{CLOSE}"] * 4, rows)
     assert answer(**given) == [1.0, 0.0, 0.0, None]

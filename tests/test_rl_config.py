@@ -14,7 +14,6 @@ from trainers.options import options_class
 from trainers.plan.planning import planned_options
 from trainers.rl import grpo_config
 from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
-from trainers.teacher_grpo import Evaluation
 from trainers.texts import check_enough, rl_rows, tell_whole_questions
 
 
@@ -104,24 +103,6 @@ def test_questions_that_only_the_student_reads_whole_are_told(renderer, caplog):
     assert not caplog.text
     tell_whole_questions(Dataset.from_list([row]), renderer, chosen)
     assert "the student reads questions whole" in caplog.text and "counts 48" in caplog.text
-
-
-def test_an_evaluation_counts_rows_and_not_batches():
-    """Five rows in batches of 4 and 1, a reward of 1 for the first row alone."""
-    metrics = {"reward": [0.25, 0.0], "rare": [float("nan"), 2.0], "else": [1.0]}
-    Evaluation(batch_sizes=[4, 1], num_scored=[4, 1]).weigh_batches(metrics)
-    assert metrics == {"reward": [0.2], "rare": [2.0], "else": [1.0]}
-
-
-def test_an_evaluation_counts_what_has_a_reward_and_not_rows():
-    """Of four rows all have one, of the next four a single one, of the last none."""
-    metrics = {
-        "reward": [-1.0, 0.0, float("nan")],
-        "kl_reward": [-1.0, 0.0],
-        "completions/mean_length": [1.0, 2.0, 3.0],
-    }
-    Evaluation(batch_sizes=[4] * 3, num_scored=[4, 1, 0], of_scored={"kl_reward"}).weigh_batches(metrics)
-    assert metrics == {"reward": [-0.8], "kl_reward": [-0.8], "completions/mean_length": [2.0]}
 
 
 def test_micro_batches_of_a_rollout_are_told_as_one():

@@ -47,6 +47,16 @@ def test_a_warm_up_follows_the_seed_and_the_texts_of_the_run(trained, tmp_path):
     assert [call[1:3] for call in trained] == [(0, "stratos"), (5, "stratos"), (0, "r1")]
 
 
+def test_a_warm_up_on_the_same_data_holds_out_what_the_run_evaluates(rows_file):
+    def told(*overrides):
+        asked = warmup.warmup_options("student_sft_tiny", options(*overrides))[1]
+        return asked.eval_dataset_split, asked.eval_size
+
+    assert told() == ("test", None)
+    assert told("eval_dataset_split=null", "eval_size=64") == (None, 64)
+    assert told(f"dataset_id_or_path={rows_file}", "eval_dataset_split=null", "eval_size=2") == ("test", None)
+
+
 def test_an_interrupted_warm_up_is_not_taken_for_a_whole_one(trained, tmp_path, monkeypatch):
     def interrupted(options, output_dir, start):
         (output_dir / "config.json").write_text("{}")

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -221,11 +222,12 @@ class OwnOptimizer:
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(norm):
-            step = self.state.global_step
+            step, metrics = self.state.global_step, Path(self.args.output_dir) / "metrics.jsonl"
+            wider = "" if self.model.dtype == torch.float32 else ", or precision=fp32"
             raise FloatingPointError(
                 f"the gradient of step {step + 1} is {float(norm)}: it is not applied, the weights are those after "
-                f"step {step}\n  -> look at the last checkpoint and at {self.args.output_dir}/metrics.jsonl; a smaller "
-                f"learning_rate (now {self.args.learning_rate:g}), or precision=fp32"
+                f"step {step}\n  -> {metrics} shows what came before; a smaller learning_rate (now "
+                f"{self.args.learning_rate:g}){wider}"
             )
         return norm
 

@@ -97,6 +97,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
         args=arguments,
         reference=load_reference(options, arguments, start.path, device, dtype),
         probes=probes,
+        student_metrics=frozenset() if student_reward is None else student_reward.metrics,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=teacher.tokenizer,

@@ -1,9 +1,8 @@
 """GRPO for a teacher: TRL's GRPOTrainer with our engine, our rollout and a reference that need not live on the GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
+from trainers.watch.evaluation import Evaluation
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
 from trainers.weights.saving import SmallShards
@@ -42,6 +42,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         reference: The teacher as it was, where `args.beta` is not 0; with adapters none: TRL then takes the adapter
             `ref` if there is one (see adapters.py), else the model without its adapters.
         probes: What is scored beside the teacher's explanations at every evaluation, if anything.
+        student_metrics: Names of metrics that are means of what the student could score.
         kwargs: Further arguments of `trl.GRPOTrainer`.
     """
 
@@ -53,12 +54,14 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         args: GRPOConfig,
         reference: FrozenModel | None,
         probes: Probes | None,
+        student_metrics: Set[str] = frozenset(),
         **kwargs: Any,
     ) -> None:
         self.options, self.sampler, self.timer = options, sampler, timer
         sampler.trainer = self
         self.probes = probes
-        self._evaluation = Evaluation()
+        self.student_metrics = student_metrics
+        self._evaluation = Evaluation(student_metrics)
         self.share_prompts = options.share_prompts
         self._logged_step = 0
         self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
@@ -185,20 +188,13 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         """As TRL's; seconds, memory and completions of a training interval that an evaluation interrupts are put
         back."""
         interrupted, memory = self.timer.take(), self.timer.memory
-        completions, self._evaluation = deepcopy(self._logs), Evaluation()
+        completions, self._evaluation = deepcopy(self._logs), Evaluation(self.student_metrics)
         with memory.interrupted() if memory is not None else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
         self._logs = completions
         for phase, value in interrupted.items():
             self.timer.seconds[phase] += value
         return metrics
-
-    def _log_metric(self, name: str, value: float) -> None:
-        """As TRL's, which hands it to the reward functions: all that they log is of the completions with a reward, but
-        for how many have none."""
-        if name != "unscorable_fraction":
-            self._evaluation.of_scored.add(name)
-        super()._log_metric(name, value)
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
         """As TRL's, every reward function timed as scoring; an evaluation's completions are kept for the probes."""
@@ -209,8 +205,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         with self.timer("score"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
         if not self.model.training:
-            self._evaluation.batch_sizes.append(len(inputs))
-            self._evaluation.num_scored.append(int((~rewards.isnan()).any(1).sum()))
+            self._evaluation.add_batch(rewards, self.reward_func_names)
         return rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -238,7 +233,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     def _evaluation_logs(self) -> dict[str, float]:
         """Of an evaluation, that of the probes included."""
-        evaluation, self._evaluation = self._evaluation, Evaluation()
+        evaluation, self._evaluation = self._evaluation, Evaluation(self.student_metrics)
         evaluation.weigh_batches(self._metrics["eval"])
         logs: dict[str, float] = {}
         if self.probes is not None and evaluation.rows:
@@ -249,34 +244,6 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         if self.timer.memory is not None:
             logs |= self.timer.memory.take()
         return {f"eval_{name}": value for name, value in logs.items()}
-
-
-@dataclass
-class Evaluation:
-    """What is kept of an evaluation while it goes on.
-
-    Attributes:
-        rows: Its completions.
-        batch_sizes: Of its batches.
-        num_scored: How many completions of each have a reward.
-        of_scored: Metrics that are means of those alone.
-    """
-
-    rows: list[Evaluated] = field(default_factory=list)
-    batch_sizes: list[int] = field(default_factory=list)
-    num_scored: list[int] = field(default_factory=list)
-    of_scored: set[str] = field(default_factory=set)
-
-    def weigh_batches(self, metrics: dict[str, list[float]]) -> None:
-        """TRL's mean of an evaluation is that of its batches, as if each had as many completions and rewards."""
-        for name, values in metrics.items():
-            is_of_scored = name in self.of_scored or name.startswith("reward")
-            weights = self.num_scored if is_of_scored else self.batch_sizes
-            if len(values) < len(weights):  # nothing is logged of a batch without a reward
-                weights = [n for n in weights if n]
-            known = [(value, n) for value, n in zip(values, weights, strict=False) if value == value and n]
-            if len(values) == len(weights) and known:  # one for each batch; NaN where no row had a value
-                metrics[name] = [sum(value * n for value, n in known) / sum(n for _, n in known)]
 
 
 def completion_logps(model: FrozenModel, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:

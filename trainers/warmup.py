@@ -28,6 +28,9 @@ INHERITED = (
     "attn_implementation",
     "report_to",
 )
+# And where both train on the same data: what the run evaluates, its warm-ups are not to have seen.
+HELD_OUT = ("eval_dataset_split", "eval_size")
+FOLLOWED = (*INHERITED, *HELD_OUT, "dataset_id_or_path")
 # What the result depends on beside the configuration.
 CODE = (
     "data/formats.py",
@@ -39,7 +42,9 @@ CODE = (
     "trainers/models.py",
     "trainers/master_adamw.py",
     "trainers/optimizers.py",
+    "trainers/options.py",
     "trainers/settings/evaluation.py",
+    "trainers/settings/optim_specs.py",
     "trainers/settings/trl_config.py",
     "trainers/attention.py",
     "trainers/weights/adapters.py",
@@ -60,7 +65,7 @@ def warmup_options(name: str, options: CommonOptions, needs_device: bool = True)
     Raises:
         ConfigError: If it is not valid, or is no warm-up.
     """
-    composed = _composed(name, {key: getattr(options, key) for key in INHERITED if hasattr(options, key)})
+    composed = _composed(name, {key: getattr(options, key) for key in FOLLOWED if hasattr(options, key)})
     checked = load_options(composed, repo=REPO, needs_device=needs_device)
     if checked.stage != "sft":
         cause = f"cfgs/run_cfg/{name}.yaml has stage={checked.stage}"
@@ -69,11 +74,15 @@ def warmup_options(name: str, options: CommonOptions, needs_device: bool = True)
     return composed, checked.model_copy(update=asked)
 
 
-def _composed(name: str, inherited: dict[str, Any]) -> dict[str, Any]:
+def _composed(name: str, asking: dict[str, Any]) -> dict[str, Any]:
+    """What a warm-up is told: its own configuration, and what it follows of the asking run."""
     composed = compose_run(name)
-    if inherited.get("precision") == "fp16" and not composed.get("use_peft"):
-        inherited = inherited | {"precision": "auto"}  # adapters alone can be trained in fp16
-    return composed | {key: value for key, value in inherited.items() if value is not None}
+    if asking.get("precision") == "fp16" and not composed.get("use_peft"):
+        asking = asking | {"precision": "auto"}  # adapters alone can be trained in fp16
+    followed = {key: asking[key] for key in INHERITED if asking.get(key) is not None}
+    if asking.get("dataset_id_or_path") == composed.get("dataset_id_or_path"):
+        followed |= {key: asking[key] for key in HELD_OUT if key in asking}
+    return composed | followed
 
 
 @cache
@@ -92,7 +101,7 @@ def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
     for key in ("dataset_id_or_path", "chat_template"):
         digest.update(_contents(composed.get(key)))
     if start := named_run(composed.get("model_name_or_path")):  # the warm-up it starts from
-        parent = _composed(start, {key: composed[key] for key in INHERITED if key in composed})
+        parent = _composed(start, {key: composed[key] for key in FOLLOWED if key in composed})
         digest.update(cached_path(start, parent, root).name.encode())
     return root / "results" / "warmup" / f"{name}-{digest.hexdigest()[:12]}"
 

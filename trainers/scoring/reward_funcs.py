@@ -63,6 +63,9 @@ class StudentReward:
 
     Args:
         scorer: The scorer.
+
+    Attributes:
+        metrics: Names of what was logged as a mean of the completions that could be scored.
     """
 
     __name__ = "teacher_logprob_kl"
@@ -73,6 +76,7 @@ class StudentReward:
         self.ahead: ScoreAhead | None = None  # where groups are scored while others are still written
         self._batch: list[list[int]] | None = None  # TRL hands the same object to each function of a batch
         self._results: list[Scored | str] = []
+        self.metrics: set[str] = set()
 
     def __call__(self, **batch: Any) -> list[float | None]:
         """Return the student's reward of each completion, None for one that cannot be scored."""
@@ -127,11 +131,10 @@ class StudentReward:
         results = [result for result, _ in found]
         self.scorer.keep(results)
         scored = [(r, e) for r, e in found if isinstance(r, Scored)]
-        for name in scored[0][0].parts if scored else ():
-            log_metric(name, sum(r.parts[name] for r, _ in scored) / len(scored))
-        if scored:
-            log_metric("student_accuracy", sum(r.solves for r, _ in scored) / len(scored))
-            log_metric("explanation_length", sum(len(e.ids) for _, e in scored) / len(scored))
+        values = [r.parts | {"student_accuracy": r.solves, "explanation_length": len(e.ids)} for r, e in scored]
+        for name in values[0] if values else ():
+            log_metric(name, sum(each[name] for each in values) / len(values))
+            self.metrics.add(name)
         log_metric("unscorable_fraction", 1 - len(scored) / len(results))
         log_extra("student_solves", [r.solves if isinstance(r, Scored) else None for r in results])
         self._batch, self._results = completion_ids, results

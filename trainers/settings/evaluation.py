@@ -43,7 +43,7 @@ def held_out_faults(options: TrainOptions) -> list[Fault]:
     if not evaluates(options):
         return []
     faults = []
-    if options.stage == "rl" and getattr(options, "load_best_model_at_end", False):
+    if options.stage == "rl" and (options.load_best_model_at_end or options.save_strategy == "best"):
         metric = options.metric_for_best_model
         if metric is None or metric.removeprefix("eval_") == "loss":
             cause = "GRPO's loss is about 0 whatever the teacher is worth, and the best checkpoint is to be told by it"

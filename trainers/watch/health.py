@@ -1,6 +1,7 @@
 """Says in plain words when a run learns nothing, and what would help: its metrics alone show that to who knows them."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -13,13 +14,9 @@ logger = logging.getLogger(__name__)
 
 STEPS = 5  # that a verdict is about, at least
 MOST = 0.5  # of the completions or questions
-NEEDED = (
-    "completions/clipped_ratio",
-    "match_reward",
-    "frac_reward_zero_std",
-    "update/visible_fraction",
-    "sampling/importance_sampling_ratio/mean",
-)
+CLIPPED, SAME, CHANGED = "completions/clipped_ratio", "frac_reward_zero_std", "update/visible_fraction"
+RATIO = "sampling/importance_sampling_ratio/mean"
+NEEDED = (CLIPPED, "match_reward", SAME, CHANGED, RATIO, "grad_norm", "unscorable_fraction")
 
 
 class HealthWatch(TrainerCallback):
@@ -32,22 +29,23 @@ class HealthWatch(TrainerCallback):
 
     def __init__(self, options: RLOptions) -> None:
         self.options = options
-        self._logs: deque[tuple[int, dict[str, float]]] = deque()  # with the step of the log before
+        self._logs: deque[tuple[int, int, dict[str, float]]] = deque()  # with the steps it begins and ends with
         self._last = 0
         self._told: dict[str, int] = {}  # after which step
         self._found: dict[str, str] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "reward" not in logs:  # an evaluation, or the end
+        if not logs or "reward" not in logs:  # an evaluation's
             return
-        self._logs.append((self._last, {name: logs[name] for name in NEEDED if name in logs}))
+        known = {name: logs[name] for name in NEEDED if logs.get(name) is not None}
+        self._logs.append((self._last, state.global_step, known))
         self._last = state.global_step
         while len(self._logs) > 1 and self._last - self._logs[1][0] >= STEPS:
             self._logs.popleft()
         count = self._last - self._logs[0][0]
         if count < STEPS:
             return
-        self._found = verdicts(_means(logs for _, logs in self._logs), self.options)
+        self._found = verdicts(_means(self._logs), self.options)
         for name, text in self._found.items():
             if name not in self._told:
                 self._told[name] = self._last
@@ -59,13 +57,15 @@ class HealthWatch(TrainerCallback):
                 logger.warning("at the end still: %s", text)
 
 
-def _means(logs: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Of each metric, over the logs that have it."""
-    values: dict[str, list[float]] = {}
-    for log in logs:
+def _means(intervals: Iterable[tuple[int, int, dict[str, float]]]) -> dict[str, float]:
+    """Of each metric, over the steps of the logs that have it."""
+    sums: dict[str, float] = {}
+    steps: dict[str, int] = {}
+    for begin, end, log in intervals:
         for name, value in log.items():
-            values.setdefault(name, []).append(value)
-    return {name: sum(each) / len(each) for name, each in values.items()}
+            sums[name] = sums.get(name, 0.0) + value * (end - begin)
+            steps[name] = steps.get(name, 0) + end - begin
+    return {name: sums[name] / steps[name] for name in sums if steps[name]}
 
 
 def verdicts(metrics: dict[str, float], options: RLOptions) -> dict[str, str]:
@@ -74,36 +74,60 @@ def verdicts(metrics: dict[str, float], options: RLOptions) -> dict[str, str]:
     Args:
         metrics: Means of TRL's and our metrics over some steps; what is missing is not judged.
     """
-    found = {}
-    cut = metrics.get("completions/clipped_ratio", 0.0)
-    unmatched = metrics.get("match_reward", 0.0) / options.not_matched_penalty if options.not_matched_penalty else 0.0
-    warm_up = (
-        "a warmed-up teacher closes its explanations (stage=sft, as teacher_sft.yaml; then "
-        "model_name_or_path=<its output_dir>)"
-    )
-    if cut > MOST:
-        limit = options.max_completion_length
-        found["cut"] = (
-            f"{cut:.0%} of the completions are cut at max_completion_length={limit}, before the explanation is closed\n"
-            f"  -> {warm_up}; if it only writes at length: max_completion_length={2 * limit}"
+    unscorable, same = metrics.get("unscorable_fraction", 0.0), metrics.get(SAME, 0.0)
+    found = _ends(metrics, options)
+    if unscorable > MOST:
+        found["unscored"] = (
+            f"{unscorable:.0%} of the completions have no reward from the student, as told with each batch"
         )
-    elif unmatched > MOST:
-        found["open"] = f"{unmatched:.0%} of the explanations are not closed by their tag\n  -> {warm_up}"
-    if (same := metrics.get("frac_reward_zero_std", 0.0)) > MOST:
+    # In other modes TRL's metric is about the batch.
+    by_question = options.scale_rewards in ("group", "none", True, False)
+    if same > MOST and by_question and options.multi_objective_aggregation == "sum_then_normalize":
         found["same"] = (
             f"for {same:.0%} of the questions all completions earn the same, so nothing is learned from them\n"
             f"  -> a higher temperature (now {options.temperature:g}), more completions of a question "
             f"(num_generations={options.num_generations}), or other questions"
         )
-    if metrics.get("update/visible_fraction", 1.0) == 0:
+    norm = metrics.get("grad_norm", 0.0)
+    if not math.isfinite(norm):  # of fp16, whose scaler leaves such steps out
+        found["skipped"] = (
+            "gradients overflow, and their steps are left out\n  -> precision=fp32, or bf16 where the card has it"
+        )
+    elif norm > 0 and metrics.get(CHANGED) == 0:
+        auto = "" if options.optim == "auto" else ", or optim=auto"
         found["still"] = (
             "no weight has changed as the engine reads it\n"
-            f"  -> a larger learning_rate (now {options.learning_rate:g}), or optim=auto"
+            f"  -> a larger learning_rate (now {options.learning_rate:g}){auto}"
         )
-    if (ratio := metrics.get("sampling/importance_sampling_ratio/mean", 1.0)) < MOST:
+    ratio, mode = metrics.get(RATIO, 1.0), options.vllm_importance_sampling_mode
+    if ratio < MOST and not ("cut" in found and options.mask_truncated_completions):  # which TRL tells as 0
+        rounding = "precision=fp32 has next to no rounding"
+        if not mode.startswith("token"):
+            rounding += ", vllm_importance_sampling_mode=token_truncate does not add it up over a completion"
         found["apart"] = (
             f"trainer and engine find different probabilities for what was sampled: it counts for {ratio:.0%} in the "
-            "update\n  -> see sampling/sampling_logp_difference/mean; vllm_importance_sampling_mode=token_truncate "
-            "does not add rounding up over a completion, precision=fp32 has next to none"
+            f"update\n  -> see sampling/sampling_logp_difference/mean; {rounding}"
         )
     return found
+
+
+def _ends(metrics: dict[str, float], options: RLOptions) -> dict[str, str]:
+    """Where most explanations are not closed, or most completions cut."""
+    cut, penalty, limit = metrics.get(CLIPPED, 0.0), options.not_matched_penalty, options.max_completion_length
+    unmatched = metrics.get("match_reward", 0.0) / penalty if penalty else 0.0
+    longer = f"max_completion_length={2 * limit}"
+    warm_up = (
+        "a warmed-up teacher closes its explanations (stage=sft, as teacher_sft.yaml; then "
+        "model_name_or_path=<its output_dir>)"
+    )
+    if cut > MOST and unmatched > MOST:
+        cause = (
+            f"{cut:.0%} of the completions are cut at max_completion_length={limit}, before the explanation is closed"
+        )
+        return {"cut": f"{cause}\n  -> {warm_up}; if it only writes at length: {longer}"}
+    if cut > MOST:
+        stop = "" if options.stop_at_closing_tag else "stop_at_closing_tag=true, or "
+        return {"cut": f"{cut:.0%} of the completions are cut at max_completion_length={limit}\n  -> {stop}{longer}"}
+    if unmatched > MOST:
+        return {"open": f"{unmatched:.0%} of the explanations are not closed by their tag\n  -> {warm_up}"}
+    return {}
