@@ -72,7 +72,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     if named_run(options.model_name_or_path):
         refuse_architecture(options, start.path, device, dtype)
     model = load_teacher(options, start.path, dtype, start.adapter)
-    engine = sentinel = student_reward = probes = None
+    engine = sentinel = student_reward = None
     if has_engine(options):
         # First on the device: the weights go straight to where the engine keeps them.
         engine = start_engine(options, model, teacher, start.path, device, dtype, output_dir)
@@ -83,9 +83,6 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     else:
         scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
         student_reward = make_student_reward(options, scorer, device)
-    if scores_probes(options):
-        limits = options.num_probes, options.student_tokens_per_pass, options.max_prompt_length
-        probes = Probes(student_reward.scorer, *limits)
     timer = PhaseTimer(MemoryWatch(device))
     ahead = None if student_reward is None else student_reward.ahead
     trainer = TeacherGRPOTrainer(
@@ -96,7 +93,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
         reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
         args=arguments,
         reference=load_reference(options, arguments, start.path, device, dtype),
-        probes=probes,
+        probes=make_probes(options, student_reward),
         student_metrics=frozenset() if student_reward is None else student_reward.metrics,
         train_dataset=train_set,
         eval_dataset=eval_set,
@@ -152,6 +149,13 @@ def make_student_reward(options: RLOptions, scorer: ExplanationScorer, device: t
     if options.overlap_scoring:
         student_reward.ahead = ScoreAhead(student_reward.score, device)
     return student_reward
+
+
+def make_probes(options: RLOptions, student_reward: StudentReward | None) -> Probes | None:
+    """What every evaluation scores beside the teacher's explanations, where that is asked for."""
+    if student_reward is None or not scores_probes(options):
+        return None
+    return Probes(student_reward.scorer, options.num_probes, options.student_tokens_per_pass, options.max_prompt_length)
 
 
 def start_engine(
