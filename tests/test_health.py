@@ -21,7 +21,7 @@ def test_a_run_that_learns_is_told_nothing():
         ({"completions/clipped_ratio": 0.97, "match_reward": -0.97}, "cut", ("97% of", "max_completion_length=600")),
         ({"completions/clipped_ratio": 0.97, "match_reward": 0.0}, "cut", ("97% of", "-> max_completion_length=600")),
         ({"unscorable_fraction": 0.9}, "unscored", ("90% of the completions have no reward",)),
-        ({"grad_norm": float("inf"), "update/visible_fraction": 0.0}, "skipped", ("overflow", "precision=fp32")),
+        ({"overflows": 0.6, "update/visible_fraction": 0.0}, "skipped", ("overflow in 60%", "precision=fp32")),
         ({"match_reward": -0.8}, "open", ("80% of", "stage=sft")),
         ({"frac_reward_zero_std": 1.0}, "same", ("100% of the questions", "temperature (now 0.7)")),
         ({"update/visible_fraction": 0.0}, "still", ("no weight", "learning_rate (now 1e-06)")),
@@ -42,6 +42,18 @@ def test_each_reason_has_a_figure_and_a_remedy(metrics, name, words):
 )
 def test_what_a_figure_does_not_mean_is_not_told(metrics, chosen):
     assert verdicts(WELL | metrics, OPTIONS.model_copy(update=chosen)) == {}
+
+
+def test_a_few_overflows_at_the_start_are_no_verdict(caplog):
+    """Of an fp16 run, whose scaler is looking for a scale."""
+    for most, told in ((2, 0), (3, 1)):
+        watch = HealthWatch(OPTIONS)
+        for step in range(1, 6):
+            norm = {"grad_norm": float("inf" if step <= most else 0.5)}
+            watch.on_log(None, SimpleNamespace(global_step=step), None, logs={"reward": -1.0} | WELL | norm)
+        assert (
+            sum("gradients overflow in 60%" in message for message in caplog.messages) == told == len(caplog.messages)
+        )
 
 
 def test_what_is_not_known_is_not_judged(caplog):

@@ -16,6 +16,7 @@ STEPS = 5  # that a verdict is about, at least
 MOST = 0.5  # of the completions or questions
 CLIPPED, SAME, CHANGED = "completions/clipped_ratio", "frac_reward_zero_std", "update/visible_fraction"
 RATIO = "sampling/importance_sampling_ratio/mean"
+OVERFLOWS = "overflows"  # share of steps whose gradient is not finite: of fp16, whose scaler leaves them out
 NEEDED = (CLIPPED, "match_reward", SAME, CHANGED, RATIO, "grad_norm", "unscorable_fraction")
 
 
@@ -38,6 +39,9 @@ class HealthWatch(TrainerCallback):
         if not logs or "reward" not in logs:  # an evaluation's
             return
         known = {name: logs[name] for name in NEEDED if logs.get(name) is not None}
+        known[OVERFLOWS] = float(not math.isfinite(known.get("grad_norm", 0.0)))
+        if known[OVERFLOWS]:
+            del known["grad_norm"]
         self._logs.append((self._last, state.global_step, known))
         self._last = state.global_step
         while len(self._logs) > 1 and self._last - self._logs[1][0] >= STEPS:
@@ -88,10 +92,11 @@ def verdicts(metrics: dict[str, float], options: RLOptions) -> dict[str, str]:
             f"  -> a higher temperature (now {options.temperature:g}), more completions of a question "
             f"(num_generations={options.num_generations}), or other questions"
         )
-    norm = metrics.get("grad_norm", 0.0)
-    if not math.isfinite(norm):  # of fp16, whose scaler leaves such steps out
+    overflows, norm = metrics.get(OVERFLOWS, 0.0), metrics.get("grad_norm", 0.0)
+    if overflows > MOST:
         found["skipped"] = (
-            "gradients overflow, and their steps are left out\n  -> precision=fp32, or bf16 where the card has it"
+            f"gradients overflow in {overflows:.0%} of the steps, which are left out (at the start of an fp16 run some "
+            "do, until their scale is found)\n  -> if it lasts: precision=fp32, or bf16 where the card has it"
         )
     elif norm > 0 and metrics.get(CHANGED) == 0:
         auto = "" if options.optim == "auto" else ", or optim=auto"
