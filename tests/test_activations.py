@@ -258,9 +258,9 @@ def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path, 
 )
 def test_what_transformers_generates_with_is_planned(given, completion, attention):
     """At the prompts of 192 tokens, or at the end of the completions."""
-    lengths = {"max_prompt_length": TOKENS // 2, "max_completion_length": completion}
-    planned = make_plan(work(given, "fp32", attn_implementation=attention, use_vllm=False, **lengths), GIB)
-    items = planned.phases["generate"]
+    chosen = {"max_prompt_length": TOKENS // 2, "max_completion_length": completion, "use_vllm": False}
+    chosen |= {"attn_implementation": attention, "report_before_after": False}  # a rollout, and no evaluation's batch
+    items = make_plan(work(given, "fp32", **chosen), GIB).phases["generate"]
     model = make(given, "fp32", attention).eval()
     ids = torch.randint(3, 512, (8, TOKENS // 2))
     mask = torch.ones_like(ids)

@@ -37,6 +37,7 @@ def test_each_reason_has_a_figure_and_a_remedy(metrics, name, words):
     ("metrics", "chosen"),
     [
         ({"grad_norm": 0.0, "update/visible_fraction": 0.0}, {}),  # nothing to change them by
+        ({"frac_reward_zero_std": 0.7}, {}),  # as it comes to be where most has been learned
         ({"frac_reward_zero_std": 1.0}, {"scale_rewards": "batch"}),  # where it says something else
     ],
 )

@@ -13,7 +13,10 @@ from trainers.options import RLOptions
 logger = logging.getLogger(__name__)
 
 STEPS = 5  # that a verdict is about, at least
-MOST = 0.5  # of the completions or questions
+MOST = 0.5  # of the completions
+# Of the questions: half of them may earn the same in a run that learns (DAPO, arXiv 2503.14476); reports of runs that do
+# not are of 1.0 (trl#3857).
+NEARLY_ALL = 0.9
 CLIPPED, SAME, CHANGED = "completions/clipped_ratio", "frac_reward_zero_std", "update/visible_fraction"
 RATIO = "sampling/importance_sampling_ratio/mean"
 OVERFLOWS = "overflows"  # share of steps whose gradient is not finite: of fp16, whose scaler leaves them out
@@ -86,7 +89,7 @@ def verdicts(metrics: dict[str, float], options: RLOptions) -> dict[str, str]:
         )
     # In other modes TRL's metric is about the batch.
     by_question = options.scale_rewards in ("group", "none", True, False)
-    if same > MOST and by_question and options.multi_objective_aggregation == "sum_then_normalize":
+    if same > NEARLY_ALL and by_question and options.multi_objective_aggregation == "sum_then_normalize":
         found["same"] = (
             f"for {same:.0%} of the questions all completions earn the same, so nothing is learned from them\n"
             f"  -> a higher temperature (now {options.temperature:g}), more completions of a question "
