@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 STEPS = 5  # that a verdict is about, at least
 MOST = 0.5  # of the completions
-# Of the questions: half of them may earn the same in a run that learns (DAPO, arXiv 2503.14476); reports of runs that do
-# not are of 1.0 (trl#3857).
+# Of the questions: half of them may earn the same in a run that learns (DAPO, arXiv 2503.14476), and all of them do
+# in those that users report (trl#3857).
 NEARLY_ALL = 0.9
 CLIPPED, SAME, CHANGED = "completions/clipped_ratio", "frac_reward_zero_std", "update/visible_fraction"
 RATIO = "sampling/importance_sampling_ratio/mean"
