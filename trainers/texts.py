@@ -31,16 +31,12 @@ def _columns(options: CommonOptions) -> dict[str, str]:
 
 def load_train_and_eval_rows(options: TrainOptions) -> tuple[Dataset, Dataset | None]:
     """The rows to train on, and the held-out ones where they are evaluated."""
-    path, split, columns, tags = (
-        options.dataset_id_or_path,
-        options.dataset_split,
-        _columns(options),
-        tag_format(options),
-    )
+    path, columns, tags = options.dataset_id_or_path, _columns(options), tag_format(options)
     holds_out = options.eval_size is not None and not names_held_out(options)
     # Out of all rows, or another max_samples would hold out others.
     limit = None if holds_out else options.max_samples
-    rows, held_out = load_rows(path, split, limit, columns, tags, "dataset_id_or_path"), None
+    rows = load_rows(path, options.dataset_split, limit, columns, tags, "dataset_id_or_path")
+    held_out = None
     if holds_out:
         rows, held_out = hold_out(rows, options.eval_size)
         total, rows, held_out = len(rows), first(rows, options.max_samples), first(held_out, options.max_eval_samples)
