@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainers.watch.evaluation import Evaluation
+from trainers.scoring.evaluation import Evaluation
 
 NO = float("nan")
 

@@ -18,9 +18,9 @@ from trainers.rollout.importance_sampling import Mismatch, importance_sampling_r
 from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
+from trainers.scoring.evaluation import Evaluation
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
-from trainers.watch.evaluation import Evaluation
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
 from trainers.weights.saving import SmallShards
