@@ -57,6 +57,15 @@ def test_a_few_overflows_at_the_start_are_no_verdict(caplog):
         )
 
 
+def test_a_log_counts_by_its_steps(caplog):
+    """Three steps of cut completions, then two of whole ones."""
+    watch = HealthWatch(OPTIONS)
+    for step, cut in ((3, 1.0), (5, 0.0)):
+        logs = {"reward": -1.0} | WELL | {"completions/clipped_ratio": cut}
+        watch.on_log(None, SimpleNamespace(global_step=step), None, logs=logs)
+    assert caplog.messages[0].startswith("the last 5 steps: 60% of the completions")
+
+
 def test_what_is_not_known_is_not_judged(caplog):
     watch = HealthWatch(OPTIONS)
     watch.on_log(None, SimpleNamespace(global_step=5), None, logs={"reward": None} | dict.fromkeys(NEEDED))

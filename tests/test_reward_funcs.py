@@ -145,6 +145,13 @@ def test_the_student_is_asked_once_for_both_of_its_rewards(model_dir, renderer):
     assert dict(metrics)["explanation_length"] == 5
 
 
+def test_the_student_knows_which_metrics_are_means_of_what_it_scored(model_dir, renderer):
+    student = StudentReward(make_scorer(model_dir, renderer))
+    given, metrics, _ = batch(renderer, [f"2+3=5{CLOSE}"])
+    student(**given)
+    assert student.metrics == {name for name, _ in metrics} - {"unscorable_fraction"} != set()
+
+
 def test_student_answer_alone_is_one_where_greedy_decoding_writes_the_solution(model_dir, renderer):
     """The greedy continuation counts, another does not, nor a longer one; without a solution it is None."""
     scorer = make_scorer(model_dir, renderer)
