@@ -1,5 +1,6 @@
 """Shared pieces of the tests: a tiny tokenizer, models and rows, made here, without network."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,19 @@ TINY_MODEL = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A stage that is run within a test sets up logging for good; the next test finds it as the last one did."""
+    base = logging.getLogger()
+    level, handlers = base.level, list(base.handlers)
+    yield
+    logging.captureWarnings(False)
+    base.setLevel(level)
+    for handler in [h for h in base.handlers if h not in handlers]:
+        base.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")
