@@ -22,7 +22,7 @@ def read_rows(path: str, split: str, max_samples: int | None, key: str) -> Datas
     """Read a data set as it is.
 
     Args:
-        path: A .jsonl, .json, .parquet or .csv file, a folder, or a hub id.
+        path: A .jsonl, .json, .parquet, .csv or .tsv file, a folder, or a hub id.
         split: Split to take from a folder or hub data set; a file is one, `train`.
         max_samples: Keep the first so many rows; None keeps all.
         key: The option that named the data, for messages.
@@ -108,7 +108,7 @@ def _read(path: str, split: str, key: str) -> Dataset:
         raise
     except (OSError, ValueError, RuntimeError, csv.Error, DatasetsError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        remedy = "a local .jsonl, .json, .parquet or .csv file works without a network; is it a local path?"
+        remedy = "a local .jsonl, .json, .parquet, .csv or .tsv file works without a network; is it a local path?"
         raise ConfigError(Fault(key, path, f"cannot be read: {reason}", remedy)) from error
     assert isinstance(found, DatasetDict)
     if split not in found:
@@ -192,7 +192,7 @@ def _from_json(file: Path, key: str, path: str) -> Dataset:
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 NO_CHAT = Value("string")
 CHATS = ("conversations", "messages")  # columns of whole conversations
-READERS = {".csv": _from_csv, ".json": _from_json, ".jsonl": _from_json}
+READERS = {".csv": _from_csv, ".tsv": _from_csv, ".json": _from_json, ".jsonl": _from_json}
 
 
 def _as_column(value: Any, is_chat: bool) -> Any:

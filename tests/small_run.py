@@ -75,6 +75,7 @@ def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.floa
         args=grpo_config(options, Path(output_dir), dtype),
         reference=None,
         probes=None,
+        student_metrics=frozenset(),
         train_dataset=rows,
         processing_class=renderer.tokenizer,
         callbacks=[MetricsWriter(Path(output_dir), timer), *callbacks],

@@ -81,8 +81,9 @@ def test_what_separates_columns_is_not_what_stands_in_their_names(tmp_path, tags
 def test_tables_of_spreadsheets_are_read(tmp_path, tags, separator):
     lines = [["question", "solution", "note, of mine"], ["What is 2,5; or more?", "3,0", ""]]
     text = "\r\n".join(separator.join(f'"{cell}"' if ";" in cell else cell for cell in line) for line in lines)
-    (tmp_path / "d.csv").write_bytes(text.encode("utf-8-sig"))
-    rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    file = tmp_path / ("d.csv" if separator == ";" else "d.tsv")
+    file.write_bytes(text.encode("utf-8-sig"))
+    rows = load_rows(str(file), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert rows.to_list() == [{"question": "What is 2,5; or more?", "solution": "3,0"}]
 
 

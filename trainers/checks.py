@@ -86,7 +86,7 @@ class _ValidOptions:
 
 
 MODELS = ("model_name_or_path", "student_model")
-LOCAL_DATA = (".jsonl", ".json", ".parquet", ".csv")
+LOCAL_DATA = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 
 def load_options(
@@ -275,7 +275,7 @@ def _check_precision(options: CommonOptions, num_devices: int, repo: Path) -> li
 @check()
 def _check_data(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     if options.dataset_id_or_path is None:
-        remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, a folder or a hub id>"
+        remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, .tsv, a folder or a hub id>"
         return [Fault("dataset_id_or_path", None, "no data is named", remedy)]
     faults = []
     for key in ("dataset_id_or_path", "eval_dataset_id_or_path"):

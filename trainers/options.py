@@ -66,7 +66,7 @@ class CommonOptions(ModelOptions):
     chat_template_kwargs: dict[str, Any] | None = opt(None, "extra variables for the chat template")
     eos_token: str | None = opt(None, "the token that ends a turn, where the tokenizer's own eos_token does not")
 
-    dataset_id_or_path: str | None = opt(None, "the data: a .jsonl/.json/.parquet/.csv file, a folder or a hub id")
+    dataset_id_or_path: str | None = opt(None, "the data: a .jsonl/.json/.parquet/.csv/.tsv file, a folder or a hub id")
     dataset_split: str = opt("train", "split of a folder or hub data set")
     max_samples: int | None = opt(
         None, "use the first so many rows (to train on: of those that eval_size leaves)", ge=1

@@ -54,7 +54,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         args: GRPOConfig,
         reference: FrozenModel | None,
         probes: Probes | None,
-        student_metrics: Set[str] = frozenset(),
+        student_metrics: Set[str],
         **kwargs: Any,
     ) -> None:
         self.options, self.sampler, self.timer = options, sampler, timer
