@@ -2,7 +2,8 @@
 # Sets up .venv beside this repository, once: the CUDA packages where an NVIDIA driver is, the CPU packages elsewhere.
 # Sourced by the launchers; afterwards $PYTHON is the interpreter to use. A change of the lock sets it up anew.
 #   RLT_CPU=1     take the CPU packages although there is a driver
-#   RLT_DRIVER=   the file that tells the driver's version (default: /proc/driver/nvidia/version)
+#   RLT_DRIVER=   the file that tells the driver's version (default: /proc/driver/nvidia/version; where it is not, as in
+#                 WSL, nvidia-smi is asked)
 #   RLT_PYTHON=   the Python to build .venv with (3.11 or newer; default: the first suitable on the PATH)
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,7 +11,8 @@ venv="$repo/.venv"
 PYTHON="$venv/bin/python"
 lock="$repo/requirements-cpu.txt"
 driver=${RLT_DRIVER:-/proc/driver/nvidia/version}
-if [[ -z ${RLT_CPU:-} && -e $driver ]]; then lock="$repo/requirements.txt"; fi
+has_card() { [[ -e $driver ]] || nvidia-smi -L >/dev/null 2>&1; }
+if [[ -z ${RLT_CPU:-} ]] && has_card; then lock="$repo/requirements.txt"; fi
 
 find_python() {
   local candidate
@@ -27,7 +29,11 @@ find_python() {
 # CUDA 13, which the lock is built for, begins with this driver: better told before many GB are downloaded.
 check_driver() {
   local version
-  version=$(grep -m 1 -oE '[0-9]{3}\.[0-9]+(\.[0-9]+)?' "$driver" | head -n 1)
+  if [[ -e $driver ]]; then
+    version=$(grep -m 1 -oE '[0-9]{3}\.[0-9]+(\.[0-9]+)?' "$driver" | head -n 1)
+  else
+    version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+  fi
   if [[ -n $version && ${version%%.*} -lt 580 ]]; then
     echo "The NVIDIA driver is $version, and the CUDA packages need 580 or newer: update it," >&2
     echo "or take the CPU packages, which use no GPU: RLT_CPU=1 $0" >&2

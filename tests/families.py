@@ -12,12 +12,14 @@ COMMON = {
     "bos_token_id": None,
     "eos_token_id": 2,
 }
+WINDOW = 8  # blocks of the KV cache that lie before it are given up while a completion is written
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}
 FAMILIES = {
     "qwen2": {"tie_word_embeddings": False},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
     "llama": {"tie_word_embeddings": False},
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": WINDOW},
     "phi3": {},
-    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 1.0},  # low: it shows
-    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 1.0},  # low: it shows
+    "gemma3_text": GEMMA,
 }

@@ -25,14 +25,14 @@ from trainers.weights.adapters import add_adapters
 
 
 def largest_difference(model, prompts, rollout) -> float:
-    worst = 0.0
+    differences = []
     for prompt, completion, logprobs in zip(prompts, rollout.completion_ids, rollout.logprobs, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion], device=model.device)).logits[0].float().cpu()
         positions = list(range(len(prompt) - 1, len(prompt) + len(completion) - 1))
         expected = logits.log_softmax(-1)[positions, completion]
-        worst = max(worst, (expected - torch.tensor(logprobs)).abs().max().item())
-    return worst
+        differences.append((expected - torch.tensor(logprobs)).abs().max())
+    return torch.stack(differences).max().item()  # NaN if one is
 
 
 def measure(
@@ -76,8 +76,9 @@ def measure(
         optimizer.zero_grad()
     moved = min((p - weights[name]).abs().max().item() for name, p in model.named_parameters() if name in weights)
     engine.sync_weights()
+    in_cache = sum(int(cache.count_nonzero()) for cache in engine._kv_caches())
     after = largest_difference(model, prompts, engine.generate(prompts, sampling, 1))
-    found = {"before": before, "after": after, "least_moved": moved}
+    found = {"before": before, "after": after, "least_moved": moved, "in_cache": in_cache}
     if device == "cpu" and not use_peft:
         sampled = engine.generate(prompts, sampling, 2)
         engine.close()

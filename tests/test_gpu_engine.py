@@ -60,6 +60,7 @@ def test_a_captured_graph_sees_updates_in_place(families, family, trained):
     assert found["before"] < allowed
     assert found["after"] < allowed
     assert found["released"] == found["woken"] > 0
+    assert found["in_cache"] == 0  # all zeros, as vLLM makes it, although memory that comes back is full of NaN
 
 
 @pytest.mark.parametrize("bridge", ["shared", "copy", "restart"])

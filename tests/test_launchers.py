@@ -63,6 +63,22 @@ def test_an_old_driver_is_told_before_anything_is_downloaded(copy, tmp_path):
     assert "from requirements.txt" in done.stderr
 
 
+def test_a_card_that_only_nvidia_smi_shows_gets_the_cuda_packages(copy, tmp_path):
+    """As in WSL."""
+    (tmp_path / "bin").mkdir()
+    asked = {"RLT_CPU": "", "RLT_DRIVER": str(tmp_path / "none"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    stub = tmp_path / "bin" / "nvidia-smi"
+    for driver, status, lock in (
+        ("581.29", 0, "requirements.txt"),
+        ("560.94", 0, ""),
+        ("-", 9, "requirements-cpu.txt"),
+    ):
+        stub.write_text(f"#!/usr/bin/env bash\n[[ $* == *driver_version* ]] && echo {driver}\nexit {status}\n")
+        stub.chmod(0o755)
+        done, _ = copy("launch_mono.sh", **asked)
+        assert (f"from {lock} " in done.stderr) if lock else ("driver is 560.94" in done.stderr), done.stderr
+
+
 def test_changed_lock_sets_up_again(copy, tmp_path):
     copy("launch_mono.sh")
     with (tmp_path / "requirements-cpu.txt").open("a") as lock:
@@ -146,10 +162,12 @@ def test_a_single_process_sees_one_gpu(given, seen, monkeypatch):
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")  # to be as it was afterwards
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
     if given is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     train.use_one_gpu()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == (seen, "PCI_BUS_ID")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     train.use_one_gpu()

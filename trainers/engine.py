@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainers.bridges import RestartBridge, make_bridge, register_loader
 from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment, refused_arguments
@@ -119,9 +119,11 @@ class Engine:
         """Stop vLLM and free what it holds; parameters that are shared keep their memory."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        model, self.bridge.engine_model = self.bridge.engine_model, None
         self.llm.llm_engine.engine_core.shutdown()
-        self.bridge.engine_model = None
         del self.llm
+        gc.collect()  # as it goes, vLLM looks for the model and takes the hooks off torch that would keep it
+        del model
         cleanup_dist_env_and_memory()
         gc.collect()
 
@@ -199,11 +201,22 @@ class Engine:
             size = self.kv_cache_bytes() / 2**30
             cause = f"the KV cache of {size:.1f} GiB, given back for the update, finds no room again"
             raise RuntimeError(f"{cause}: choose a smaller one, kv_cache_gib={0.8 * size:.1f}") from error
+        if self.can_release:
+            self._empty_cache()
         self._released = False
+
+    @torch.inference_mode()
+    def _empty_cache(self) -> None:
+        """As vLLM makes it: behind a sliding window its kernels read the block of zeros, and 0 times NaN is NaN."""
+        for cache in self._kv_caches():
+            cache.zero_()
+
+    def _kv_caches(self) -> list[Tensor]:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
 
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache."""
-        return held_bytes(self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches)
+        return held_bytes(self._kv_caches())
 
     def generate(
         self, prompt_ids: list[list[int]], sampling: dict[str, Any], step: int, on_group: OnGroup | None = None

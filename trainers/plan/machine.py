@@ -17,6 +17,7 @@ from trainers.plan.hardware import cuda_device, num_cuda_devices
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+MIN_COMPUTE = 7.5  # what the CUDA 13 builds of torch and vLLM have kernels for begins with Turing
 GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
 
 

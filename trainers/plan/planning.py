@@ -10,7 +10,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.options import BaseOptions, CommonOptions, ModelOptions, TrainOptions
 from trainers.plan.disks import Written, download_folder, downloads, in_turn
 from trainers.plan.known_models import KNOWN_MODELS
-from trainers.plan.machine import Machine, read_machine
+from trainers.plan.machine import MIN_COMPUTE, Machine, read_machine
 from trainers.plan.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
@@ -196,7 +196,8 @@ def assess(problem: Problem) -> Assessment:
 def _assess_alone(problem: Problem) -> Assessment:
     solved = solve(problem)
     nearest = None if solved.plan.fits else nearest_fit(problem)
-    return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start_faults(solved))
+    start = card_faults(solved, problem.machine) + start_faults(solved)
+    return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start)
 
 
 def planned_options(options: CommonOptions, devices: int = 1, longest: int | None = None) -> CommonOptions:
@@ -229,6 +230,14 @@ def _download_configs(options: CommonOptions) -> None:
         base = None if path is None or named_run(path) else base_of(path, key)
         if base is not None and not looks_local(base) and base not in KNOWN_MODELS:
             download_config(base)
+
+
+def card_faults(solved: Solved, machine: Machine) -> list[Fault]:
+    """What is wrong with a card, however much memory it has."""
+    if solved.plan.work.device == "cpu" or machine.card.compute >= MIN_COMPUTE:
+        return []
+    cause = f"{machine.card.name} has compute capability {machine.card.compute}, and the packages, built for CUDA 13, "
+    return [Fault("GPU", ..., f"{cause}have no kernels below {MIN_COMPUTE}", "a newer card, or device=cpu")]
 
 
 def start_faults(solved: Solved) -> list[Fault]:

@@ -1,6 +1,8 @@
 """Where the weights of a streamed model lie: in safetensors files, or in host memory."""
 
+import ctypes
 import json
+import logging
 import math
 import weakref
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from trainers.errors import ConfigError, Fault
 from trainers.models import damaged_fault
 from trainers.plan.host_memory import STREAMED_SHARE
 from trainers.plan.machine import host_room
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -148,8 +152,7 @@ class HostWeights:
         self._tensors = {name: part.view(files.shape(name)) for name, part in parts}
         for name, tensor in self._tensors.items():
             tensor.copy_(files.tensor(name))
-        if pin:
-            _pin(block)
+        if pin and _pin(block):
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, block.data_ptr())
 
     def __contains__(self, name: str) -> bool:
@@ -169,7 +172,15 @@ class HostWeights:
             self.bytes_read += self._tensors[stored].nbytes
 
 
-def _pin(tensor: Tensor) -> None:
-    """Page-lock memory in place: `Tensor.pin_memory` would round it up to a power of two."""
+def _pin(tensor: Tensor) -> bool:
+    """Page-lock memory in place, where the system lets so much be locked (WSL about half of what there is).
+
+    `Tensor.pin_memory` would round it up to a power of two.
+    """
     runtime = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
+    if code := int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+        # CUDA keeps an error until it is asked for, and torch asks behind its next kernel.
+        ctypes.CDLL(f"libcudart.so.{torch.version.cuda.partition('.')[0]}").cudaGetLastError()
+        reason = torch.cuda.CudaError(code)
+        logger.warning("%.1f GiB cannot be pinned (%s): copies from them are slower", tensor.nbytes / 2**30, reason)
+    return not code
