@@ -69,8 +69,8 @@ def test_a_card_that_only_nvidia_smi_shows_gets_the_cuda_packages(copy, tmp_path
     asked = {"RLT_CPU": "", "RLT_DRIVER": str(tmp_path / "none"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     stub = tmp_path / "bin" / "nvidia-smi"
     for driver, status, lock in (
-        ("581.29", 0, "requirements.txt"),
         ("560.94", 0, ""),
+        ("581.29", 0, "requirements.txt"),
         ("-", 9, "requirements-cpu.txt"),
     ):
         stub.write_text(f"#!/usr/bin/env bash\n[[ $* == *driver_version* ]] && echo {driver}\nexit {status}\n")

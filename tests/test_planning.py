@@ -138,6 +138,15 @@ def test_models_that_are_here_are_not_downloaded(model_dir):
     assert downloads(hub, shapes_of(hub)) == {}
 
 
+@pytest.mark.parametrize(("compute", "refused"), [(7.0, True), (7.5, False)])
+def test_a_card_that_the_packages_have_no_kernels_for_is_refused(compute, refused):
+    there = machine(24)
+    old = replace(there, card=replace(there.card, name="Tesla V100", compute=compute))
+    found = assess(problem(checked("teacher_rlt_mono_24gb"), old))
+    told = "\n".join(map(str, found.with_warmups("start")))
+    assert ("Tesla V100 has compute capability 7.0" in told and "below 7.5" in told) == refused == bool(told)
+
+
 def test_what_goes_to_one_disk_takes_room_in_turn(tmp_path, monkeypatch):
     own, other = tmp_path / "not" / "yet", Path("/elsewhere")
     sizes = [("downloads", tmp_path, 28), ("warm-ups", other, 7), ("disk", own, 71)]

@@ -177,7 +177,7 @@ def test_wandb_without_an_account_is_told(monkeypatch, tmp_path):
     assert levels(preflight.preflight("teacher_rlt_tiny", ["report_to=wandb"]).findings, "wandb") == ["ok"]
 
 
-def test_card_withoutnvidia_smi_is_known_by_its_driver(monkeypatch):
+def test_card_without_nvidia_smi_is_known_by_its_driver(monkeypatch):
     """What the driver says is made up: there is none here."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(machine, "num_cuda_devices", lambda: 1)
@@ -211,7 +211,7 @@ def test_what_kernels_are_compiled_with_is_looked_for(there, level, named, monke
     assert preflight._compiler().level == "error" and "Python.h" in preflight._compiler().message
 
 
-def test_whatnvidia_smi_says_is_read(monkeypatch, tmp_path):
+def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):
     """A stand-in for nvidia-smi, whose answers have the form of the real one's: there is no card here."""
     answers = tmp_path / "nvidia-smi"
     answers.write_text(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from trainers.scoring import frozen
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone, passes
 from trainers.scoring.streaming import StreamedBackbone
 from trainers.teacher_grpo import completion_logps
+from trainers.weights import weight_files
 from trainers.weights.weight_files import HostWeights, WeightFiles
 
 CPU = torch.device("cpu")
@@ -355,3 +357,20 @@ def test_passes_hold_every_text_once_and_keep_the_limits():
     assert sizes[0] == 9000  # alone: longer than a pass
     assert all(size <= 1200 for size in sizes[1:])
     assert sizes == [9000, 1000, 3 * 300 + 3 * 7]
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(model_dir, monkeypatch, caplog):
+    """CUDA's runtime, which refuses and keeps the error until it is asked for, is made up: there is none here."""
+    asked = []
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda _: asked.append("unpinned"))
+    library = SimpleNamespace(cudaGetLastError=lambda: asked.append("forgotten"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "CudaError", lambda code: f"out of memory ({code})")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(weight_files.ctypes, "CDLL", lambda name: library if name == "libcudart.so.13" else None)
+    weights = HostWeights(WeightFiles(str(model_dir), "student_model"), torch.float32, pin=True)
+    assert asked == ["forgotten"] and "cannot be pinned (out of memory (2))" in caplog.text
+    name = "model.norm.weight"
+    assert torch.equal(weights.tensor(name), WeightFiles(str(model_dir), "student_model").tensor(name).float())
+    del weights
+    assert asked == ["forgotten"]

@@ -66,6 +66,18 @@ def test_engine_and_trainer_agree_before_and_after_updates(renderer, model_dir, 
         assert not list(tmp_path.iterdir())  # the checkpoints of a restart are gone
 
 
+def test_an_engine_that_is_rebuilt_leaves_no_compiled_model_behind(renderer, model_dir, tmp_path, prompts):
+    """Compiled as on a GPU, but for the compiler itself: a hook of torch's keeps each model that is not unhooked."""
+    hooks = torch._dynamo.convert_frame._bytecode_hooks
+    compiled = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+    there = len(hooks)
+    with running(renderer, model_dir, tmp_path, weight_bridge="restart", vllm_kwargs=compiled) as (engine, _):
+        before = len(hooks)
+        engine.sync_weights()
+        assert len(hooks) == before > there
+    assert len(hooks) == there
+
+
 @pytest.mark.parametrize("bridge", ["lora", "copy", "restart"])
 def test_adapter_of_an_earlier_run_is_the_engine_s_too(renderer, model_dir, adapter_dir, tmp_path, prompts, bridge):
     """With a frozen copy of it beside it (beta), which neither engine nor optimizer may take for the adapter."""

@@ -117,13 +117,15 @@ class Engine:
 
     def close(self) -> None:
         """Stop vLLM and free what it holds; parameters that are shared keep their memory."""
+        from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        model, self.bridge.engine_model = self.bridge.engine_model, None
+        for module in self.bridge.engine_model.modules():
+            if isinstance(module, TorchCompileWithNoGuardsWrapper):
+                module.cleanup()  # a hook of torch's would keep the whole model
         self.llm.llm_engine.engine_core.shutdown()
+        self.bridge.engine_model = None
         del self.llm
-        gc.collect()  # as it goes, vLLM looks for the model and takes the hooks off torch that would keep it
-        del model
         cleanup_dist_env_and_memory()
         gc.collect()
 
