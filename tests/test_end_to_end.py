@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -158,6 +159,21 @@ def test_checkpoints_and_final_model_load_with_tokenizer(first_run):
         assert "model.layers.0.self_attn.q_proj.weight" in model.state_dict()
 
 
+def asked_by_its_card(out):
+    """What the Python in the README.md of a trained teacher prints."""
+    (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_folder_s_readme_asks_the_teacher(warm, first_run):
+    out, _ = first_run
+    assert asked_by_its_card(out).endswith("\n")
+    assert "warmed up" in (warm / "teacher" / "README.md").read_text()
+    assert "```" not in (warm / "student" / "README.md").read_text()  # it is asked nothing
+
+
 def test_probes_are_scored_at_every_evaluation(first_run):
     out, _ = first_run
     evaluations = [line for line in lines(out) if "eval_reward" in line]
@@ -282,6 +298,7 @@ def test_adapters_are_trained_against_the_model_without_them_and_evaluated(warm,
     assert abs(steps[0]["kl"]) < 1e-5
     assert steps[-1]["kl"] > 1e-5
     assert max(line["sampling/sampling_logp_difference/max"] for line in steps) < 1e-5
+    assert asked_by_its_card(tmp_path / "out").endswith("\n")
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 

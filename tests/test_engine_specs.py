@@ -112,6 +112,23 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
         (["generation_kwargs={min_token: 5}"], "generation_kwargs", "SamplingParams has no such", "min_tokens"),
         (["top_p=0.9"], "top_p", "the reward's KL", "kl_penalty_reward_coeff=0"),
         (["top_k=20"], "top_k", "the reward's KL", "use_vllm=false"),
+        (
+            ["top_p=0.9", "reward_funcs=[format]"],
+            "top_p",
+            "vllm_importance_sampling_correction would take them",
+            "use_vllm=false, or vllm_importance_sampling_correction=false",
+        ),
+        (["temperature=0.005"], "temperature", "from 0.01 to 2", "temperature=1"),
+        (["lora_r=64"], "lora_r", "use_peft=false trains every weight", "use_peft=true"),
+        (["lora_target_modules=[q_proj]"], "lora_target_modules", "no adapter reads it", "use_peft=true"),
+        (
+            ["num_iterations=2", "generation_aggregation_steps=1", "per_device_train_batch_size=8"],
+            "generation_aggregation_steps",
+            "each of its",
+            "null",
+        ),
+        (["save_strategy=best", "report_before_after=false"], "save_strategy", "nothing is evaluated", "eval_strategy"),
+        (["dataloader_drop_last=true"], "dataloader_drop_last", "held-out questions", "leave it out"),
         (["generation_kwargs={presence_penalty: 0.5}"], "generation_kwargs", "the reward's KL", "leave it out, or kl_"),
         (
             ["generation_kwargs={min_tokens: 2}"],
@@ -153,9 +170,9 @@ def test_every_preset_runs_without_vllm_too():
 @pytest.mark.parametrize(
     "words",
     [
-        ["top_p=0.9", "kl_penalty_reward_coeff=0"],
+        ["top_p=0.9", "kl_penalty_reward_coeff=0", "vllm_importance_sampling_correction=false"],
         ["top_p=0.9", "use_vllm=false"],
-        ["top_k=20", "reward_funcs=[student_answer]"],
+        ["top_k=20", "reward_funcs=[student_answer]", "vllm_importance_sampling_correction=false"],
         ["generation_kwargs={min_tokens: 0, presence_penalty: 0, thinking_token_budget: -1, bad_words: []}"],
         ["generation_kwargs={min_tokens: 2}", "kl_penalty_reward_coeff=0"],
         ["generation_kwargs={min_tokens: 2}", "include_teacher_think_entropy=false"],

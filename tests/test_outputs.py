@@ -30,6 +30,9 @@ def test_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written to"):
         make_output_dir(str(tmp_path / "file" / "out"), "run")
+    for among_ours in ("", str(tmp_path)):
+        with pytest.raises(ConfigError, match="among the project's own"):
+            make_output_dir(among_ours, "run", root=tmp_path)
 
 
 def test_config_separates_what_was_set_and_hides_secrets(tmp_path):

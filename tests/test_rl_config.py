@@ -32,6 +32,7 @@ def test_trl_options_reach_trl(tmp_path):
         "sync_ref_model": True,
         "ref_model_sync_steps": 7,
         "top_p": 0.9,
+        "vllm_importance_sampling_correction": False,
         "learning_rate": 3e-5,
         "vllm_importance_sampling_clip_max": None,
     }

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from trainers import bridges
 from trainers.bridges import RestartBridge
+from trainers.options import options_class
 from trainers.sft import WarmupTrainer
 from trainers.weights import saving
+from trainers.weights.model_card import write_model_card
 
 SMALL = 200_000  # bytes; the tiny model has 428 kB, and no tensor as large
 
@@ -38,3 +40,14 @@ def test_the_warm_up_and_the_engine_that_is_built_anew_write_shards_too(model_di
     monkeypatch.setattr(bridges, "SHARD", SMALL)
     RestartBridge(AutoModelForCausalLM.from_pretrained(model_dir)).save(str(tmp_path))
     assert len(shards(tmp_path)) >= 3
+
+
+def test_a_readme_that_is_not_ours_is_kept(tmp_path):
+    options = options_class("sft")(stage="sft", model_name_or_path="some/base")
+    write_model_card(tmp_path, options)
+    assert "`some/base`" in (tmp_path / "README.md").read_text()
+    write_model_card(tmp_path, options.model_copy(update={"model_name_or_path": "other/base"}))
+    assert "`other/base`" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    write_model_card(tmp_path, options)
+    assert (tmp_path / "README.md").read_text() == "mine"

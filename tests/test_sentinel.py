@@ -106,6 +106,14 @@ def compute_otherwise(trainer):
     layer.register_forward_hook(lambda module, inputs, output: (output[0] * 1.3, *output[1:]))
 
 
+def test_adapters_that_no_longer_arrive_stop_the_run(start):
+    """At a rate at which log-probabilities move by less than half precision's rounding."""
+    trainer = start(lambda t: setattr(t.sampler.engine.bridge, "sync", lambda: None), use_peft=True, learning_rate=1e-5)
+    with pytest.raises(SentinelError, match=r"another adapter than the trainer at model\.layers\.\d"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("options", [{"weight_bridge": "shared"}, {"weight_bridge": "copy"}, {"use_peft": True}])
 def test_engine_with_other_weights_stops_the_run(start, options):
     steps = []
@@ -114,10 +122,10 @@ def test_engine_with_other_weights_stops_the_run(start, options):
         engine = trainer.sampler.engine.llm.llm_engine
         step = engine.step
         engine.step = lambda: steps.append(None) or step()
-        if options == {"weight_bridge": "shared"}:
-            compute_otherwise(trainer)
-        else:  # the bridge forgets to bring the update
+        if options == {"weight_bridge": "copy"}:  # the bridge forgets to bring the update
             trainer.sampler.engine.bridge.sync = lambda: None
+        else:
+            compute_otherwise(trainer)
 
     trainer = start(action, learning_rate=1e-2, **options)  # at the tolerance of a run
     with pytest.raises(SentinelError, match="trainer and engine disagree"):

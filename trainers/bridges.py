@@ -63,6 +63,10 @@ class CopyBridge:
         """Make the engine see the trainer's current weights."""
         self.engine_model.load_weights(self.weights(self.engine_model))
 
+    def stale(self) -> str | None:
+        """A layer of the engine's that is known to have other weights than the trainer's, looked at one each time."""
+        return None
+
     def weight_bytes(self) -> int:
         """Bytes that trainer and engine hold for weights, together."""
         return held_bytes(self.model.parameters(), self.engine_model.parameters())
@@ -114,7 +118,7 @@ class LoraBridge(SharedBridge):
         from vllm.lora.request import LoRARequest
 
         super().attach(runner)
-        self._layers = adapted_layers(self.engine_model, self._adapters())
+        self._layers, self._checked = adapted_layers(self.engine_model, self._adapters()), 0
         self.lora_request = LoRARequest("teacher", 1, "in-memory")
         runner.lora_manager.add_dummy_lora(self.lora_request, self.model.peft_config[ADAPTER].r)
         runner.lora_manager.add_adapter(self.lora_request)  # known by now, so nothing is read: it gets its buffers
@@ -132,6 +136,20 @@ class LoraBridge(SharedBridge):
             a = [p and p.lora_A[ADAPTER].weight for p in parts]
             b = [p and p.lora_B[ADAPTER].weight * p.scaling[ADAPTER] for p in parts]
             layer.set_lora(0, a if len(a) > 1 else a[0], b if len(b) > 1 else b[0])
+
+    @torch.no_grad()
+    def stale(self) -> str | None:
+        """In half precision an adapter's steps are less than the rounding that probabilities may differ by."""
+        layer, parts = self._layers[self._checked % len(self._layers)]
+        self._checked += 1
+        buffers = [buffer[0, 0] for buffer in layer.lora_b_stacked]
+        ours = [p and p.lora_B[ADAPTER].weight * p.scaling[ADAPTER] for p in parts]
+        if len(ours) < len(buffers):  # one layer of the trainer's, several of the engine's (Phi-3)
+            ours = ours[0].split([len(buffer) for buffer in buffers])
+        for own, buffer in zip(ours, buffers, strict=True):
+            if own is not None and not torch.equal(buffer[:, : own.shape[1]], own.to(buffer.dtype)):
+                return layer.base_layer.prefix
+        return None
 
     def weight_bytes(self) -> int:
         buffers = [t for layer, _ in self._layers for t in (*layer.lora_a_stacked, *layer.lora_b_stacked)]

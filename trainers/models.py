@@ -185,7 +185,7 @@ def load_config(path: str, key: str, trust: bool) -> Any:
 
 def _not_loadable(key: str, path: str, error: Exception) -> Fault:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    remedy = "give a local folder (is it one?), or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
+    remedy = "give a local folder (is it one?), or log in and connect: hf auth login, HF_TOKEN for gated models"
     return Fault(key, path, f"neither a model folder here nor to be had from the hub: {reason}", remedy)
 
 

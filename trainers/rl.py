@@ -1,6 +1,8 @@
 """The RL stage: wires data, models, engine, student and trainer, and reports what training changed."""
 
+import difflib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.watch.result import write_result
 from trainers.weights.adapter_files import base_of
+from trainers.weights.model_card import write_model_card
 from trainers.weights.starts import load_teacher, resolve_start
 
 logger = logging.getLogger(__name__)
@@ -131,16 +134,39 @@ def load_reference(
 def train_and_report(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) -> None:
     """Train, save, tell what changed where that is asked for, and stop the engine."""
     trainer.remove_callback(PrinterCallback)
+    try:
+        _train(trainer, options, output_dir)
+    except BaseException as error:
+        trainer.sampler.abandon(error)
+        raise
+    trainer.sampler.close()
+
+
+def _train(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) -> None:
     before = None
     if options.report_before_after:
         logger.info("explaining %d held-out questions before training, and again after it", len(trainer.eval_dataset))
         before = trainer.evaluate()
+        check_best_metric(options, before)
     trainer.train()
     trainer.save_model(str(output_dir))
+    write_model_card(output_dir, options)
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))
-    trainer.sampler.close()
+
+
+def check_best_metric(options: RLOptions, evaluated: Mapping[str, float]) -> None:
+    """See that the metric which is to tell the best checkpoint is one that evaluations have.
+
+    Raises:
+        ConfigError: With the names that there are.
+    """
+    asked, names = options.metric_for_best_model, [name.removeprefix("eval_") for name in evaluated]
+    if (options.load_best_model_at_end or options.save_strategy == "best") and asked.removeprefix("eval_") not in names:
+        near = difflib.get_close_matches(asked, names, n=2)
+        remedy = f"did you mean {' or '.join(near)}?" if near else f"one of: {', '.join(sorted(names))}"
+        raise ConfigError(Fault("metric_for_best_model", asked, "evaluations have no such metric", remedy))
 
 
 def make_student_reward(options: RLOptions, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
@@ -181,6 +207,8 @@ def grpo_config(options: RLOptions, output_dir: Path, dtype: torch.dtype) -> GRP
         ConfigError: If TRL refuses a value.
     """
     plan = batch_plan(options)
+    if options.sync_ref_model and options.use_peft and options.beta:
+        logger.warning("sync_ref_model=true is not read: with adapters the reference is what they start from")
     derived = {
         "output_dir": str(output_dir),
         "seed": options.seed,

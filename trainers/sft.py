@@ -26,6 +26,7 @@ from trainers.texts import check_traces, load_train_and_eval_rows, sft_parts, sf
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapter_files import base_of, tokenizer_of
+from trainers.weights.model_card import write_model_card
 from trainers.weights.saving import SmallShards
 from trainers.weights.starts import load_teacher, resolve_start
 
@@ -84,6 +85,8 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(str(output_dir))
+    if trainer.is_world_process_zero():
+        write_model_card(output_dir, options)
     return output_dir
 
 

@@ -186,12 +186,14 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; seconds, memory and completions of a training interval that an evaluation interrupts are put
-        back."""
+        back, and the model's mode: what is logged at the end of an epoch that ends with one is of training."""
+        was_training = self.model.training
         interrupted, memory = self.timer.take(), self.timer.memory
         completions, self._evaluation = deepcopy(self._logs), Evaluation(self.student_metrics)
         with memory.interrupted() if memory is not None else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
         self._logs = completions
+        self.model.train(was_training)
         for phase, value in interrupted.items():
             self.timer.seconds[phase] += value
         return metrics
@@ -212,7 +214,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         """Add the seconds of each phase (per optimizer step while training, in total for an evaluation) and the
         memory in use after it."""
         self._note_mismatch()
-        if "train_runtime" in logs:  # at the end; an evaluation may have left the model in its mode
+        if "train_runtime" in logs:  # at the end: no step's
             return super().log(logs, start_time)
         logs |= self._step_logs() if self.model.training else self._evaluation_logs()
         # TRL names the file of completions by the step alone: an evaluation would overwrite the training step's.

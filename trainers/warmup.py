@@ -28,6 +28,7 @@ INHERITED = (
     "attn_implementation",
     "report_to",
 )
+STUDENT = {"student_chat_template": "chat_template", "student_chat_template_kwargs": "chat_template_kwargs"}
 # And where both train on the same data: what the run evaluates, its warm-ups are not to have seen.
 HELD_OUT = ("eval_dataset_split", "eval_size")
 FOLLOWED = (*INHERITED, *HELD_OUT, "dataset_id_or_path")
@@ -65,7 +66,8 @@ def warmup_options(name: str, options: CommonOptions, needs_device: bool = True)
     Raises:
         ConfigError: If it is not valid, or is no warm-up.
     """
-    composed = _composed(name, {key: getattr(options, key) for key in FOLLOWED if hasattr(options, key)})
+    keys = (*FOLLOWED, *STUDENT)
+    composed = _composed(name, {key: getattr(options, key) for key in keys if hasattr(options, key)})
     checked = load_options(composed, repo=REPO, needs_device=needs_device)
     if checked.stage != "sft":
         cause = f"cfgs/run_cfg/{name}.yaml has stage={checked.stage}"
@@ -79,6 +81,8 @@ def _composed(name: str, asking: dict[str, Any]) -> dict[str, Any]:
     composed = compose_run(name)
     if asking.get("precision") == "fp16" and not composed.get("use_peft"):
         asking = asking | {"precision": "auto"}  # adapters alone can be trained in fp16
+    if composed.get("sft_role") == "student" and asking.keys() >= STUDENT.keys():  # the texts it will read in RL
+        asking = asking | {"eos_token": None} | {theirs: asking[ours] for ours, theirs in STUDENT.items()}
     followed = {key: asking[key] for key in INHERITED if asking.get(key) is not None}
     if asking.get("dataset_id_or_path") == composed.get("dataset_id_or_path"):
         followed |= {key: asking[key] for key in HELD_OUT if key in asking}
@@ -98,7 +102,7 @@ def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
     for package in PACKAGES:
         digest.update(f"{package}=={importlib.metadata.version(package)}".encode())
     digest.update(_code())
-    for key in ("dataset_id_or_path", "chat_template"):
+    for key in ("dataset_id_or_path", "eval_dataset_id_or_path", "chat_template", "model_name_or_path"):
         digest.update(_contents(composed.get(key)))
     if start := named_run(composed.get("model_name_or_path")):  # the warm-up it starts from
         parent = _composed(start, {key: composed[key] for key in FOLLOWED if key in composed})

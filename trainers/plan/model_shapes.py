@@ -168,7 +168,7 @@ def read_config(path: str, key: str) -> dict[str, Any]:
         return KNOWN_MODELS[path]
     config, reason = asked_config(path)
     if config is None:
-        remedy = "give a local folder, or log in and connect: huggingface-cli login, HF_TOKEN for gated models"
+        remedy = "give a local folder, or log in and connect: hf auth login, HF_TOKEN for gated models"
         raise ConfigError(Fault(key, path, f"its config cannot be had: {reason}", remedy))
     return config
 

@@ -285,5 +285,5 @@ def _model(key: str, path: str) -> Finding:
         return Finding(key, "error", f"{path} is not here, and HF_HUB_OFFLINE=1", remedy)
     config, reason = asked_config(path)
     if config is None:
-        return Finding(key, "error", f"{path} cannot be had: {reason}", "connect, huggingface-cli login, or a folder")
+        return Finding(key, "error", f"{path} cannot be had: {reason}", "connect, hf auth login, or a folder")
     return Finding(key, "ok", f"{path} is on the hub")

@@ -1,5 +1,7 @@
 """What a trainer's completions come from: the engine, transformers, or a recording."""
 
+import logging
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from trainers.rollout.overlap import ScoreAhead
 from trainers.rollout.rollouts import Rollout, RolloutFiles
 from trainers.rollout.sentinel import Sentinel
 from trainers.watch.phases import PhaseTimer
+
+logger = logging.getLogger(__name__)
 
 EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
 
@@ -155,3 +159,14 @@ class RolloutSampler:
         if self.engine is not None:
             self.engine.restore_cache()  # vLLM frees at its end what it holds, and a cache that rests is not there
             self.engine.close()
+
+    def abandon(self, error: BaseException) -> None:
+        """Stop the engine behind an error. Left to the process's end, vLLM would free a cache that rests, and CUDA's
+        message about that would stand below the error's own."""
+        self.cancel()
+        traceback.clear_frames(error.__traceback__)  # what they hold of the device makes room for the cache
+        self.trainer.model.zero_grad(set_to_none=True)
+        try:
+            self.close()
+        except RuntimeError as second:
+            logger.warning("vLLM could not be stopped: %s", second)

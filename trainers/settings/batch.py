@@ -104,6 +104,16 @@ def nearest_legal(plan: BatchPlan) -> BatchPlan:
     return nearest_legal(BatchPlan(batch, plan.per_device, plan.num_generations, plan.aggregation, plan.devices))
 
 
+def iteration_faults(options: RLOptions, num_devices: int) -> list[Fault]:
+    """Iterations over a rollout that is smaller than an optimizer step, which would have its samples several times."""
+    plan = batch_plan(options, num_devices)
+    if options.num_iterations == 1 or plan.aggregation >= plan.accumulation:
+        return []
+    cause = f"with num_iterations={options.num_iterations} a step would take each of its samples so often"
+    remedy = "generation_aggregation_steps=null (a whole step), or num_iterations=1"
+    return [Fault("generation_aggregation_steps", options.generation_aggregation_steps, cause, remedy)]
+
+
 def check_batch(plan: BatchPlan) -> list[Fault]:
     """Return a fault with the nearest legal values, or nothing."""
     if plan.is_legal:

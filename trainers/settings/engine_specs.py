@@ -156,21 +156,35 @@ def _generation_kwargs_faults(options: RLOptions) -> list[Fault]:
 
 
 def _sampling_faults(options: RLOptions) -> list[Fault]:
-    faults, given = [], options.generation_kwargs or {}
-    if options.use_vllm and options.temperature > 2:
-        cause, remedy = "vLLM samples at temperatures up to 2", "temperature=2, or use_vllm=false"
+    if not options.use_vllm:
+        return []
+    faults = _reshaping_faults(options)
+    if not 0.01 <= options.temperature <= 2:
+        cause, remedy = "vLLM samples at temperatures from 0.01 to 2", "temperature=1, or use_vllm=false"
         faults.append(Fault("temperature", options.temperature, cause, remedy))
-    if options.use_vllm and reads_teacher_logprobs(options):
-        cause = (
-            "vLLM tells log-probabilities of what it makes of the distribution, and the reward's KL needs the teacher's"
-        )
-        remedy = "leave it out, or use_vllm=false, kl_penalty_reward_coeff=0 or include_teacher_think_entropy=false"
-        reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
-        faults += [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
-        named = [name for name, neutral in RESHAPING_KWARGS.items() if given.get(name) not in (None, neutral)]
-        remedy = remedy.replace("use_vllm=false, ", "")  # transformers has other names for them, or none
-        faults += [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
     return faults
+
+
+def _reshaping_faults(options: RLOptions) -> list[Fault]:
+    """What alters the distribution that vLLM tells log-probabilities of, where the teacher's own are needed."""
+    given, needs = options.generation_kwargs or {}, []
+    named = [name for name, neutral in RESHAPING_KWARGS.items() if given.get(name) not in (None, neutral)]
+    if reads_teacher_logprobs(options):
+        needs.append(("the reward's KL", "kl_penalty_reward_coeff=0 or include_teacher_think_entropy=false"))
+    else:
+        named = [name for name in named if name != "min_tokens"]  # which only keeps an end from the first of them
+    if options.vllm_importance_sampling_correction:  # a sample would count p(what is kept)^length times
+        needs.append(("vllm_importance_sampling_correction", "vllm_importance_sampling_correction=false"))
+    if not needs:
+        return []
+    readers, ways = " and ".join(who for who, _ in needs), " with ".join(way for _, way in needs)
+    cause = f"vLLM tells log-probabilities of what it makes of the distribution, and {readers} would take them for the "
+    cause += "teacher's"
+    reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
+    remedy = f"leave it out, or use_vllm=false, or {ways}"
+    faults = [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
+    remedy = f"leave it out, or {ways}"  # transformers has other names for them, or none
+    return faults + [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
 
 
 def device_faults(options: RLOptions, device: str, dtype: str, student_mode: str | None) -> list[Fault]:

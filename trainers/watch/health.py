@@ -109,12 +109,12 @@ def verdicts(metrics: dict[str, float], options: RLOptions) -> dict[str, str]:
         )
     ratio, mode = metrics.get(RATIO, 1.0), options.vllm_importance_sampling_mode
     if ratio < MOST and not ("cut" in found and options.mask_truncated_completions):  # which TRL tells as 0
-        rounding = "precision=fp32 has next to no rounding"
+        remedies = [] if options.precision == "fp32" else ["precision=fp32 has next to no rounding"]
         if not mode.startswith("token"):
-            rounding += ", vllm_importance_sampling_mode=token_truncate does not add it up over a completion"
+            remedies.append("vllm_importance_sampling_mode=token_truncate does not add it up over a completion")
         found["apart"] = (
             f"trainer and engine find different probabilities for what was sampled: it counts for {ratio:.0%} in the "
-            f"update\n  -> see sampling/sampling_logp_difference/mean; {rounding}"
+            f"update\n  -> see sampling/sampling_logp_difference/mean; {', '.join(remedies)}"
         )
     return found
 

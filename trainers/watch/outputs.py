@@ -35,6 +35,9 @@ def make_output_dir(output_dir: str | None, run: str, num_processes: int = 1, ro
     """
     if output_dir is not None:
         path = Path(output_dir).expanduser().absolute()
+        if not output_dir or path.resolve() == root.resolve():
+            cause = "the run's files would lie among the project's own"
+            raise ConfigError(Fault("output_dir", output_dir, cause, "output_dir=results/<a name>, or leave it out"))
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".writable-{os.getpid()}"

@@ -207,6 +207,10 @@ def _fresh_faults(options: TrainOptions) -> Iterator[Fault]:
         outer = []
     for name in outer:
         yield Fault("lora_target_modules", name, NO_ADAPTER, "lora_target_modules=all-linear")
+    for name in () if options.use_peft else LORA_OPTIONS:
+        if getattr(options, name) != TrainOptions.model_fields[name].default:
+            cause = "use_peft=false trains every weight, and no adapter reads it"
+            yield Fault(name, getattr(options, name), cause, "use_peft=true, or leave it out")
     if options.use_peft and getattr(options, "model_init", None) is not None:
         cause = "a model of fresh random weights has nothing to keep: adapters are for a trained one"
         yield Fault("use_peft", True, cause, "use_peft=false, or model_name_or_path with model_init=null")

@@ -15,6 +15,9 @@ class SmallShards:
     in shards of 50 GB, as transformers writes them, that is the whole model.
     """
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """TRL's tells of another use, and would take the place of a README.md that is there: see model_card.py."""
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel):  # adapters are one small file

@@ -1,0 +1,73 @@
+"""The README.md beside a trained model: what it is, and the lines that ask it for an explanation."""
+
+from pathlib import Path
+
+from trainers.options import TrainOptions
+from trainers.settings.reward_specs import uses_student
+
+MARK = "<!-- written with the model; a later run into this folder writes it anew -->"
+
+HEAD = """{mark}
+# {title}
+
+Trained from `{base}` on `{data}` ({how}). The options of the run are in `config.yaml`, its metrics in `metrics.jsonl`,
+what it said in `training.log`.
+"""
+
+USE = """
+It explains, given a question and its solution. In the folder of the project that trained it:
+
+```python
+import torch
+from {library} import {loader}
+from transformers import AutoTokenizer
+
+from data.formats import TAG_FORMATS
+from data.render import Renderer
+
+folder = {folder!r}
+tokenizer, model = AutoTokenizer.from_pretrained(folder), {loader}.from_pretrained(folder, dtype="auto")
+tags = TAG_FORMATS[{tag_format!r}].with_prompts({teacher!r}, {student!r})
+renderer = Renderer(tokenizer, tags, {template!r}, "model_name_or_path")
+
+
+def explain(question: str, solution: str) -> str:
+    ids = renderer.encode_prompt(renderer.teacher_prompt(question, solution))  # as in training, token by token
+    asked, closing = torch.tensor([ids]), tags.explanation[1]
+    stops = {{"max_new_tokens": {limit}, "stop_strings": [closing], "tokenizer": tokenizer}}
+    written = model.generate(asked, do_sample=True, temperature={temperature}, **stops)[0, len(ids) :]
+    return tokenizer.decode(written).partition(closing)[0].strip()
+
+
+print(explain("What is 2+3?", "5"))
+```
+
+vLLM takes the same `ids` as `prompt_token_ids`, with `stop=[closing]` and `skip_special_tokens=False`.
+"""
+
+
+def write_model_card(folder: Path, options: TrainOptions) -> None:
+    """Write README.md, unless there is one that is not ours."""
+    card = folder / "README.md"
+    if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith(MARK):
+        return
+    base, is_rl = options.model_name_or_path or "random weights", options.stage == "rl"
+    teaches = is_rl or options.sft_role == "teacher"
+    how = "supervised, on its reasoning traces"
+    if is_rl:
+        how = f"GRPO, judged by `{options.student_model}`" if uses_student(options) else "GRPO"
+    title = f"A reasoning {'teacher' if teaches else 'student'}{', warmed up' * (not is_rl)}"
+    text = HEAD.format(mark=MARK, title=title, base=base, data=options.dataset_id_or_path, how=how)
+    if teaches:
+        text += USE.format(
+            library="peft" if options.use_peft else "transformers",
+            loader="AutoPeftModelForCausalLM" if options.use_peft else "AutoModelForCausalLM",
+            folder=str(folder),
+            tag_format=options.tag_format,
+            teacher=options.teacher_system_prompt,
+            student=options.student_system_prompt,
+            template=options.chat_template_kwargs,
+            limit=options.max_completion_length if is_rl else 2048,
+            temperature=options.temperature if is_rl else 1.0,
+        )
+    card.write_text(text, encoding="utf-8")
