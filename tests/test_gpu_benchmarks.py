@@ -1,10 +1,12 @@
 """The scripts of benchmarks/gpu, rehearsed on a CPU in small: what they would do on a card, they can do."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from conftest import REPO
 
 from benchmarks.commands import last_error, run
 from benchmarks.gpu import report
+from benchmarks.preset_run import PresetRun, compose, read_run
+from trainers.settings.engine_specs import sampling_arguments, vllm_arguments
 
 SCRIPTS = ("ceilings", "student", "update", "engine", "step")
 SMALL = {
@@ -28,11 +32,11 @@ SMALL = {
 }
 
 
-def rehearse(name, out):
+def rehearse(name, out, **environment):
     if torch.cuda.is_available():
         pytest.skip("vLLM for CUDA does not run on a CPU")
     command = [sys.executable, f"benchmarks/gpu/{name}.py", "--device", "cpu", "--out", str(out), *SMALL[name]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((out / f"{name}.json").read_text())
     assert "rehearsal" in found["card"] and found["versions"]["torch"]
@@ -74,6 +78,41 @@ def test_the_engine_of_a_gpu_needs_torchvision_too(monkeypatch, tmp_path, capsys
     assert capsys.readouterr().out == "step: torchvision missing here: nothing was measured\n"
 
 
+def test_no_run_of_the_update_reads_vllm(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for read in (sampling_arguments, vllm_arguments):
+        read.cache_clear()
+    from benchmarks.gpu import update
+
+    sizes = {"completions": 4, "micro_batch": 2, "prompt": 64, "completion": 16, "steps": 2}
+    settings = update.work(Namespace(device="cpu", **sizes))
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts/train-00000.parquet").touch()
+    for further in ([], update.replayed(settings, tmp_path / "rollouts", "adamw_8bit", True)):
+        options = compose(update.PRESET, [*settings, *further], tmp_path, tmp_path / "models", "tiny")
+        assert options.generation_kwargs == {"min_new_tokens": 16} and not options.use_vllm
+
+
+def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
+    assert read_run(tmp_path, "killed by signal 9") == PresetRun(error="killed by signal 9")
+    begin = {"planned": {"update": 6.0}, "plan": {"optim": "adamw_8bit"}, "used_before": 0.5}
+    (tmp_path / "plan.json").write_text(json.dumps(begin | {"host": "it would take 90.0 GiB of host memory"}))
+    (tmp_path / "out").mkdir()
+    first = {"step": 1, "num_tokens": 300.0, "seconds/update": 3.0, "memory/step_peak": 5.0, "memory/generate_peak": 4}
+    second = {"step": 2, "num_tokens": 500.0, "seconds/update": 2.0, "memory/step_peak": 5.5}
+    lines = [json.dumps(row) for row in (first, {"step": 1, "train_runtime": 9.0}, second)]
+    (tmp_path / "out/metrics.jsonl").write_text("\n".join(lines[:1]))
+    run = read_run(tmp_path, "killed by signal 9")
+    assert (run.steps, run.tokens, run.seconds) == (1, 300, {"update": 3.0})
+    assert run.error == "killed by signal 9 (it would take 90.0 GiB of host memory)"
+    (tmp_path / "out/metrics.jsonl").write_text("\n".join(lines))
+    run = read_run(tmp_path, None)
+    assert (run.steps, run.tokens, run.seconds, run.error) == (2, 200, {"update": 2.0}, None)
+    assert run.measured == {"generate": 3.5, "update": 5.0}
+    assert run.phase("update") == {"planned_gib": 6.0, "measured_gib": 5.0, "plan_off": pytest.approx(0.2)}
+    assert run.phase("generate") == {"measured_gib": 3.5} and run.phase("score") == {}
+
+
 def test_ceilings(tmp_path):
     rows = rehearse("ceilings", tmp_path)["rows"]
     assert len(rows) == 3 and all(row["value"] > 0 for row in rows)
@@ -100,8 +139,11 @@ def test_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_update(tmp_path):
-    rows = rehearse("update", tmp_path)["rows"]
+def test_update_in_an_environment_without_vllm(tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
+    rows = rehearse("update", tmp_path, PYTHONPATH=str(hidden))["rows"]
     assert [row["checkpointing"] for row in rows] == [True, False]
     assert all(row["tokens_per_s"] > 0 and row["visible_fraction"] > 0 for row in rows)
 
@@ -117,10 +159,24 @@ def test_a_command_that_fails_gives_its_last_error(tmp_path):
     assert run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == "killed by signal 9"
     assert run([sys.executable, "-c", "print('well')"]) == "well"
     assert run([sys.executable, "-c", "print('{1: 2}')"]) == "{1: 2}"
-    aborted = "import os; print('{\"a\": 1}', flush=True); os.abort()"
-    assert run([sys.executable, "-c", aborted]) == {"a": 1}  # it had told its result
+    ends = "import atexit, os; from benchmarks.commands import tell; atexit.register(os.abort); tell({'a': 1})"
+    assert run([sys.executable, "-c", ends]) == {"a": 1}  # it would crash on its way out
     killed = "import os; print('{\"step\": 1}', flush=True); os.kill(os.getpid(), 9)"
     assert run([sys.executable, "-c", killed]) == "killed by signal 9"
+
+
+def test_one_that_is_told_to_end_tells_first_what_its_command_measured(tmp_path):
+    code = "from benchmarks.commands import end_when_told, run; from pathlib import Path; import sys; end_when_told()\n"
+    code += "command = [sys.executable, '-c', 'import time; print(1); time.sleep(60)']\n"
+    code += "print(run(command, Path(sys.argv[1])), flush=True); run(command); print('another')"
+    log = tmp_path / "log"
+    with subprocess.Popen([sys.executable, "-c", code, log], cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "killed by signal 15\n"
+    assert process.returncode == 128 + 15
 
 
 def test_what_a_command_says_is_kept_while_it_runs(tmp_path):

