@@ -28,7 +28,7 @@ SMALL = {
     "engine": ["--model", "tiny", "--bridges", "shared", "--ways", "--questions", "2", "--generations", "2"]
     + ["--prompt", "64", "--completion", "16", "--cycles", "7", "--updates", "2"],
     "step": ["--model", "tiny", "--presets", "80gb", "--group", "4", "--prompt", "64", "--completion", "16"]
-    + ["--no-stock"],
+    + ["--stock"],
 }
 
 
