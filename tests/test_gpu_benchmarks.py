@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import REPO
 
+from benchmarks import bridge_ways
 from benchmarks.commands import last_error, run
 from benchmarks.gpu import report
 from benchmarks.preset_run import PresetRun, compose, read_run
@@ -113,6 +114,26 @@ def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
     assert run.phase("generate") == {"measured_gib": 3.5} and run.phase("score") == {}
 
 
+def test_a_way_is_told_with_the_free_memory_about_a_release(monkeypatch, tmp_path):
+    times = dict.fromkeys(("step", "sync", "sentinel", "generate", "rest", "tokens_per_second", "weight_mib"), 1.0)
+    free = {"free_before_release_gib": 10.0, "free_after_release_gib": 30.0}
+    monkeypatch.setattr(report, "run", lambda *_: {"ways": {"shared": times | free}})
+    assert report.bridge_way("shared", tmp_path / "log").items() >= free.items()
+    monkeypatch.setattr(report, "run", lambda *_: {"ways": {"trl": times}})
+    assert not free.keys() & report.bridge_way("trl", tmp_path / "log").keys()
+
+
+def test_the_peak_of_a_way_is_beyond_what_others_use_of_the_card(monkeypatch):
+    monkeypatch.setattr(bridge_ways, "used_of_card", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (68, 80))
+    peak = bridge_ways.Peak(torch.device("cuda"))
+    with peak:
+        deadline = time.monotonic() + 30
+        while peak.bytes is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert peak.bytes == 80 - 68 - 2
+
+
 def test_ceilings(tmp_path):
     rows = rehearse("ceilings", tmp_path)["rows"]
     assert len(rows) == 3 and all(row["value"] > 0 for row in rows)
@@ -127,6 +148,7 @@ def test_student(tmp_path):
 
 def test_engine(tmp_path):
     (row,) = rehearse("engine", tmp_path)["rows"]
+    assert row["bridge"] == "shared" and row["tokens_per_s"] > 0
     assert row["max_before"] < 1e-5 and row["max_after"] < 1e-5
     assert row["updates_moved"] > 0.01  # or it would have compared the weights of the begin with themselves
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,8 @@ class Report:
 
     def tables(self) -> str:
         """All rows, in columns; rows that begin with the same cell are one table."""
-        return "\n\n".join(
-            columns(list(rows)) for _, rows in groupby(self.told["rows"], key=lambda row: next(iter(row)))
-        )
+        kinds = dict.fromkeys(next(iter(row)) for row in self.told["rows"])
+        return "\n\n".join(columns([row for row in self.told["rows"] if next(iter(row)) == kind]) for kind in kinds)
 
     def close(self) -> None:
         print(f"\n{self.tables()}\n\n{self.file}", flush=True)

@@ -1,6 +1,6 @@
 """2. The student: seconds per pass, resident and streamed, by tokens per pass; copies against what the card copies.
 
-    python benchmarks/gpu/student.py
+    python benchmarks/gpu/student.py --models FOLDER      about 3 minutes on an H100 (estimated); models are made once
 
 Against one completion per forward with `accelerate.cpu_offload` and a log-softmax over all logits, its seconds per
 completion measured on `--slow-completions`. Goals: at least 30 times as fast; copies hidden behind computing at 16k
@@ -59,6 +59,7 @@ def main() -> None:
 
 def measure(report: Report, arguments: object, folder: str) -> None:
     device = torch.device(arguments.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as load_frozen has it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     texts = {
         tokens: make_texts(
