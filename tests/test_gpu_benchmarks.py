@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from benchmarks import bridge_ways
 from benchmarks.commands import last_error, run
 from benchmarks.gpu import report
 from benchmarks.preset_run import PresetRun, compose, read_run
+from benchmarks.shapes import SHAPES
+from trainers.plan.model_shapes import model_shape
 from trainers.settings.engine_specs import sampling_arguments, vllm_arguments
 
 SCRIPTS = ("ceilings", "student", "update", "engine", "step")
@@ -112,6 +115,19 @@ def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
     assert run.measured == {"generate": 3.5, "update": 5.0}
     assert run.phase("update") == {"planned_gib": 6.0, "measured_gib": 5.0, "plan_off": pytest.approx(0.2)}
     assert run.phase("generate") == {"measured_gib": 3.5} and run.phase("score") == {}
+
+
+def test_the_shapes_of_qwen_have_as_many_parameters_as_its_models():
+    # As their model cards and the hub's count of tensors say.
+    known = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
+    for name, parameters in known.items():
+        assert model_shape({"model_type": "qwen2", **SHAPES[name]}, name).num_parameters == parameters
+
+
+def test_all_of_them_end_within_25_minutes():
+    limits = re.findall(r"^measure (\d+) (\w+)", Path(REPO, "benchmarks/gpu/all.sh").read_text(), re.MULTILINE)
+    assert [script for _, script in limits] == list(SCRIPTS)
+    assert sum(int(seconds) + 10 for seconds, _ in limits) <= 25 * 60
 
 
 def test_a_way_is_told_with_the_free_memory_about_a_release(monkeypatch, tmp_path):

@@ -35,9 +35,15 @@ class Report:
         print(", ".join(f"{name} {version}" for name, version in self.told["versions"].items()), flush=True)
         self._write()
 
-    def row(self, **cells: Any) -> None:
+    def row(self, **cells: Any) -> dict[str, Any]:
         """One line of the table; the first cell names it."""
-        self.told["rows"].append(cells)
+        self.told["rows"].append({})
+        self.more(self.told["rows"][-1], **cells)
+        return self.told["rows"][-1]
+
+    def more(self, row: dict[str, Any], **cells: Any) -> None:
+        """Further cells of a line."""
+        row |= cells
         print("  ".join(f"{name} {shown(value)}" for name, value in cells.items()), flush=True)
         self._write()
 
