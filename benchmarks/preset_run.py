@@ -39,7 +39,7 @@ class PresetRun:
         seconds: Of the last step, by phase.
         tokens: Of the last step: prompts and completions that the update read.
         metrics: All that the last step logged.
-        plan: What the plan decided.
+        plan: What the plan decided, and on a GPU what it makes of host memory.
         steps: How many were measured.
         error: Why it failed, if it did.
     """
@@ -93,8 +93,8 @@ def read_run(folder: Path, error: str | None) -> PresetRun:
     if not (folder / PLAN).exists():
         return PresetRun(error=error)
     begin = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    if error is not None and begin["host"]:
-        error = f"{error} ({begin['host']})"
+    if error == "killed by signal 9" and (host := begin["plan"].get("host memory")):
+        error = f"{error}: {host}"
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines() if (folder / METRICS).exists() else []
     rows = [json.loads(line) for line in lines]
     steps = [row for row in rows if "seconds/update" in row]
@@ -116,7 +116,7 @@ def read_run(folder: Path, error: str | None) -> PresetRun:
 def engine_of(config: str) -> list[str]:
     """The engine's settings that the plan finds for the preset's own batch on this card: overrides for a smaller."""
     options = load_options(compose_run(config))
-    solved = solve(problem_of(options)).options
+    solved = planned(options)[0].options
     return [f"kv_cache_gib={solved.kv_cache_gib}", f"max_num_seqs={max_num_seqs(options)}"]
 
 
@@ -152,16 +152,13 @@ def planned(options: Any) -> tuple[Solved, str]:
     """The plan of a run, and what it makes of host memory; on a GPU it judges the card alone.
 
     Host memory that is free now is no measure where a machine takes it from a larger one as it is needed (micro-VMs,
-    gVisor): what the run would take is said, and it is tried. If there is not so much, the kernel ends this process
-    before any other.
+    gVisor): what the run would take is said, and it is tried.
     """
     problem = problem_of(options)
     if device_of(options, problem.machine) != "cuda":
         return solve(problem), ""
     solved = solve(replace(problem, machine=replace(problem.machine, host_free=sys.maxsize)))
     need, free, total = solved.plan.host_need / GIB, problem.machine.host_free / GIB, problem.machine.host_total / GIB
-    with suppress(OSError):  # not every sandbox has it
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     return solved, f"it would take {need:.1f} GiB of host memory; {free:.1f} of {total:.1f} GiB were free before"
 
 
@@ -172,12 +169,14 @@ def measure(order: dict[str, Any]) -> None:
     options = compose(order["config"], order["overrides"], folder, Path(order["models"]), order["shape"])
     before = used_of_card()
     solved, host = planned(options)
-    if host:
-        print(host, flush=True)
+    with suppress(OSError):  # not every sandbox has it
+        # Where host memory does not suffice, the kernel ends this process before any other.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     work = solved.plan.work
     chosen = {"optim": work.optimizer, "micro_batch": work.micro_batch, "student_mode": work.student_mode}
+    chosen |= {"host memory": host} if host else {}
     phases = {phase: solved.plan.total(phase) / GIB for phase in PEAKS if phase in solved.plan.phases}
-    begin = {"planned": phases, "plan": chosen, "used_before": before / GIB, "host": host}
+    begin = {"planned": phases, "plan": chosen, "used_before": before / GIB}
     (folder / PLAN).write_text(json.dumps(begin), encoding="utf-8")
     import torch
 

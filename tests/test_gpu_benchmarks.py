@@ -15,12 +15,17 @@ import pytest
 import torch
 from conftest import REPO
 
-from benchmarks import bridge_ways
+from benchmarks import bridge_ways, preset_run
 from benchmarks.commands import last_error, run
 from benchmarks.gpu import report
 from benchmarks.preset_run import PresetRun, compose, read_run
 from benchmarks.shapes import SHAPES
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.plan.machine import GB, Card, Machine
 from trainers.plan.model_shapes import model_shape
+from trainers.plan.planning import shapes_of
+from trainers.plan.solve import Problem
 from trainers.settings.engine_specs import sampling_arguments, vllm_arguments
 
 SCRIPTS = ("ceilings", "student", "update", "engine", "step")
@@ -99,8 +104,9 @@ def test_no_run_of_the_update_reads_vllm(monkeypatch, tmp_path):
 
 def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
     assert read_run(tmp_path, "killed by signal 9") == PresetRun(error="killed by signal 9")
-    begin = {"planned": {"update": 6.0}, "plan": {"optim": "adamw_8bit"}, "used_before": 0.5}
-    (tmp_path / "plan.json").write_text(json.dumps(begin | {"host": "it would take 90.0 GiB of host memory"}))
+    plan = {"optim": "adamw_8bit", "host memory": "it would take 90.0 GiB"}
+    begin = {"planned": {"update": 6.0}, "plan": plan, "used_before": 0.5}
+    (tmp_path / "plan.json").write_text(json.dumps(begin))
     (tmp_path / "out").mkdir()
     first = {"step": 1, "num_tokens": 300.0, "seconds/update": 3.0, "memory/step_peak": 5.0, "memory/generate_peak": 4}
     second = {"step": 2, "num_tokens": 500.0, "seconds/update": 2.0, "memory/step_peak": 5.5}
@@ -108,7 +114,7 @@ def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
     (tmp_path / "out/metrics.jsonl").write_text("\n".join(lines[:1]))
     run = read_run(tmp_path, "killed by signal 9")
     assert (run.steps, run.tokens, run.seconds) == (1, 300, {"update": 3.0})
-    assert run.error == "killed by signal 9 (it would take 90.0 GiB of host memory)"
+    assert run.error == "killed by signal 9: it would take 90.0 GiB"
     (tmp_path / "out/metrics.jsonl").write_text("\n".join(lines))
     run = read_run(tmp_path, None)
     assert (run.steps, run.tokens, run.seconds, run.error) == (2, 200, {"update": 2.0}, None)
@@ -150,6 +156,16 @@ def test_the_peak_of_a_way_is_beyond_what_others_use_of_the_card(monkeypatch):
     assert peak.bytes == 80 - 68 - 2
 
 
+def test_host_memory_that_is_not_free_yet_is_told_and_tried(monkeypatch):
+    small = Machine(Card("a card", 80 * GB, 80 * GB), 64 * 2**30, 2 * 2**30, 10**12)  # it may grow
+    options = load_options(compose_run("teacher_rlt_mono_48gb"), needs_device=False)
+    monkeypatch.setattr(preset_run, "problem_of", lambda asked: Problem(asked, *shapes_of(asked), small))
+    solved, host = preset_run.planned(options.model_copy(update={"optim": "cpu_offload"}))
+    need = solved.plan.host_need / 2**30
+    assert solved.plan.fits and need > 64
+    assert host == f"it would take {need:.1f} GiB of host memory; 2.0 of 64.0 GiB were free before"
+
+
 def test_ceilings(tmp_path):
     rows = rehearse("ceilings", tmp_path)["rows"]
     assert len(rows) == 3 and all(row["value"] > 0 for row in rows)
@@ -174,6 +190,17 @@ def test_step(tmp_path):
     rows = rehearse("step", tmp_path)["rows"]
     assert [row["phase"] for row in rows[:3]] == ["generate", "score", "update"]
     assert all(row["seconds"] > 0 and row["planned_gib"] > 0 and row["measured_gib"] > 0 for row in rows[:3])
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_preset_is_told_in_a_file(tmp_path):
+    small = ["--device", "cpu", "--model", "tiny", "--group", "4", "--completion", "16", "max_prompt_length=64"]
+    command = [sys.executable, "benchmarks/gpu_memory.py", "--out", str(tmp_path), *small]
+    subprocess.run(command, cwd=REPO)  # of so small a run the plan is off
+    found = json.loads((tmp_path / "gpu_memory-teacher_rlt_mono_80gb.json").read_text())
+    assert [row["phase"] for row in found["rows"]] == ["generate", "score", "update"]
+    assert all(row["planned_gib"] > 0 and row["measured_gib"] > 0 for row in found["rows"])
+    assert found["notes"][0].startswith("2 steps measured")
 
 
 @pytest.mark.slow
