@@ -95,8 +95,8 @@ def read_run(folder: Path, error: str | None) -> PresetRun:
     begin = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     if error == "killed by signal 9" and (host := begin["plan"].get("host memory")):
         error = f"{error}: {host}"
-    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines() if (folder / METRICS).exists() else []
-    rows = [json.loads(line) for line in lines]
+    text = (folder / METRICS).read_text(encoding="utf-8") if (folder / METRICS).exists() else ""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be cut off
     steps = [row for row in rows if "seconds/update" in row]
     peaks = {phase: [row[f"memory/{name}"] for row in rows if f"memory/{name}" in row] for phase, name in PEAKS.items()}
     last = steps[-1] if steps else {}

@@ -110,12 +110,12 @@ def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
     (tmp_path / "out").mkdir()
     first = {"step": 1, "num_tokens": 300.0, "seconds/update": 3.0, "memory/step_peak": 5.0, "memory/generate_peak": 4}
     second = {"step": 2, "num_tokens": 500.0, "seconds/update": 2.0, "memory/step_peak": 5.5}
-    lines = [json.dumps(row) for row in (first, {"step": 1, "train_runtime": 9.0}, second)]
-    (tmp_path / "out/metrics.jsonl").write_text("\n".join(lines[:1]))
+    lines = [json.dumps(row) + "\n" for row in (first, {"step": 1, "train_runtime": 9.0}, second)]
+    (tmp_path / "out/metrics.jsonl").write_text(lines[0] + lines[1][:9])
     run = read_run(tmp_path, "killed by signal 9")
     assert (run.steps, run.tokens, run.seconds) == (1, 300, {"update": 3.0})
     assert run.error == "killed by signal 9: it would take 90.0 GiB"
-    (tmp_path / "out/metrics.jsonl").write_text("\n".join(lines))
+    (tmp_path / "out/metrics.jsonl").write_text("".join(lines))
     run = read_run(tmp_path, None)
     assert (run.steps, run.tokens, run.seconds, run.error) == (2, 200, {"update": 2.0}, None)
     assert run.measured == {"generate": 3.5, "update": 5.0}

@@ -1,7 +1,5 @@
 """3. The update: a step of the teacher with all weights, by optimizer, and without gradient checkpointing.
 
-    python benchmarks/gpu/update.py
-
     python benchmarks/gpu/update.py --models FOLDER      models are made once, for the other scripts too
 
 Real runs on rollouts that were recorded with a small model (`replay_rollouts`): no engine, no student, and vLLM need
