@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.preset_run import used_of_card
 from benchmarks.shapes import SHAPES
 from benchmarks.small_data import WORD
 from data.render import Renderer
@@ -116,19 +117,21 @@ def work(way: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]
 
     device, dtype = place()
     transformers.logging.set_verbosity_error()
+    peak = Peak(device)
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as out:
         trained = ours if way in OURS else stock
         trainer, bytes_held = trained(way, Setup(folder, out, arguments, device, dtype), clock)
         trainer.add_callback(clock.callback())
-        with Peak(device) as peak:
+        with peak:
             trainer.train()
         held = {"weight_bytes": bytes_held(), "peak_bytes": peak.bytes}
         return {"steps": clock.steps[1:]} | held | freed_by_release(trainer, device)
 
 
 class Peak:
-    """The most of the card that was in use, looked at 50 times a second, in bytes; None on a CPU.
+    """The most of the card that was in use, looked at 50 times a second, beyond what others used when this was made; in
+    bytes, None on a CPU. To be made before this process takes any of the card.
 
     What vLLM's allocator gives back it unmaps behind torch's back: torch's own peak would count it on.
     """
@@ -136,13 +139,14 @@ class Peak:
     bytes: int | None = None
 
     def __init__(self, device: torch.device) -> None:
+        self._before = used_of_card() if device.type == "cuda" else 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True) if device.type == "cuda" else None
 
     def _watch(self) -> None:
         while not self._ended.wait(0.02):
             free, total = torch.cuda.mem_get_info()
-            self.bytes = max(self.bytes or 0, total - free)
+            self.bytes = max(self.bytes or 0, total - free - self._before)
 
     def __enter__(self) -> "Peak":
         if self._thread:

@@ -28,6 +28,7 @@ over the rounds. The last line is JSON.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(work(arguments.way, arguments.folder, arguments)), flush=True)
         return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers end too
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(made_model(arguments.models or Path(temporary), arguments.model))
         runs: dict[str, dict[str, Any]] = {}

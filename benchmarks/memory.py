@@ -39,8 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "50m-bf16-8bit": ("50m", {"precision": "bf16", "optim": "adamw_8bit"}),
     "50m-bf16-offload": ("50m", {"precision": "bf16", "optim": "cpu_offload"}),
     "50m-bf16-lora": ("50m", {"precision": "bf16", "use_peft": True}),
-    "0.5b-full-streamed": ("0.5b", {"student_mode": "streamed"}),
-    "0.5b-lora": ("0.5b", {"use_peft": True}),
+    "0.48b-full-streamed": ("0.48b", {"student_mode": "streamed"}),
+    "0.48b-lora": ("0.48b", {"use_peft": True}),
 }
 
 

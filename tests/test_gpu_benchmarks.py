@@ -1,10 +1,13 @@
 """The scripts of benchmarks/gpu, rehearsed on a CPU in small: what they would do on a card, they can do."""
 
 import json
+import os
+import re
 import runpy
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +15,18 @@ import pytest
 import torch
 from conftest import REPO
 
+from benchmarks import bridge_ways, preset_run
 from benchmarks.commands import last_error, run
 from benchmarks.gpu import report
+from benchmarks.preset_run import PresetRun, compose, read_run
+from benchmarks.shapes import SHAPES
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.plan.machine import GB, Card, Machine
+from trainers.plan.model_shapes import model_shape
+from trainers.plan.planning import shapes_of
+from trainers.plan.solve import Problem
+from trainers.settings.engine_specs import sampling_arguments, vllm_arguments
 
 SCRIPTS = ("ceilings", "student", "update", "engine", "step")
 SMALL = {
@@ -24,15 +37,15 @@ SMALL = {
     "engine": ["--model", "tiny", "--bridges", "shared", "--ways", "--questions", "2", "--generations", "2"]
     + ["--prompt", "64", "--completion", "16", "--cycles", "7", "--updates", "2"],
     "step": ["--model", "tiny", "--presets", "80gb", "--group", "4", "--prompt", "64", "--completion", "16"]
-    + ["--no-stock"],
+    + ["--stock"],
 }
 
 
-def rehearse(name, out):
+def rehearse(name, out, **environment):
     if torch.cuda.is_available():
         pytest.skip("vLLM for CUDA does not run on a CPU")
     command = [sys.executable, f"benchmarks/gpu/{name}.py", "--device", "cpu", "--out", str(out), *SMALL[name]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((out / f"{name}.json").read_text())
     assert "rehearsal" in found["card"] and found["versions"]["torch"]
@@ -74,6 +87,85 @@ def test_the_engine_of_a_gpu_needs_torchvision_too(monkeypatch, tmp_path, capsys
     assert capsys.readouterr().out == "step: torchvision missing here: nothing was measured\n"
 
 
+def test_no_run_of_the_update_reads_vllm(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for read in (sampling_arguments, vllm_arguments):
+        read.cache_clear()
+    from benchmarks.gpu import update
+
+    sizes = {"completions": 4, "micro_batch": 2, "prompt": 64, "completion": 16, "steps": 2}
+    settings = update.work(Namespace(device="cpu", **sizes))
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts/train-00000.parquet").touch()
+    for further in ([], update.replayed(settings, tmp_path / "rollouts", "adamw_8bit", True)):
+        options = compose(update.PRESET, [*settings, *further], tmp_path, tmp_path / "models", "tiny")
+        assert options.generation_kwargs == {"min_new_tokens": 16} and not options.use_vllm
+
+
+def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
+    assert read_run(tmp_path, "killed by signal 9") == PresetRun(error="killed by signal 9")
+    plan = {"optim": "adamw_8bit", "host memory": "it would take 90.0 GiB"}
+    begin = {"planned": {"update": 6.0}, "plan": plan, "used_before": 0.5}
+    (tmp_path / "plan.json").write_text(json.dumps(begin))
+    (tmp_path / "out").mkdir()
+    first = {"step": 1, "num_tokens": 300.0, "seconds/update": 3.0, "memory/step_peak": 5.0, "memory/generate_peak": 4}
+    second = {"step": 2, "num_tokens": 500.0, "seconds/update": 2.0, "memory/step_peak": 5.5}
+    lines = [json.dumps(row) + "\n" for row in (first, {"step": 1, "train_runtime": 9.0}, second)]
+    (tmp_path / "out/metrics.jsonl").write_text(lines[0] + lines[1][:9])
+    run = read_run(tmp_path, "killed by signal 9")
+    assert (run.steps, run.tokens, run.seconds) == (1, 300, {"update": 3.0})
+    assert run.error == "killed by signal 9: it would take 90.0 GiB"
+    (tmp_path / "out/metrics.jsonl").write_text("".join(lines))
+    run = read_run(tmp_path, None)
+    assert (run.steps, run.tokens, run.seconds, run.error) == (2, 200, {"update": 2.0}, None)
+    assert run.measured == {"generate": 3.5, "update": 5.0}
+    assert run.phase("update") == {"planned_gib": 6.0, "measured_gib": 5.0, "plan_off": pytest.approx(0.2)}
+    assert run.phase("generate") == {"measured_gib": 3.5} and run.phase("score") == {}
+
+
+def test_the_shapes_of_qwen_have_as_many_parameters_as_its_models():
+    # As their model cards and the hub's count of tensors say.
+    known = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
+    for name, parameters in known.items():
+        assert model_shape({"model_type": "qwen2", **SHAPES[name]}, name).num_parameters == parameters
+
+
+def test_all_of_them_end_within_25_minutes():
+    limits = re.findall(r"^measure (\d+) (\w+)", Path(REPO, "benchmarks/gpu/all.sh").read_text(), re.MULTILINE)
+    assert [script for _, script in limits] == list(SCRIPTS)
+    assert sum(int(seconds) + 10 for seconds, _ in limits) <= 25 * 60
+
+
+def test_a_way_is_told_with_the_free_memory_about_a_release(monkeypatch, tmp_path):
+    times = dict.fromkeys(("step", "sync", "sentinel", "generate", "rest", "tokens_per_second", "weight_mib"), 1.0)
+    free = {"free_before_release_gib": 10.0, "free_after_release_gib": 30.0}
+    monkeypatch.setattr(report, "run", lambda *_: {"ways": {"shared": times | free}})
+    assert report.bridge_way("shared", tmp_path / "log").items() >= free.items()
+    monkeypatch.setattr(report, "run", lambda *_: {"ways": {"trl": times}})
+    assert not free.keys() & report.bridge_way("trl", tmp_path / "log").keys()
+
+
+def test_the_peak_of_a_way_is_beyond_what_others_use_of_the_card(monkeypatch):
+    monkeypatch.setattr(bridge_ways, "used_of_card", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (68, 80))
+    peak = bridge_ways.Peak(torch.device("cuda"))
+    with peak:
+        deadline = time.monotonic() + 30
+        while peak.bytes is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert peak.bytes == 80 - 68 - 2
+
+
+def test_host_memory_that_is_not_free_yet_is_told_and_tried(monkeypatch):
+    small = Machine(Card("a card", 80 * GB, 80 * GB), 64 * 2**30, 2 * 2**30, 10**12)  # it may grow
+    options = load_options(compose_run("teacher_rlt_mono_48gb"), needs_device=False)
+    monkeypatch.setattr(preset_run, "problem_of", lambda asked: Problem(asked, *shapes_of(asked), small))
+    solved, host = preset_run.planned(options.model_copy(update={"optim": "cpu_offload"}))
+    need = solved.plan.host_need / 2**30
+    assert solved.plan.fits and need > 64
+    assert host == f"it would take {need:.1f} GiB of host memory; 2.0 of 64.0 GiB were free before"
+
+
 def test_ceilings(tmp_path):
     rows = rehearse("ceilings", tmp_path)["rows"]
     assert len(rows) == 3 and all(row["value"] > 0 for row in rows)
@@ -88,6 +180,7 @@ def test_student(tmp_path):
 
 def test_engine(tmp_path):
     (row,) = rehearse("engine", tmp_path)["rows"]
+    assert row["bridge"] == "shared" and row["tokens_per_s"] > 0
     assert row["max_before"] < 1e-5 and row["max_after"] < 1e-5
     assert row["updates_moved"] > 0.01  # or it would have compared the weights of the begin with themselves
 
@@ -100,8 +193,22 @@ def test_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_update(tmp_path):
-    rows = rehearse("update", tmp_path)["rows"]
+def test_the_memory_of_a_preset_is_told_in_a_file(tmp_path):
+    small = ["--device", "cpu", "--model", "tiny", "--group", "4", "--completion", "16", "max_prompt_length=64"]
+    command = [sys.executable, "benchmarks/gpu_memory.py", "--out", str(tmp_path), *small]
+    subprocess.run(command, cwd=REPO)  # of so small a run the plan is off
+    found = json.loads((tmp_path / "gpu_memory-teacher_rlt_mono_80gb.json").read_text())
+    assert [row["phase"] for row in found["rows"]] == ["generate", "score", "update"]
+    assert all(row["planned_gib"] > 0 and row["measured_gib"] > 0 for row in found["rows"])
+    assert found["notes"][0].startswith("2 steps measured")
+
+
+@pytest.mark.slow
+def test_update_in_an_environment_without_vllm(tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
+    rows = rehearse("update", tmp_path, PYTHONPATH=str(hidden))["rows"]
     assert [row["checkpointing"] for row in rows] == [True, False]
     assert all(row["tokens_per_s"] > 0 and row["visible_fraction"] > 0 for row in rows)
 
@@ -117,10 +224,24 @@ def test_a_command_that_fails_gives_its_last_error(tmp_path):
     assert run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == "killed by signal 9"
     assert run([sys.executable, "-c", "print('well')"]) == "well"
     assert run([sys.executable, "-c", "print('{1: 2}')"]) == "{1: 2}"
-    aborted = "import os; print('{\"a\": 1}', flush=True); os.abort()"
-    assert run([sys.executable, "-c", aborted]) == {"a": 1}  # it had told its result
+    ends = "import atexit, os; from benchmarks.commands import tell; atexit.register(os.abort); tell({'a': 1})"
+    assert run([sys.executable, "-c", ends]) == {"a": 1}  # it would crash on its way out
     killed = "import os; print('{\"step\": 1}', flush=True); os.kill(os.getpid(), 9)"
     assert run([sys.executable, "-c", killed]) == "killed by signal 9"
+
+
+def test_one_that_is_told_to_end_tells_first_what_its_command_measured(tmp_path):
+    code = "from benchmarks.commands import end_when_told, run; from pathlib import Path; import sys; end_when_told()\n"
+    code += "command = [sys.executable, '-c', 'import time; print(1); time.sleep(60)']\n"
+    code += "print(run(command, Path(sys.argv[1])), flush=True); run(command); print('another')"
+    log = tmp_path / "log"
+    with subprocess.Popen([sys.executable, "-c", code, log], cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "killed by signal 15\n"
+    assert process.returncode == 128 + 15
 
 
 def test_what_a_command_says_is_kept_while_it_runs(tmp_path):

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # Measure on this machine's GPU, within 25 minutes: ceilings, student, update, engine, a whole step.
-#   bash benchmarks/gpu/all.sh [OUT]     tables are printed, JSON files and logs written to OUT (default: results/gpu)
-#   PYTHON=...                           the interpreter (default: .venv's if it is there, else python3)
-# Models of random weights are made once, for all. A script that fails, or is cut off at its limit, does not stop the
-# others, and what it has measured until then is kept.
+#   bash benchmarks/gpu/all.sh [OUT] [MODELS]
+#     OUT         tables are printed, JSON files and logs written there (default: results/gpu)
+#     MODELS      folder of the models of random weights: made once, for all, and used again by the next call and by
+#                 the scripts themselves (--models MODELS), with what vLLM compiled for them (default: one that is
+#                 removed; both shapes take 20 GB)
+#   PYTHON=...    the interpreter (default: .venv's if it is there, else python3)
+# A script that fails, or is cut off at its limit, does not stop the others, and what it has measured until then is
+# kept. Each asks first what is wanted most. By estimates for an H100 there is no time for the last bridges of
+# engine.py, the last optimizers of update.py, and of step.py for more than the preset for 80 GB and a comparison with
+# TRL: the docstrings say how to measure these by themselves.
 set -uo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=${1:-$repo/results/gpu}
 python=${PYTHON:-$repo/.venv/bin/python}
 [[ -x $python ]] || python=$(command -v "${PYTHON:-python3}")
-models=$(mktemp -d)
-trap 'rm -rf "$models"' EXIT
-export TMPDIR=$models  # what is cut off cannot clear up after itself
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+export TMPDIR=$temporary  # what is cut off cannot clear up after itself
+models=${2:-$temporary/models}
 mkdir -p "$out"
 failed=()
 measure() {  # SECONDS SCRIPT [ARGUMENTS]
@@ -20,10 +27,10 @@ measure() {  # SECONDS SCRIPT [ARGUMENTS]
   timeout -k 10 "$limit" "$python" "$repo/benchmarks/gpu/$script.py" --out "$out" --models "$models" "$@" || failed+=("$script")
 }
 measure 60 ceilings
-measure 180 student
-measure 330 update
-measure 270 engine
-measure 660 step
+measure 190 student
+measure 240 update
+measure 290 engine
+measure 665 step
 if ((${#failed[@]})); then
   echo "failed, or cut off: ${failed[*]} (logs and what was measured until then: $out)" >&2
   exit 1

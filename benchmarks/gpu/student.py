@@ -1,6 +1,6 @@
 """2. The student: seconds per pass, resident and streamed, by tokens per pass; copies against what the card copies.
 
-    python benchmarks/gpu/student.py
+    python benchmarks/gpu/student.py --models FOLDER      about 3 minutes on an H100 (estimated); models are made once
 
 Against one completion per forward with `accelerate.cpu_offload` and a log-softmax over all logits, its seconds per
 completion measured on `--slow-completions`. Goals: at least 30 times as fast; copies hidden behind computing at 16k
@@ -59,6 +59,7 @@ def main() -> None:
 
 def measure(report: Report, arguments: object, folder: str) -> None:
     device = torch.device(arguments.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as load_frozen has it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     texts = {
         tokens: make_texts(
@@ -69,12 +70,18 @@ def measure(report: Report, arguments: object, folder: str) -> None:
     files = WeightFiles(folder, "student_model")
     source = HostWeights(files, dtype, pin=True) if device.type == "cuda" else files
     streamed = StreamedBackbone(source, AutoConfig.from_pretrained(folder), device, dtype, ATTENTION, "student_model")
-    found = {}
+    ceiling = pinned_copy(device) if device.type == "cuda" else pinned_copy(device, 2**24, 0.1)
+    report.note(f"bare pinned copy {ceiling / 1e9:.1f} GB/s")
+    rows = {}
     for tokens, batch in texts.items():
         score = frozen(streamed, 2 * tokens)  # texts vary in length: one pass, whatever they add up to
         source.bytes_read = 0
         seconds, peak = timed(score, batch, device, arguments.repeats)
-        found[tokens] = seconds, source.bytes_read / (arguments.repeats + 1), peak
+        moved = source.bytes_read / (arguments.repeats + 1)
+        rate = moved / seconds
+        cells = {"streamed_s": seconds, "gb_per_s": rate / 1e9, "share_of_ceiling": rate / ceiling}
+        cells |= {"bytes_moved": moved, "streamed_peak_gib": peak / 2**30}
+        rows[tokens] = report.row(tokens=tokens, completions=len(batch), **cells)
     del streamed, source, score
     gc.collect()
 
@@ -82,23 +89,12 @@ def measure(report: Report, arguments: object, folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, **load, device_map={"": device}).eval()
     size = sum(parameter.nbytes for parameter in model.parameters())
     resident = ResidentBackbone(model.requires_grad_(False), device)
-    ceiling = pinned_copy(device) if device.type == "cuda" else pinned_copy(device, 2**24, 0.1)
     for tokens, batch in texts.items():
-        seconds, moved, peak = found[tokens]
-        stays, stays_peak = timed(frozen(resident, 2 * tokens), batch, device, arguments.repeats)
-        report.row(
-            tokens=tokens,
-            completions=len(batch),
-            streamed_s=seconds,
-            resident_s=stays,
-            times_resident=seconds / stays,
-            weights_moved=moved / size,
-            gb_per_s=moved / seconds / 1e9,
-            share_of_ceiling=moved / seconds / ceiling,
-            streamed_peak_gib=peak / 2**30,
-            resident_peak_gib=stays_peak / 2**30,
-        )
-    report.note(f"weights {size / 2**30:.2f} GiB; bare pinned copy {ceiling / 1e9:.1f} GB/s")
+        stays, peak = timed(frozen(resident, 2 * tokens), batch, device, arguments.repeats)
+        cells = {"resident_s": stays, "times_resident": rows[tokens]["streamed_s"] / stays}
+        cells |= {"weights_moved": rows[tokens]["bytes_moved"] / size, "resident_peak_gib": peak / 2**30}
+        report.more(rows[tokens], **cells)
+    report.note(f"weights {size / 2**30:.2f} GiB")
     del model, resident
     gc.collect()
 
@@ -111,7 +107,7 @@ def measure(report: Report, arguments: object, folder: str) -> None:
     slow = synchronized(score, few, device)[0] / len(few)
     slow_peak = memory.peak()[0] / 2**30
     for tokens, batch in texts.items():
-        times = {"one_by_one_s": slow * len(batch), "times_as_fast": slow * len(batch) / found[tokens][0]}
+        times = {"one_by_one_s": slow * len(batch), "times_as_fast": slow * len(batch) / rows[tokens]["streamed_s"]}
         report.row(against_tokens=tokens, **times, one_by_one_peak_gib=slow_peak)
     report.note(f"one completion per forward: {slow:.3g} s each, {len(few)} measured")
 
