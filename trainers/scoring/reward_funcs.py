@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
+from torch import Tensor
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment
 from trl.trainer.utils import is_async_callable
 
@@ -18,7 +19,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.options import RLOptions
 from trainers.rollout.overlap import ScoreAhead
 from trainers.scoring.explanation_scorer import ExplanationScorer, Scored
-from trainers.settings.reward_specs import GIVEN, OWN_FUNCTION, length_soft_cache, reward_name
+from trainers.settings.reward_specs import GIVEN, OF_STUDENT, OWN_FUNCTION, length_soft_cache, reward_name
 
 RewardFunction = Callable[..., list[float | None]]
 MAX = torch.finfo(torch.float32).max  # TRL keeps rewards in this type
@@ -139,6 +140,22 @@ class StudentReward:
         log_extra("student_solves", [r.solves if isinstance(r, Scored) else None for r in results])
         self._batch, self._results = completion_ids, results
         return results
+
+
+def without_unscored(rewards: Tensor, entries: list[str | dict[str, Any]], weights: Tensor) -> Tensor:
+    """Take every reward from the rows that the student was to score and could not.
+
+    TRL counts one function's None as 0 where another gives a number, and next to log-probabilities 0 is the best of a
+    group; a row without any reward it leaves out.
+
+    Args:
+        rewards: `[completions, functions]`, NaN where a function gave none.
+        entries: `reward_funcs`, in the order of the functions.
+        weights: `[functions]`; one that counts nothing takes nothing.
+    """
+    counts = weights.to(rewards.device) != 0
+    asked = torch.tensor([entry in OF_STUDENT for entry in entries], device=rewards.device) & counts
+    return rewards.masked_fill(rewards[:, asked].isnan().any(1, keepdim=True), torch.nan)
 
 
 def _written(teacher: Renderer, ids: list[int]) -> tuple[str, bool]:
