@@ -3,10 +3,13 @@
 import shutil
 import unicodedata
 from copy import copy
+from functools import cache
 from pathlib import Path
 
 import mistral_common
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -285,6 +288,51 @@ def test_closing_tag_split_over_plain_tokens_is_found(tags):
     read = read_explanation(plain, ids, tag, {plain.eos_token_id})
     assert (read.text, read.closed) == ("a b.", True)
     assert plain.decode(read.ids) == "a b."[: len(plain.decode(read.ids))]
+
+
+def token_by_token(tokenizer, ids, tag):
+    """What is read of a completion whose every token is decoded by itself."""
+    text, ends = token_ends(tokenizer, ids)
+    cut = text.find(tag)
+    count = len(ids) if cut < 0 else sum(end <= cut for end in ends)
+    text = text if cut < 0 else text[:cut]
+    return text, ids[:count], cut >= 0, ends[:count], text[ends[count - 1] if count else 0 :]
+
+
+@cache
+def made_once(make):
+    return make()
+
+
+SIGNS = ["a", " b", "a.", "<", "|end", "☕", "😀", " ☕", "e\u0301", "12", "\n\n", "\ufffd", "<|end_of_explanation|>"]
+
+
+@pytest.mark.parametrize("make", [composing, with_bytes, straddling, lambda: make_tokenizer(["a"], SIGNS[-1:], 300)])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_completions_are_read_as_token_by_token(make, data):
+    """Texts, and any tokens: with bytes that become no character, and tags of many tokens or of one."""
+    tokenizer, tag = made_once(make), SIGNS[-1]
+    texts = st.lists(st.sampled_from(SIGNS), max_size=30).map(
+        lambda signs: tokenizer("".join(signs), add_special_tokens=False)["input_ids"]
+    )
+    tokens = st.lists(st.integers(0, len(tokenizer) - 1), max_size=40)
+    ids = data.draw(texts) + data.draw(st.one_of(texts, tokens))
+    read = read_explanation(tokenizer, ids, tag, set())
+    assert (read.text, read.ids, read.closed, read.ends, read.tail) == token_by_token(tokenizer, ids, tag)
+
+
+@pytest.mark.parametrize("make", [composing, with_bytes])
+def test_reading_a_long_completion_decodes_few_of_its_tokens_by_themselves(make, monkeypatch):
+    """Each costs 10 microseconds of a GPU's time; where they end is found when it is asked for."""
+    tokenizer, tag, calls = make(), SIGNS[-1], []
+    ids = tokenizer("2 a 3 b " * 2000 + tag + " a" * 2000, add_special_tokens=False)["input_ids"]
+    expected = token_by_token(tokenizer, ids, tag)
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **kwargs: (calls.append(1), decode(ids, **kwargs))[1])
+    read = read_explanation(tokenizer, ids, tag, set())
+    assert len(ids) > 10_000 and len(calls) < 150
+    assert (read.text, read.ids, read.closed, read.ends, read.tail) == expected
 
 
 def test_a_template_that_passes_over_the_system_role_gets_it_with_the_question(tokenizer, tags):
