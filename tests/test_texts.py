@@ -77,6 +77,33 @@ def test_r1_tags_and_their_own_system_prompt(tokenizer):
     assert text_of(renderer.teacher("What is 2+3?", "5", "2+3=5")) == expected
 
 
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n", "<think>\n\n"])
+def test_a_thought_that_the_template_opens_is_opened_once(tokenizer, opening):
+    """As R1-Distill's and QwQ's do."""
+    reasoning = copy(tokenizer)
+    reasoning.chat_template += "{% if add_generation_prompt %}{{ '" + opening.replace("\n", "\\n") + "' }}{% endif %}"
+    plain, opened = (Renderer(each, TAG_FORMATS["r1"], None, "student_model") for each in (tokenizer, reasoning))
+    assert text_of(opened.student("q", "e", "s")) == text_of(plain.student("q", "e", "s"))
+    assert text_of(opened.teacher("q", "s", "e")) == text_of(plain.teacher("q", "s", "e"))
+    assert opening in opened._apply(
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}], add_generation_prompt=True
+    )
+
+
+def test_texts_do_not_depend_on_the_day(tokenizer, tags):
+    dated = copy(tokenizer)
+    dated.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    heads = [
+        Renderer(dated, tags, kwargs, "student_model").student("q", "e", "s")[0].text.partition("\n")[0]
+        for kwargs in (None, {"strftime_now": lambda form: "my day"})
+    ]
+    assert heads == ["Today Date: 26 Jul 2024", "Today Date: my day"]
+    dated.chat_template = "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
+    dated.chat_template += "{{ date_string }}\n" + tokenizer.chat_template
+    own = Renderer(dated, tags, {"date_string": "30 Nov 2026"}, "student_model")
+    assert own.student("q", "e", "s")[0].text.startswith("30 Nov 2026\n")
+
+
 def test_spans_cut_out_exactly_the_parts(renderer):
     parts = renderer.student("What is 2+3?", "What is 2+3?", "5")  # an explanation equal to the question
     encoded = renderer.encode(parts)
