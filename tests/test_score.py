@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,27 @@ def test_row_that_cannot_be_scored_says_why(model_dir, tmp_path):
     assert long["reward"] is None
     assert "512 tokens" in long["reason"]
     assert short["reward"] < 0
+
+
+def test_a_row_that_is_not_finite_is_told_and_the_others_are_scored(model_dir, renderer, tmp_path, caplog):
+    """A student that has no number for a seven: the rest of the file is written before the run fails."""
+    poisoned = tmp_path / "student"
+    shutil.copytree(model_dir, poisoned)
+    weights = load_file(poisoned / "model.safetensors")
+    (seven,) = renderer.encode_text("7")
+    weights["model.embed_tokens.weight"][seven] = math.nan
+    config = json.loads((poisoned / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (poisoned / "config.json").write_text(json.dumps(config))
+    weights["lm_head.weight"] = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"].clone()
+    save_file(weights, poisoned / "model.safetensors", {"format": "pt"})
+    rows = [{**ROWS[0], "explanation": text} for text in ("2+3=5", "2+3=7", "3+2=5")]
+    chosen = options(model_dir, write(tmp_path / "rows.jsonl", rows), student_model=str(poisoned))
+    with pytest.raises(FloatingPointError, match=r"1 of 3 explanations[\s\S]*first: row 1\)[\s\S]*precision=fp32"):
+        run_score(chosen, tmp_path)
+    first, bad, last = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert bad["reward"] is None and bad["reason"].startswith("not finite: student's log-prob of the solution nan")
+    assert first["reward"] < 0 and last["reward"] < 0
+    assert "1 of 3 explanations cannot be scored: not finite" in caplog.text
 
 
 def test_text_longer_than_the_teacher_reads_says_so(model_dir, tmp_path):
