@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def make_reward_funcs(
                 function = get_soft_overlong_punishment(limit, length_soft_cache(options))
             case _:
                 function = own[name]
-        functions.append(guarded(function, name))
+        functions.append(guarded(function, name, is_own=not isinstance(entry, str)))
     return functions
 
 
@@ -185,20 +186,38 @@ def format_function(teacher: Renderer) -> RewardFunction:
     return explanation_forms
 
 
-def guarded(function: RewardFunction, name: str) -> RewardFunction:
-    """The same function under the name it has in metrics; it stops the step at a reward that is not finite."""
+def guarded(function: RewardFunction, name: str, is_own: bool = True) -> RewardFunction:
+    """The same function under the name it has in metrics; it stops the step at a reward that is not finite.
+
+    Args:
+        is_own: Whether it is the user's: then it is named where it fails.
+    """
     if is_async_callable(function):
 
         async def reward(**batch: Any) -> list[float | None]:
-            return _checked(name, await function(**batch), batch)
+            with _named(name) if is_own else nullcontext():
+                rewards = await function(**batch)
+            return _checked(name, rewards, batch)
 
     else:
 
         def reward(**batch: Any) -> list[float | None]:
-            return _checked(name, function(**batch), batch)
+            with _named(name) if is_own else nullcontext():
+                rewards = function(**batch)
+            return _checked(name, rewards, batch)
 
     reward.__name__ = name
     return reward
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which function has failed."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"the reward function {name} fails with {type(error).__name__}: {error}"
+        raise RuntimeError(f"{cause}\n  -> completions come to it as text, their tokens as completion_ids") from error
 
 
 def _checked(name: str, rewards: Any, batch: dict[str, Any]) -> list[float | None]:
