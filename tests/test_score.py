@@ -12,6 +12,7 @@ import torch
 from conftest import REPO, ROWS
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
+from transformers import AutoConfig
 
 from trainers.checks import load_options
 from trainers.config import compose_run
@@ -23,6 +24,8 @@ from trainers.score import load_score_rows, run_score
 from trainers.scoring.explanation_scorer import is_same_tokenizer
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone
 from trainers.scoring.loading import check_head
+from trainers.scoring.streaming import StreamedBackbone
+from trainers.weights.weight_files import WeightFiles
 
 
 def options(model_dir, file, **values):
@@ -241,13 +244,19 @@ def test_a_model_whose_files_lack_weights_is_refused(model_dir, tmp_path):
         load_model(str(folder), torch.float32, None, "student_model", False)
 
 
-def test_a_model_that_does_more_than_its_head_is_refused(model_dir):
-    model = load_model(str(model_dir), torch.float32, None, "student_model", False)
-    backbone = ResidentBackbone(model, torch.device("cpu"))
-    check_head(FrozenModel(backbone, 0.7, 64), backbone, 0.7, "student_model")
-    model.lm_head.register_forward_hook(lambda module, given, logits: 1.1 * logits)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_does_more_than_its_head_is_refused(model_dir, streamed):
+    cpu = torch.device("cpu")
+    if streamed:
+        files, config = WeightFiles(str(model_dir), "student_model"), AutoConfig.from_pretrained(model_dir)
+        backbone = StreamedBackbone(files, config, cpu, torch.float32, None, "student_model")
+    else:
+        backbone = ResidentBackbone(load_model(str(model_dir), torch.float32, None, "student_model", False), cpu)
+    frozen = FrozenModel(backbone, 0.7, 64)
+    check_head(frozen, backbone, 0.7, "student_model")
+    backbone.lm_head.register_forward_hook(lambda module, given, logits: 1.1 * logits)
     with pytest.raises(ConfigError, match="Qwen2ForCausalLM does more between its layers and its logits"):
-        check_head(FrozenModel(backbone, 0.7, 64), backbone, 0.7, "student_model")
+        check_head(frozen, backbone, 0.7, "student_model")
 
 
 def test_one_vocabulary_cut_in_two_ways_is_two_tokenizers(tokenizer):
