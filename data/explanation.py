@@ -1,10 +1,12 @@
 """Reading an explanation out of what the teacher sampled."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from data.offsets import encode_with_ends, token_ends
+from data.offsets import count_within, encode_with_ends, text_of, token_ends
 from data.render import Renderer
 
 
@@ -15,24 +17,27 @@ class Explanation:
     Attributes:
         text: Everything before the closing tag (all of it where the tag is missing).
         ids: The sampled tokens that lie wholly within `text`.
-        ends: Where each of these tokens ends in `text`, in characters.
         closed: Whether the closing tag was written.
+        tail: What of `text` no token of `ids` holds: its last signs, where they share a token with the closing tag.
+        find_ends: What `ends` is found by.
     """
 
     text: str
     ids: list[int]
-    ends: list[int]
     closed: bool
+    tail: str
+    find_ends: Callable[[], list[int]] = field(repr=False, compare=False)
 
-    @property
-    def tail(self) -> str:
-        """What of `text` no token of `ids` holds: its last signs, where they share a token with the closing tag."""
-        return self.text[self.ends[-1] if self.ends else 0 :]
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where each token of `ids` ends in `text`, in characters: found where it is asked for, token by token."""
+        return self.find_ends()
 
 
 def written_explanation(renderer: Renderer, text: str, closed: bool) -> Explanation:
     """An explanation from anywhere, in the tokens that the renderer's model would read."""
-    return Explanation(text, *encode_with_ends(renderer.tokenizer, text), closed)
+    ids, ends = encode_with_ends(renderer.tokenizer, text)
+    return Explanation(text, ids, closed, text[ends[-1] if ends else 0 :], lambda: ends)
 
 
 def read_explanation(
@@ -50,11 +55,15 @@ def read_explanation(
         if token in end_ids:
             ids = ids[:i]
             break
-    text, ends = token_ends(tokenizer, ids)
-    cut = text.find(closing_tag)
-    closed = cut >= 0
-    if closed:
-        text = text[:cut]
-    # A token that runs into the tag is no part of the explanation; the text it holds of it stays in `text`.
-    count = sum(1 for end in ends if end <= len(text)) if closed else len(ids)
-    return Explanation(text, ids[:count], ends[:count], closed)
+    whole = text_of(tokenizer, ids)
+    ends = None
+    if whole is None:
+        whole, ends = token_ends(tokenizer, ids)
+    text, tag, _ = whole.partition(closing_tag)
+    count, end = len(ids), len(whole)
+    if tag:
+        # A token that runs into the tag is no part of the explanation; the text it holds of it stays in `text`.
+        count, end = count_within(tokenizer, ids, len(text), ends)
+    return Explanation(
+        text, ids[:count], bool(tag), text[end:], lambda: (ends or token_ends(tokenizer, ids)[1])[:count]
+    )

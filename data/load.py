@@ -186,7 +186,15 @@ def _from_json(file: Path, key: str, path: str) -> Dataset:
     names = dict.fromkeys(name for row in rows for name in row)
     values = {name: [row.get(name) for row in rows] for name in names}
     chats = [name for name in CHATS if any(isinstance(value, list) for value in values.get(name, ()))]
-    return Dataset.from_dict({name: [_as_column(each, name in chats) for each in values[name]] for name in names})
+    turns = [name for name in names if name not in chats and any(map(_is_turns, values[name]))]
+    columns = {name: [_as_column(each, name in chats) for each in values[name]] for name in names if name not in turns}
+    columns |= {name: [_as_turns(each) for each in values[name]] for name in turns}
+    try:
+        return Dataset.from_dict({name: columns[name] for name in names})
+    except UnicodeEncodeError as error:
+        at = next(i for i, row in enumerate(rows) if any(map(_is_broken, (*row, *row.values()))))
+        cause = f"cannot be read: row {at} has half a character (a lone surrogate, as in \\ud83d)"
+        raise ConfigError(Fault(key, path, cause, "write the whole character, or remove the row")) from error
 
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -203,6 +211,32 @@ def _as_column(value: Any, is_chat: bool) -> Any:
     if value is None:
         return None
     return str(value) if isinstance(value, str) else json.dumps(_unwrapped(value), ensure_ascii=False)
+
+
+def _is_turns(value: Any) -> bool:
+    """Whether these are the turns of a conversation, as TRL's conversational prompts are."""
+    keys = [set(turn) if isinstance(turn, dict) else set() for turn in value] if isinstance(value, list) else []
+    return bool(keys) and all({"role", "content"} <= each or {"from", "value"} <= each for each in keys)
+
+
+def _as_turns(value: Any) -> list[dict[str, str | None]] | None:
+    """The turns of a conversation; beside others text is one of nobody's."""
+    if not _is_turns(value):
+        text = _as_column(value, is_chat=False)
+        return None if text is None else [{"from": "", "value": text}]
+    said = [turn.get("value", turn.get("content")) for turn in value]
+    return [
+        {"from": _turn(turn, "from", "role"), "value": text if isinstance(text, str) else None}
+        for turn, text in zip(value, said, strict=True)
+    ]
+
+
+def _is_broken(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _turn(turn: Any, *names: str) -> str:
@@ -223,7 +257,8 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
     """Keep the named columns, under our names, as text.
 
     Raises:
-        ConfigError: If question or solution is missing, as a column or in a row.
+        ConfigError: If question or solution is missing, as a column or in a row, or is a conversation of more than
+            one turn.
     """
     present = rows.column_names
     missing = [name for name in ("question", "solution") if columns[name] not in present]
@@ -233,7 +268,11 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
         raise ConfigError(Fault(key, path, cause, " ".join(f"{name}_column=<your column>" for name in missing)))
     kept = {name: column for name, column in columns.items() if column in present}
     rows = rows.map(
-        lambda row: {name: _text(row[column]) for name, column in kept.items()},
+        lambda row, i: {
+            name: _said(row[column], name, column, i, key, path) if _is_turns(row[column]) else _text(row[column])
+            for name, column in kept.items()
+        },
+        with_indices=True,
         features=Features({name: Value("string") for name in kept}),
         remove_columns=rows.column_names,
         desc="Reading rows",
@@ -244,6 +283,25 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
             cause = f"{len(empty)} rows have no {name}, the first is row {empty[0]}"
             raise ConfigError(Fault(key, path, cause, f"remove the rows without a {name}"))
     return rows
+
+
+def _said(turns: list[dict[str, Any]], name: str, column: str, row: int, key: str, path: str) -> str:
+    """What is said in the one turn that a question (the user's) or an answer (the assistant's) may be.
+
+    Raises:
+        ConfigError: If there are others, or it is no text.
+    """
+    who, what = [_turn(turn, "from", "role") for turn in turns], turns[0].get("value", turns[0].get("content"))
+    role, same = ("user", ASKS) if name == "question" else ("assistant", ANSWERS)
+    if len(who) == 1 and who[0] in ("", *same) and isinstance(what, str):
+        return what
+    cause = (
+        f"row {row} has in the column {column!r} turns of {', '.join(who)}; a {name} is text, or one {role} turn of it"
+    )
+    remedy = (
+        f"a column of the {role}'s text; teacher_system_prompt= and student_system_prompt= take a system turn's place"
+    )
+    raise ConfigError(Fault(key, path, cause, remedy))
 
 
 def _text(value: Any) -> str:

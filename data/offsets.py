@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 _LEADS = ("\n", "|", "a")  # texts to put before a piece, the first that does not merge with it counts
 _MOST_BYTES = 4  # of a character in UTF-8
+_FEW = 16  # tokens that are decoded one by one
 
 
 @lru_cache(maxsize=8)
@@ -46,25 +47,88 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str,
     short windows, since the text of a token can depend on the one before (a leading space), as streaming
     decoders do; the cost is linear in the number of tokens.
     """
-    lead = _plain(tokenizer, "a")  # decoders may drop a space at the start
+    lead = _start(tokenizer)
     ids, text, ends = lead + ids, "", []
+    known: dict[tuple[int, ...], str] = {}
+
+    def decode(start: int, end: int) -> str:
+        """Tokens come again and again, and pairs of them."""
+        key = tuple(ids[start:end])
+        if key not in known:
+            known[key] = _decode(tokenizer, ids[start:end])
+        return known[key]
+
     # First token of the window, first one whose text is not in `text` yet, and the text of those between.
-    window, fresh, shown = 0, len(lead), _decode(tokenizer, lead)
+    window, fresh, shown = 0, len(lead), decode(0, len(lead))
     for i in range(len(lead), len(ids)):
-        decoded = _decode(tokenizer, ids[window : i + 1])
+        decoded = decode(window, i + 1)
         if not decoded.endswith("\ufffd") or i == len(ids) - 1:
             settled = i + 1
         else:  # the last few may be bytes of a character to come, those before them are what they are
             settled = i + 2 - _MOST_BYTES
-            while settled > fresh and not decoded.startswith(_decode(tokenizer, ids[window:settled])):
+            while settled > fresh and not decoded.startswith(decode(window, settled)):
                 settled -= 1
         if settled > fresh:
-            text += _decode(tokenizer, ids[window:settled])[len(shown) :]
+            text += decode(window, settled)[len(shown) :]
             # What was just added is the context of the next: a token, or all those that hold bytes of its characters.
             window, fresh = fresh, settled
-            shown = _decode(tokenizer, ids[window:fresh])
+            shown = decode(window, fresh)
         ends.append(len(text))
     return text, ends
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str | None:
+    """The text that `token_ends` gives, decoded at once; None where that may be another one.
+
+    Bytes that never become a character are decoded by some according to what stands around them.
+    """
+    if not tokenizer.is_fast or tokenizer.clean_up_tokenization_spaces:
+        return None
+    lead = _start(tokenizer)
+    text = _decode(tokenizer, lead + ids)[len(_decode(tokenizer, lead)) :]
+    return None if "\ufffd" in text else text
+
+
+def count_within(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], size: int, ends: list[int] | None
+) -> tuple[int, int]:
+    """How many of the tokens end within the first `size` characters of their text, and where the last of them ends.
+
+    Args:
+        size: Below the number of characters.
+        ends: As `token_ends` tells; None where `text_of` gives a text: few tokens are then decoded one by one.
+    """
+    first = start = 0
+    if ends is None:
+        first, start, last = _narrowed(tokenizer, ids, size)
+        ends = token_ends(tokenizer, ids[first:last])[1]
+    within = [end for end in ends if start + end <= size]
+    return first + len(within), start + (within[-1] if within else 0)
+
+
+def _narrowed(tokenizer: PreTrainedTokenizerBase, ids: list[int], size: int) -> tuple[int, int, int]:
+    """Halve the tokens until few are left around a place in the text: the first, where it begins, and behind the last.
+
+    They are cut where a token's own text shows that no character goes on behind it.
+    """
+    first, start, last = 0, 0, len(ids)
+    while last - first > _FEW:
+        middle = (first + last) // 2
+        while middle > first and _decode(tokenizer, ids[middle - 1 : middle]).endswith("\ufffd"):
+            middle -= 1
+        text = text_of(tokenizer, ids[first:middle]) if middle > first else None
+        if text is None:
+            break
+        if start + len(text) <= size:
+            first, start = middle, start + len(text)
+        else:
+            last = middle
+    return first, start, last
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What to put before tokens: decoders may drop a space at the start."""
+    return _plain(tokenizer, "a")
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -1,6 +1,8 @@
 """Texts and token ids of one model: its chat template, its tokenizer, its end of turn."""
 
+import logging
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,12 @@ from data.formats import Part, TagFormat, student_parts, teacher_parts
 from data.offsets import encode_within, token_ends
 from trainers.errors import ConfigError, Fault
 
+logger = logging.getLogger(__name__)
+
 _MARK = "ASSISTANT TURN"
+# For templates that ask for the date of today: a text, and its reward, would be another one each day. It is the one
+# that Llama 3's templates write where they have no clock.
+_TODAY = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Renderer:
         key: str,
         end_ids: tuple[int, ...] = (),
     ) -> None:
-        self.tokenizer, self.tags, self.template_kwargs = tokenizer, tags, template_kwargs or {}
+        self.tokenizer, self.tags = tokenizer, tags
+        self.template_kwargs = _fixed_date(tokenizer) | (template_kwargs or {})
         self.end_ids = tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *end_ids) if i is not None))
         template_key = "student_chat_template" if key == "student_model" else "chat_template"
         if not tokenizer.chat_template:
@@ -73,7 +81,10 @@ class Renderer:
     def _head(self, system_prompt: str, question: str) -> str:
         """Render up to where the assistant's turn begins."""
         messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
-        return self._apply(messages, add_generation_prompt=True)
+        head = self._apply(messages, add_generation_prompt=True)
+        # Templates of reasoning models (R1-Distill, QwQ) open a thought; where there is one, the layout opens it.
+        begun = head.rstrip()
+        return begun.removesuffix(self.tags.thought[0]) if begun.endswith(self.tags.thought[0]) else head
 
     def _apply(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
         render = partial(self.tokenizer.apply_chat_template, tokenize=False, **kwargs, **self.template_kwargs)
@@ -150,3 +161,13 @@ class Renderer:
             ids += part_ids
             sampled += [part.sampled] * len(part_ids)
         return Encoded(ids, spans, sampled)
+
+
+def _fixed_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What stands for today in a chat template that asks for the date."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return {}
+    logger.info(
+        "the chat template of %s writes the date: it is %s in every text", tokenizer.name_or_path, f"{_TODAY:%d %b %Y}"
+    )
+    return {"strftime_now": _TODAY.strftime}

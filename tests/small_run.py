@@ -56,7 +56,16 @@ def make_engine(options, renderer, model_dir, output_dir, dtype=torch.float32, a
     return start_engine(options, model, renderer, str(model_dir), CPU, dtype, Path(output_dir)), model
 
 
-def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.float32, adapter=None, **chosen):
+def make_trainer(
+    renderer,
+    model_dir,
+    output_dir,
+    callbacks=(),
+    dtype=torch.float32,
+    adapter=None,
+    reward_funcs=(by_parity,),
+    **chosen,
+):
     options = small_options(**chosen)
     rows = rl_rows(Dataset.from_list(ROWS * 8), renderer, options, "questions")
     if options.use_vllm:
@@ -71,7 +80,7 @@ def make_trainer(renderer, model_dir, output_dir, callbacks=(), dtype=torch.floa
         sampler=RolloutSampler(options, renderer, timer, engine, sentinel),
         timer=timer,
         model=model,
-        reward_funcs=[by_parity],
+        reward_funcs=list(reward_funcs),
         args=grpo_config(options, Path(output_dir), dtype),
         reference=None,
         probes=None,

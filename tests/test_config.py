@@ -24,6 +24,7 @@ from trainers.options import (
     ScoreOptions,
     SFTOptions,
     TrainOptions,
+    options_class,
 )
 from trainers.settings.trl_choices import DERIVED
 from trainers.settings.trl_options import trl_options
@@ -197,6 +198,17 @@ def test_run_is_named_by_bare_name_file_or_path(words):
     assert hydra_arguments([words]) == ["run_cfg=teacher_rlt_mono"]
 
 
+@pytest.mark.parametrize("stage", ["teacher_rlt_tiny", "score", "rescore"])
+@pytest.mark.parametrize("key", ["normalize_log_prob_fn", "normalize_kl_fn"])
+def test_none_is_no_normalization_as_in_the_reference_implementation(stage, key, tmp_path):
+    cls = options_class("rl" if stage == "teacher_rlt_tiny" else stage)
+    given = ("none", "None", None, "exp")
+    composed = [compose_run(stage, [f"{key}={value if value is not None else 'null'}"])[key] for value in given]
+    assert [getattr(cls(**{key: value}), key) for value in composed] == [None, None, None, "exp"]
+    with pytest.raises(ValueError, match="'exp' or 'exp_norm'"):
+        cls(**{key: "log"})
+
+
 def test_misspelt_run_gets_a_suggestion():
     with pytest.raises(ConfigError, match=r"did you mean teacher_rlt_mono_85gb\.yaml"):
         find_run("teacher_rlt_mono_85g.yaml")
@@ -204,6 +216,8 @@ def test_misspelt_run_gets_a_suggestion():
 
 def test_overrides_may_set_keys_that_no_yaml_mentions():
     assert hydra_arguments(["unbias_student_log_probs_temp=0.5"])[1:] == ["++student_temperature=0.5"]
+    for null in ("null", "None"):  # 1 in the reference implementation, whose name it is
+        assert hydra_arguments([f"unbias_student_log_probs_temp={null}"])[1:] == ["++student_temperature=1.0"]
     behind = hydra_arguments(["--cfg", "job", "max_steps=5", "teacher_rlt_tiny"])
     assert behind == ["run_cfg=teacher_rlt_tiny", "++max_steps=5", "--cfg", "job"]
     arguments = hydra_arguments(["max_steps=5", "+epsilon_high=0.28", "trainer_cfg=grpo_tiny", "--cfg", "job"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import ROWS
+from datasets import Dataset
 
 from data.load import load_rows
 from trainers.errors import ConfigError
@@ -62,6 +63,47 @@ def test_a_column_of_text_may_have_any_name(tmp_path, tags):
         load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_a_question_may_be_one_turn_of_the_user(tmp_path, tags, suffix):
+    """As TRL's conversational prompts and completions are."""
+    columns = {"question": "prompt", "solution": "completion"}
+
+    def load(prompt, completion="5"):
+        path = tmp_path / f"d.{suffix}"
+        row = {"prompt": prompt, "completion": completion}
+        table = Dataset.from_list([{"prompt": [USER], "completion": completion}, row])
+        table.to_parquet(path) if suffix == "parquet" else table.to_json(path, lines=suffix == "jsonl")
+        return load_rows(str(path), "train", None, columns, tags, "dataset_id_or_path").to_list()[1]
+
+    assert load([USER], [ANSWER]) == {"question": "2+3?", "solution": "5"}
+    for turns, told in (([SYSTEM, USER], "system, user"), ([ANSWER], "assistant"), ([USER, ANSWER], "user, assistant")):
+        with pytest.raises(
+            ConfigError, match=rf"row 1 has in the column 'prompt' turns of {told};.*\n.*system_prompt="
+        ):
+            load(turns)
+
+
+USER, ANSWER = {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}
+SYSTEM = {"role": "system", "content": "Add."}
+
+
+def test_turns_beside_texts_and_turns_of_more_than_text(tmp_path, tags):
+    load = lambda *prompts: load_rows(  # noqa: E731
+        write(tmp_path / "d.jsonl", [{"question": each, "solution": 5} for each in prompts]),
+        *("train", None, COLUMNS, tags, "dataset_id_or_path"),
+    )
+    assert load([USER], "3+4?", 7)["question"] == ["2+3?", "3+4?", "7"]
+    with pytest.raises(ConfigError, match="row 1 has in the column 'question' turns of user"):
+        load("2+3?", [USER | {"content": [{"type": "image"}]}])
+
+
+def test_half_a_character_is_told_with_its_row(tmp_path, tags):
+    for broken in ({"question": "c\ud83d", "solution": "1"}, {"question": "c", "solution": [1, "\ud83d"]}):
+        path = write(tmp_path / "d.jsonl", [{"question": "a", "solution": "b"}, broken])
+        with pytest.raises(ConfigError, match=r"row 1 has half a character"):
+            load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -111,8 +153,6 @@ def test_missing_columns_are_named_with_those_that_exist(tmp_path, tags):
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
 def test_every_file_format_gives_the_same_rows(tmp_path, tags, suffix):
-    from datasets import Dataset
-
     path = tmp_path / f"d.{suffix}"
     getattr(Dataset.from_list(ROWS), f"to_{suffix}")(str(path))
     rows = load_rows(str(path), "train", 3, COLUMNS, tags, "dataset_id_or_path")

@@ -12,7 +12,7 @@ from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.models import load_model
 from trainers.scoring.explanation_scorer import ExplanationScorer, teacher_logprobs
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone
-from trainers.scoring.probes import Evaluated, Probes, probe_texts, shuffled, warn_of_probes
+from trainers.scoring.probes import Evaluated, Probes, of_both, probe_texts, shuffled, warn_of_probes
 from trainers.student import Student
 
 ROW = [Evaluated(r["question"], r["solution"], []) for r in ROWS]
@@ -98,11 +98,30 @@ def test_of_several_completions_of_a_question_the_first_counts(parts, renderer):
     assert probes([one, again, other], teacher, 1.0) == probes([one, other], teacher, 1.0)
 
 
+def test_a_probe_counts_on_the_questions_whose_explanation_was_scored(parts, renderer):
+    """Of the first question's explanation alone, where the other three are too long for the student."""
+    scorer, teacher = parts
+    texts = [ROWS[0]["reasoning_trace"], *("4+5=9 " * 100, "17+1=18 " * 90, "6+6=12 " * 80)]
+    rows = [
+        Evaluated(row["question"], row["solution"], completion(renderer, row | {"reasoning_trace": text}))
+        for row, text in zip(ROWS, texts, strict=True)
+    ]
+    probes = Probes(scorer, 4, 4096, 128)
+    means, of_one = probes(rows, teacher, 1.0), probes(rows[:1], teacher, 1.0)
+    for name in ("teacher", "empty", "solution"):
+        assert means[f"probe/{name}"] == pytest.approx(of_one[f"probe/{name}"], abs=1e-5)
+    assert "probe/other" not in means  # the first question's is the second's explanation, which is too long
+
+
+def test_a_probe_and_the_teacher_are_compared_where_both_were_scored():
+    assert of_both([-1.0, None, -3.0, -4.0], [-5.0, -6.0, None, -8.0]) == ([-1.0, -4.0], [-5.0, -8.0])
+
+
 def test_a_probe_that_beats_the_teacher_is_warned_of(caplog):
-    means = {"probe/teacher": -0.5, "probe/empty": -2.0, "probe/solution": -0.25, "probe/shuffled": -0.5}
+    means = {"teacher": (-0.5, -0.5), "empty": (-2.0, -0.5), "solution": (-0.25, -0.3), "shuffled": (-0.4, -0.3)}
     with caplog.at_level(logging.WARNING):
         assert warn_of_probes(means) == ["solution"]
-    assert "'solution' (the bare solution) earns -0.250" in caplog.text
+    assert "'solution' (the bare solution) earns -0.250, more than the teacher's explanations (-0.300)" in caplog.text
     caplog.clear()
-    assert warn_of_probes({"probe/teacher": 0.0, "probe/empty": -1.0}) == []
+    assert warn_of_probes({"teacher": (0.0, 0.0), "empty": (-1.0, 0.0)}) == []
     assert not caplog.text

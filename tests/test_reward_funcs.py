@@ -264,6 +264,22 @@ def test_a_reward_that_is_not_finite_stops_with_the_sample_named(bad, renderer):
     assert guarded(lambda **_: [None, 1], "sound")(**given) == [None, 1.0]
 
 
+def test_a_function_that_fails_is_named_with_its_own_error_behind(renderer):
+    """TRL's functions that read messages fail at text."""
+    given, _, _ = batch(renderer, ["2+3=5"])
+    for function in ("think_format_reward", "accuracy_reward"):
+        (own,) = make(renderer, f"reward_funcs=[{{_target_: trl.rewards.{function}}}]")
+        with pytest.raises(RuntimeError, match=f"{function} fails with TypeError[\\s\\S]*as text") as failed:
+            own(**given)
+        assert isinstance(failed.value.__cause__, TypeError)
+
+    async def late(**_):
+        raise KeyError("difficulty")
+
+    with pytest.raises(RuntimeError, match="slow fails with KeyError: 'difficulty'"):
+        asyncio.run(guarded(late, "slow")(**given))
+
+
 def test_a_reward_that_is_no_number_is_told_with_the_function(renderer):
     for wrong in (None, ["good"], {"good": 1.0, 2: 3}, {0.5: "its keys are numbers"}):
         with pytest.raises(TypeError, match="chatty must return a list"):

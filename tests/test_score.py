@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from conftest import REPO, ROWS
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
+from transformers import AutoConfig
 
 from trainers.checks import load_options
 from trainers.config import compose_run
@@ -22,6 +24,8 @@ from trainers.score import load_score_rows, run_score
 from trainers.scoring.explanation_scorer import is_same_tokenizer
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone
 from trainers.scoring.loading import check_head
+from trainers.scoring.streaming import StreamedBackbone
+from trainers.weights.weight_files import WeightFiles
 
 
 def options(model_dir, file, **values):
@@ -143,6 +147,27 @@ def test_row_that_cannot_be_scored_says_why(model_dir, tmp_path):
     assert short["reward"] < 0
 
 
+def test_a_row_that_is_not_finite_is_told_and_the_others_are_scored(model_dir, renderer, tmp_path, caplog):
+    """A student that has no number for a seven: the rest of the file is written before the run fails."""
+    poisoned = tmp_path / "student"
+    shutil.copytree(model_dir, poisoned)
+    weights = load_file(poisoned / "model.safetensors")
+    (seven,) = renderer.encode_text("7")
+    weights["model.embed_tokens.weight"][seven] = math.nan
+    config = json.loads((poisoned / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (poisoned / "config.json").write_text(json.dumps(config))
+    weights["lm_head.weight"] = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"].clone()
+    save_file(weights, poisoned / "model.safetensors", {"format": "pt"})
+    rows = [{**ROWS[0], "explanation": text} for text in ("2+3=5", "2+3=7", "3+2=5")]
+    chosen = options(model_dir, write(tmp_path / "rows.jsonl", rows), student_model=str(poisoned))
+    with pytest.raises(FloatingPointError, match=r"1 of 3 explanations[\s\S]*first: row 1\)[\s\S]*precision=fp32"):
+        run_score(chosen, tmp_path)
+    first, bad, last = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert bad["reward"] is None and bad["reason"].startswith("not finite: student's log-prob of the solution nan")
+    assert first["reward"] < 0 and last["reward"] < 0
+    assert "1 of 3 explanations cannot be scored: not finite" in caplog.text
+
+
 def test_text_longer_than_the_teacher_reads_says_so(model_dir, tmp_path):
     short = tmp_path / "teacher"
     shutil.copytree(model_dir, short)
@@ -219,13 +244,19 @@ def test_a_model_whose_files_lack_weights_is_refused(model_dir, tmp_path):
         load_model(str(folder), torch.float32, None, "student_model", False)
 
 
-def test_a_model_that_does_more_than_its_head_is_refused(model_dir):
-    model = load_model(str(model_dir), torch.float32, None, "student_model", False)
-    backbone = ResidentBackbone(model, torch.device("cpu"))
-    check_head(FrozenModel(backbone, 0.7, 64), backbone, 0.7, "student_model")
-    model.lm_head.register_forward_hook(lambda module, given, logits: 1.1 * logits)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_does_more_than_its_head_is_refused(model_dir, streamed):
+    cpu = torch.device("cpu")
+    if streamed:
+        files, config = WeightFiles(str(model_dir), "student_model"), AutoConfig.from_pretrained(model_dir)
+        backbone = StreamedBackbone(files, config, cpu, torch.float32, None, "student_model")
+    else:
+        backbone = ResidentBackbone(load_model(str(model_dir), torch.float32, None, "student_model", False), cpu)
+    frozen = FrozenModel(backbone, 0.7, 64)
+    check_head(frozen, backbone, 0.7, "student_model")
+    backbone.lm_head.register_forward_hook(lambda module, given, logits: 1.1 * logits)
     with pytest.raises(ConfigError, match="Qwen2ForCausalLM does more between its layers and its logits"):
-        check_head(FrozenModel(backbone, 0.7, 64), backbone, 0.7, "student_model")
+        check_head(frozen, backbone, 0.7, "student_model")
 
 
 def test_one_vocabulary_cut_in_two_ways_is_two_tokenizers(tokenizer):

@@ -29,11 +29,25 @@ def texts(renderer):
     return [renderer.encode(renderer.student(r["question"], r["reasoning_trace"], r["solution"])) for r in ROWS]
 
 
+def solved_text(model, renderer):
+    """A text whose solution, and what ends it, are the model's own greedy continuation."""
+    parts = renderer.student("What is 2+3?", "2+3=5", "")
+    prefix = renderer.encode(parts[:5]).ids
+    ids = torch.tensor([prefix])
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    greedy = ids[0, len(prefix) :].tolist()
+    return renderer.encode(parts, {"solution": greedy[:2], "end": greedy[2:]})
+
+
 @pytest.mark.parametrize("tokens_per_pass", [1, 100, 4096])
 def test_scores_equal_a_plain_forward_of_each_text(model_dir, renderer, tokens_per_pass):
-    scores = make_student(model_dir, renderer, tokens_per_pass).score(texts(renderer))
     plain = load_model(str(model_dir), torch.float32, "eager", "student_model", False)
-    for text, score in zip(texts(renderer), scores, strict=True):
+    read = [*texts(renderer), solved_text(plain, renderer)]
+    scores = make_student(model_dir, renderer, tokens_per_pass).score(read)
+    assert [score.solves for score in scores] == [False, False, False, False, True]
+    for text, score in zip(read, scores, strict=True):
         with torch.no_grad():
             logits = plain(torch.tensor([text.ids])).logits[0]
         logprobs = (logits / 0.7).log_softmax(-1)
@@ -64,14 +78,8 @@ def test_a_token_that_the_student_has_no_row_for_is_told(model_dir, renderer):
 def test_solves_is_what_greedy_decoding_writes(model_dir, renderer):
     """Force the student's own greedy continuation to be the solution: it must count as solved, a changed one not."""
     student = make_student(model_dir, renderer)
-    parts = renderer.student("What is 2+3?", "2+3=5", "")
-    prefix = renderer.encode(parts[:5]).ids
-    ids = torch.tensor([prefix])
-    for _ in range(3):
-        ids = torch.cat([ids, student.frozen.backbone.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    greedy = ids[0, len(prefix) :].tolist()
-    solved = renderer.encode(parts, {"solution": greedy[:2], "end": greedy[2:]})
-    missed = renderer.encode(parts, {"solution": greedy[:2], "end": [(greedy[2] + 1) % 400]})
+    solved = solved_text(student.frozen.backbone.model, renderer)
+    missed = Encoded([*solved.ids[:-1], (solved.ids[-1] + 1) % 400], solved.spans, solved.sampled)
     assert [s.solves for s in student.score([solved, missed])] == [True, False]
 
 

@@ -3,10 +3,13 @@
 import shutil
 import unicodedata
 from copy import copy
+from functools import cache
 from pathlib import Path
 
 import mistral_common
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -72,6 +75,33 @@ def test_r1_tags_and_their_own_system_prompt(tokenizer):
     renderer = Renderer(tokenizer, tags, None, "model_name_or_path")
     expected = GOLDEN_R1_TEACHER.format(system=tags.teacher_system_prompt)
     assert text_of(renderer.teacher("What is 2+3?", "5", "2+3=5")) == expected
+
+
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n", "<think>\n\n"])
+def test_a_thought_that_the_template_opens_is_opened_once(tokenizer, opening):
+    """As R1-Distill's and QwQ's do."""
+    reasoning = copy(tokenizer)
+    reasoning.chat_template += "{% if add_generation_prompt %}{{ '" + opening.replace("\n", "\\n") + "' }}{% endif %}"
+    plain, opened = (Renderer(each, TAG_FORMATS["r1"], None, "student_model") for each in (tokenizer, reasoning))
+    assert text_of(opened.student("q", "e", "s")) == text_of(plain.student("q", "e", "s"))
+    assert text_of(opened.teacher("q", "s", "e")) == text_of(plain.teacher("q", "s", "e"))
+    assert opening in opened._apply(
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}], add_generation_prompt=True
+    )
+
+
+def test_texts_do_not_depend_on_the_day(tokenizer, tags):
+    dated = copy(tokenizer)
+    dated.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    heads = [
+        Renderer(dated, tags, kwargs, "student_model").student("q", "e", "s")[0].text.partition("\n")[0]
+        for kwargs in (None, {"strftime_now": lambda form: "my day"})
+    ]
+    assert heads == ["Today Date: 26 Jul 2024", "Today Date: my day"]
+    dated.chat_template = "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
+    dated.chat_template += "{{ date_string }}\n" + tokenizer.chat_template
+    own = Renderer(dated, tags, {"date_string": "30 Nov 2026"}, "student_model")
+    assert own.student("q", "e", "s")[0].text.startswith("30 Nov 2026\n")
 
 
 def test_spans_cut_out_exactly_the_parts(renderer):
@@ -285,6 +315,51 @@ def test_closing_tag_split_over_plain_tokens_is_found(tags):
     read = read_explanation(plain, ids, tag, {plain.eos_token_id})
     assert (read.text, read.closed) == ("a b.", True)
     assert plain.decode(read.ids) == "a b."[: len(plain.decode(read.ids))]
+
+
+def token_by_token(tokenizer, ids, tag):
+    """What is read of a completion whose every token is decoded by itself."""
+    text, ends = token_ends(tokenizer, ids)
+    cut = text.find(tag)
+    count = len(ids) if cut < 0 else sum(end <= cut for end in ends)
+    text = text if cut < 0 else text[:cut]
+    return text, ids[:count], cut >= 0, ends[:count], text[ends[count - 1] if count else 0 :]
+
+
+@cache
+def made_once(make):
+    return make()
+
+
+SIGNS = ["a", " b", "a.", "<", "|end", "☕", "😀", " ☕", "e\u0301", "12", "\n\n", "\ufffd", "<|end_of_explanation|>"]
+
+
+@pytest.mark.parametrize("make", [composing, with_bytes, straddling, lambda: make_tokenizer(["a"], SIGNS[-1:], 300)])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_completions_are_read_as_token_by_token(make, data):
+    """Texts, and any tokens: with bytes that become no character, and tags of many tokens or of one."""
+    tokenizer, tag = made_once(make), SIGNS[-1]
+    texts = st.lists(st.sampled_from(SIGNS), max_size=30).map(
+        lambda signs: tokenizer("".join(signs), add_special_tokens=False)["input_ids"]
+    )
+    tokens = st.lists(st.integers(0, len(tokenizer) - 1), max_size=40)
+    ids = data.draw(texts) + data.draw(st.one_of(texts, tokens))
+    read = read_explanation(tokenizer, ids, tag, set())
+    assert (read.text, read.ids, read.closed, read.ends, read.tail) == token_by_token(tokenizer, ids, tag)
+
+
+@pytest.mark.parametrize("make", [composing, with_bytes])
+def test_reading_a_long_completion_decodes_few_of_its_tokens_by_themselves(make, monkeypatch):
+    """Each costs 10 microseconds of a GPU's time; where they end is found when it is asked for."""
+    tokenizer, tag, calls = make(), SIGNS[-1], []
+    ids = tokenizer("2 a 3 b " * 2000 + tag + " a" * 2000, add_special_tokens=False)["input_ids"]
+    expected = token_by_token(tokenizer, ids, tag)
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **kwargs: (calls.append(1), decode(ids, **kwargs))[1])
+    read = read_explanation(tokenizer, ids, tag, set())
+    assert len(ids) > 10_000 and len(calls) < 150
+    assert (read.text, read.ids, read.closed, read.ends, read.tail) == expected
 
 
 def test_a_template_that_passes_over_the_system_role_gets_it_with_the_question(tokenizer, tags):

@@ -19,8 +19,9 @@ CONFIG_DIR = REPO / "cfgs"
 GROUPS = ("run_cfg", "trainer_cfg", "reward_cfg", "model_cfg", "data_cfg")
 DEFAULT_RUN = "teacher_rlt_tiny"
 
-# Names of the reference implementation for options that have a plainer one here.
+# Names of the reference implementation for options that have a plainer one here, and what its null means.
 SAME = {"unbias_student_log_probs_temp": "student_temperature"}
+NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
 
 # `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
 OmegaConf.register_new_resolver("repo", lambda path: str(REPO / path), replace=True)
@@ -71,6 +72,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
                 result.append(argument.lstrip("+") if key in GROUPS else argument)
         else:
             name, equals, value = argument.lstrip("+").partition("=")
+            value = NULL_OF_SAME.get(name, value) if value.strip().lower() in ("null", "none") else value
             result.append(f"++{SAME.get(name, name)}{equals}{value}")
     _check_grammar(word for word in result if "=" in word)
     stages = {f"++stage={stage}": stage for stage in ("score", "rescore", "merge")}

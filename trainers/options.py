@@ -8,13 +8,15 @@ against; importing this module loads neither torch nor vLLM.
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from trainers.settings.trl_choices import DERIVED, LOSSES, TRL_AUTO, TRL_CHOICES, TRL_LIMITS
 from trainers.settings.trl_options import trl_options
 
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
-Normalization = Literal["exp", "exp_norm"]
+# The reference implementation writes "none" for what is null here.
+_NoneAsNull = BeforeValidator(lambda value: None if str(value).lower() == "none" else value)
+Normalization = Annotated[Literal["exp", "exp_norm"] | None, _NoneAsNull]
 Mode = Literal["auto", "resident", "streamed", "cpu"]
 Optim = Literal["auto", "adamw_torch", "adamw_8bit", "flash_adamw", "cpu_offload", "adafactor"]
 
@@ -149,11 +151,11 @@ class FormulaOptions(BaseModel):
         [1.0, 0.01], "c: weight of each reduction of the solution's log-probs"
     )
     reduction_log_prob_fn: Reduction | list[Reduction] = opt(["mean", "min"], "reductions over the solution's tokens")
-    normalize_log_prob_fn: Normalization | None = opt(None, "transform of the solution's log-probs before reducing")
+    normalize_log_prob_fn: Normalization = opt(None, "transform of the solution's log-probs before reducing")
     clip_log_prob: float | None = opt(None, "clip the solution's log-probs at minus this", gt=0)
     kl_penalty_reward_coeff: float | list[float] = opt([3.0, 0.03], "lambda: weight of each reduction of the KL")
     reduction_kl_fn: Reduction | list[Reduction] = opt(["mean", "max"], "reductions over the explanation's tokens")
-    normalize_kl_fn: Normalization | None = opt(None, "transform of the KL before reducing")
+    normalize_kl_fn: Normalization = opt(None, "transform of the KL before reducing")
     clip_kl: float | None = opt(None, "clip the KL at this", gt=0)
     use_schulman_kl_estimation: bool = opt(False, "k - 1 + exp(-k) in place of the log-ratio k")
     not_matched_penalty: float = opt(-1.0, "added where the closing explanation tag is missing")

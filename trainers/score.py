@@ -17,7 +17,7 @@ from trainers.models import resolve_place
 from trainers.options import ScoreOptions
 from trainers.plan.planning import planned_options
 from trainers.plan.workload import SCORED_AT_ONCE
-from trainers.scoring.explanation_scorer import Scored, teacher_logprobs
+from trainers.scoring.explanation_scorer import NOT_FINITE, Scored, teacher_logprobs
 from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
 from trainers.scoring.quantized import samples_of
 from trainers.texts import tag_format
@@ -37,6 +37,10 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
 
     Returns:
         The file with the scores.
+
+    Raises:
+        FloatingPointError: If scores are not finite: when all others are written, those with the reason in place of a
+            reward.
     """
     device, dtype = resolve_place(options)
     if Path(options.dataset_id_or_path).expanduser().resolve() == (output_dir / "scores.jsonl").resolve():
@@ -56,6 +60,7 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
     teacher_model = load_frozen(options, teacher_path, "model_name_or_path", device, dtype, temperature)
     path = output_dir / "scores.jsonl"
     rewards: list[float] = []
+    poisoned: list[int] = []
     with whole_file(path) as file:
         for start in range(0, len(rows), SCORED_AT_ONCE):
             batch = rows.select(range(start, min(start + SCORED_AT_ONCE, len(rows)))).to_list()
@@ -64,14 +69,20 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
             logprobs = teacher_logprobs(
                 questions, solutions, explanations, teacher, teacher_model, options.padding_in_kl
             )
-            for result in scorer.score(questions, explanations, solutions, logprobs):
+            for i, result in enumerate(scorer.score(questions, explanations, solutions, logprobs, stop=False), start):
                 file.write(json.dumps(_line(result)) + "\n")
                 rewards += [result.reward] if isinstance(result, Scored) else []
+                poisoned += [i] if isinstance(result, str) and result.startswith(NOT_FINITE) else []
             logger.info("scored %d of %d", start + len(batch), len(rows))
     if not options.keep_scores and (output_dir / "scores").exists():
         logger.warning("%s holds what an earlier run has kept, not the scores of this one", output_dir / "scores")
     mean = f"mean reward {sum(rewards) / len(rewards):.4f}" if rewards else "none could be scored"
     logger.info("%d of %d explanations scored, %s: %s", len(rewards), len(rows), mean, path)
+    if poisoned:
+        raise FloatingPointError(
+            f"{len(poisoned)} of {len(rows)} explanations have a score that is not finite (the first: row "
+            f"{poisoned[0]}), as {path} tells -> look at the weights of teacher and student, and try precision=fp32"
+        )
     return path
 
 

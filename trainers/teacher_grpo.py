@@ -21,6 +21,7 @@ from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.evaluation import Evaluation
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
+from trainers.scoring.reward_funcs import without_unscored
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
 from trainers.weights.saving import SmallShards
@@ -199,13 +200,15 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         return metrics
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
-        """As TRL's, every reward function timed as scoring; an evaluation's completions are kept for the probes."""
+        """As TRL's, every reward function timed as scoring; what the student could not score has no reward from the
+        others either. An evaluation's completions are kept for the probes."""
         if not self.model.training:
             pairs = zip(inputs, ids, strict=True)
             self._evaluation.rows += [Evaluated(row["question"], row["solution"], own) for row, own in pairs]
         self._log_completion_extra("ended", [row["ended"] for row in inputs])
         with self.timer("score"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
+        rewards = without_unscored(rewards, self.options.reward_funcs, self.reward_weights)
         if not self.model.training:
             self._evaluation.add_batch(rewards, self.reward_func_names)
         return rewards

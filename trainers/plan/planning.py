@@ -16,7 +16,7 @@ from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
 from trainers.plan.solve import Problem, Solved, device_of, solve
 from trainers.plan.workload import GIB
-from trainers.settings.engine_specs import device_faults, position_faults, quantized_teacher_faults
+from trainers.settings.engine_specs import device_faults, position_faults, quantized_teacher_faults, short_student
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import WARMUPS, waiting, warmup_options
@@ -217,6 +217,9 @@ def planned_options(options: CommonOptions, devices: int = 1, longest: int | Non
         raise ConfigError(faults)
     for fault in memory:
         logger.warning("ignore_memory_plan: %s", fault)
+    work = found.solved.plan.work
+    if work.is_rl and work.student is not None and (told := short_student(options, work.student.max_positions)):
+        logger.warning("%s", told)
     return found.solved.options
 
 

@@ -22,6 +22,8 @@ from trainers.texts import show_sample
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = "not finite"  # what the reason of an explanation whose score is not begins with
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -70,6 +72,7 @@ class ExplanationScorer:
         solutions: list[str],
         teacher_logprobs: list[Tensor | str],
         keep: bool = True,
+        stop: bool = True,
     ) -> list[Scored | str]:
         """Score a batch.
 
@@ -77,12 +80,13 @@ class ExplanationScorer:
             teacher_logprobs: Of each explanation, with `padding_in_kl` after that of the padding, `[tokens]`; or why
                 there are none.
             keep: Whether to `keep` these scores.
+            stop: Whether to stop where a number is not finite; else it is why that explanation cannot be scored.
 
         Returns:
             For each explanation its score, or why it cannot be scored.
 
         Raises:
-            FloatingPointError: If a log-probability or a reward is not finite; the sample is named.
+            FloatingPointError: With `stop`, if a log-probability or a reward is not finite; the sample is named.
         """
         if not self._shown:
             self._shown = True
@@ -98,7 +102,10 @@ class ExplanationScorer:
             compared = self._compared(explanations[i], teacher_logprobs[i], score)
             reward, parts = self.reward(compared)
             if bad := _not_finite(score, teacher_logprobs[i], parts | {"reward": reward}):
-                _stop(bad, questions[i], explanations[i])
+                if stop:
+                    _stop(bad, questions[i], explanations[i])
+                results[i] = f"{NOT_FINITE}: {', '.join(f'{name} {value}' for name, value in bad.items())}"
+                continue
             logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
             row = KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared) if self.keeper else None
             results[i] = Scored(reward, parts, score.solves, row)

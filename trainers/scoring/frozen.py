@@ -141,6 +141,11 @@ class FrozenModel:
         self._head, self._greedy_head = (_Head(backbone, temperature, is_top1) for is_top1 in (False, True))
 
     @torch.no_grad()
+    def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of `[positions]` labels after the last hidden states `[positions, hidden]`, while the head is there."""
+        return self._head.log_probs(hidden, labels)[0]
+
+    @torch.no_grad()
     def score(
         self, texts: list[Encoded], parts: list[list[Span]], greedy_parts: list[list[Span]] | None = None
     ) -> list[tuple[Tensor, Tensor]]:

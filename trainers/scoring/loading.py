@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
 
 from data.render import Encoded, Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
@@ -23,7 +24,7 @@ from trainers.models import (
 from trainers.options import ScoringOptions
 from trainers.plan.model_shapes import max_positions, model_shape, read_config
 from trainers.scoring.explanation_scorer import ExplanationScorer
-from trainers.scoring.frozen import Backbone, FrozenModel, ResidentBackbone
+from trainers.scoring.frozen import FrozenModel, ResidentBackbone
 from trainers.scoring.kept_scores import ScoreKeeper
 from trainers.scoring.quantized import Sample, quantization_config, read_samples, report_change, reward_changes
 from trainers.scoring.streaming import StreamedBackbone
@@ -76,30 +77,49 @@ def check_models(options: ScoringOptions) -> None:
         raise ConfigError(faults)
 
 
-def check_head(model: FrozenModel, backbone: ResidentBackbone, temperature: float, key: str) -> None:
-    """Compare the log-probabilities of three tokens with those of the model's own logits: TRL's fused head knows what
-    most families do between their last layer and their logits, not what all do.
+def check_head(model: FrozenModel, backbone: ResidentBackbone | StreamedBackbone, temperature: float, key: str) -> None:
+    """Compare the log-probabilities of a few tokens with those of the model's own logits: TRL's fused head knows what
+    most families do between their last layer and their logits, not what all do. Of a model that is streamed only the
+    head is read, and any states stand for its layers'.
 
     Raises:
         ConfigError: If they differ.
     """
     whole = backbone.model
-    ids = [i % whole.config.get_text_config().vocab_size for i in (1, 2, 3)]
+    count = 16 if isinstance(backbone, StreamedBackbone) else 3
+    ids = [i % whole.config.get_text_config().vocab_size for i in range(1, count + 1)]
     exact = whole.dtype == torch.float32 and backbone.device.type == "cpu"  # a GPU may compute fp32 as TF32
-    tolerance = 1e-3 if exact else 0.5  # of the logits
-    with torch.no_grad():
-        logits = whole(input_ids=torch.tensor([ids], device=backbone.device), use_cache=False).logits[0, :-1]
-    own = torch.log_softmax(logits.float() / temperature, -1).gather(1, logits.new_tensor(ids[1:]).long()[:, None])
+    tolerance = 1e-4 if exact else 0.5  # of the logits
     kind, remedy = type(whole).__name__, "a model of another family"
     try:
-        ((found, _),) = model.score([Encoded(ids, {}, [])], [[(1, len(ids))]])
+        if isinstance(backbone, StreamedBackbone):
+            logits, found = _streamed_head(model, backbone, ids)
+        else:
+            logits, found = _resident_head(model, backbone, ids)
     except AttributeError as error:
         cause = f"the layers of {kind} cannot be asked apart from its head ({error})"
         raise ConfigError(Fault(key, whole.name_or_path, cause, remedy)) from error
-    if not torch.allclose(found[1:], own[:, 0].cpu(), rtol=0, atol=tolerance / min(1, temperature)):
+    own = torch.log_softmax(logits.float() / temperature, -1).gather(1, logits.new_tensor(ids[1:]).long()[:, None])
+    if not torch.allclose(found, own[:, 0].cpu(), rtol=0, atol=tolerance / min(1, temperature)):
         cause = f"{kind} does more between its layers and its logits than is known here: log-probabilities would be "
-        cause += f"{found[1:].tolist()} in place of {own[:, 0].tolist()}"
+        cause += f"{found.tolist()} in place of {own[:, 0].tolist()}"
         raise ConfigError(Fault(key, whole.name_or_path, cause, remedy))
+
+
+def _resident_head(model: FrozenModel, backbone: ResidentBackbone, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """The logits `[tokens - 1, vocabulary]` of a model that reads some tokens, and the log-probabilities found here."""
+    with torch.no_grad():
+        logits = backbone.model(input_ids=torch.tensor([ids], device=backbone.device), use_cache=False).logits[0, :-1]
+    ((found, _),) = model.score([Encoded(ids, {}, [])], [[(1, len(ids))]])
+    return logits, found[1:]
+
+
+def _streamed_head(model: FrozenModel, backbone: StreamedBackbone, ids: list[int]) -> tuple[Tensor, Tensor]:
+    shape = 1, len(ids) - 1, backbone.config.get_text_config().hidden_size
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(backbone.device, backbone.dtype)
+    with backbone.placed_head():
+        hidden, logits = backbone.finish(states)
+        return logits[0], model.log_probs(hidden[0], torch.tensor(ids[1:], device=backbone.device))
 
 
 def load_frozen(
@@ -137,7 +157,9 @@ def load_frozen(
         if writable or (device.type == "cuda" and fits_in_memory(source.num_elements() * dtype.itemsize)):
             source = HostWeights(source, dtype, pin=device.type == "cuda")
         attention = attention_of(attention, config)
-        backbone: Backbone = StreamedBackbone(source, config, device, dtype, attention, key, trust)
+        backbone: ResidentBackbone | StreamedBackbone = StreamedBackbone(
+            source, config, device, dtype, attention, key, trust
+        )
     else:
         device = torch.device("cpu") if mode == "cpu" else device
         arguments: dict[str, Any] = {"device_map": {"": device}}
@@ -147,7 +169,7 @@ def load_frozen(
         suit_attention(model, device)
         backbone = ResidentBackbone(model.eval().requires_grad_(False), device)
     frozen = FrozenModel(backbone, temperature, options.student_tokens_per_pass)
-    if isinstance(backbone, ResidentBackbone) and not quantization:
+    if not quantization:
         check_head(frozen, backbone, temperature, key)
     name = "student" if key == "student_model" else "teacher" if options.stage == "score" else "reference"
     logger.info("%s: %s on %s", name, mode, device)

@@ -46,9 +46,10 @@ class Probes:
         self.end_ids = {*scorer.teacher.end_ids, scorer.teacher.tokenizer.pad_token_id}
 
     def __call__(self, rows: list[Evaluated], teacher: nn.Module, temperature: float) -> dict[str, float]:
-        """Return the mean reward of each probe, and of the teacher on the same questions, as `probe/NAME`.
+        """Return the mean reward of each probe as `probe/NAME`, and as `probe/teacher` that of the teacher.
 
-        Of several completions of a question the first counts.
+        Each probe counts on the questions whose teacher's explanation was scored too, and it is compared with the
+        teacher's mean over those where it was scored itself. Of several completions of a question the first counts.
 
         Warns where a probe beats the teacher: the reward can then be had without explaining.
 
@@ -75,19 +76,33 @@ class Probes:
             whether = self.scorer.padding_in_kl, self.max_prompt_length
             logprobs = teacher_logprobs(questions, solutions, explanations, renderer, model, *whether)
         scores = self.scorer.score(questions, explanations, solutions, logprobs, keep=False)
-        means = {}
-        for i, name in enumerate(kinds):
-            rewards = [s.reward for s in scores[i * len(rows) : (i + 1) * len(rows)] if isinstance(s, Scored)]
-            if rewards:
-                means[f"probe/{name}"] = sum(rewards) / len(rewards)
+        rewards = {
+            name: [s.reward if isinstance(s, Scored) else None for s in scores[i * len(rows) : (i + 1) * len(rows)]]
+            for i, name in enumerate(kinds)
+        }
+        pairs = {name: of_both(values, rewards["teacher"]) for name, values in rewards.items()}
+        means = {name: (_mean(own), _mean(teachers)) for name, (own, teachers) in pairs.items() if own}
         warn_of_probes(means)
-        return means
+        return {f"probe/{name}": mean for name, (mean, _) in means.items()}
 
 
-def warn_of_probes(means: dict[str, float]) -> list[str]:
-    """Warn of each probe whose mean reward is above the teacher's; return their names."""
-    teacher = means.get("probe/teacher")
-    better = [name for name in MEANING if teacher is not None and means.get(f"probe/{name}", teacher) > teacher]
+def of_both(values: list[float | None], teachers: list[float | None]) -> tuple[list[float], list[float]]:
+    """The rewards of the questions where both a probe and the teacher were scored."""
+    both = [(v, t) for v, t in zip(values, teachers, strict=True) if v is not None and t is not None]
+    return [v for v, _ in both], [t for _, t in both]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def warn_of_probes(means: dict[str, tuple[float, float]]) -> list[str]:
+    """Warn of each probe whose mean reward is above the teacher's; return their names.
+
+    Args:
+        means: Of each probe, and of the teacher on the same questions.
+    """
+    better = [name for name in MEANING if name in means and means[name][0] > means[name][1]]
     for name in better:
         logger.warning(
             "probe %r (%s) earns %.3f, more than the teacher's explanations (%.3f): the reward does not need an "
@@ -95,8 +110,7 @@ def warn_of_probes(means: dict[str, float]) -> list[str]:
             "answer_log_prob_coeff and kl_penalty_reward_coeff",
             name,
             MEANING[name],
-            means[f"probe/{name}"],
-            teacher,
+            *means[name],
         )
     return better
 

@@ -2,12 +2,14 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
+from torch import Tensor
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment
 from trl.trainer.utils import is_async_callable
 
@@ -18,7 +20,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.options import RLOptions
 from trainers.rollout.overlap import ScoreAhead
 from trainers.scoring.explanation_scorer import ExplanationScorer, Scored
-from trainers.settings.reward_specs import GIVEN, OWN_FUNCTION, length_soft_cache, reward_name
+from trainers.settings.reward_specs import GIVEN, OF_STUDENT, OWN_FUNCTION, length_soft_cache, reward_name
 
 RewardFunction = Callable[..., list[float | None]]
 MAX = torch.finfo(torch.float32).max  # TRL keeps rewards in this type
@@ -51,7 +53,7 @@ def make_reward_funcs(
                 function = get_soft_overlong_punishment(limit, length_soft_cache(options))
             case _:
                 function = own[name]
-        functions.append(guarded(function, name))
+        functions.append(guarded(function, name, is_own=not isinstance(entry, str)))
     return functions
 
 
@@ -141,6 +143,22 @@ class StudentReward:
         return results
 
 
+def without_unscored(rewards: Tensor, entries: list[str | dict[str, Any]], weights: Tensor) -> Tensor:
+    """Take every reward from the rows that the student was to score and could not.
+
+    TRL counts one function's None as 0 where another gives a number, and next to log-probabilities 0 is the best of a
+    group; a row without any reward it leaves out.
+
+    Args:
+        rewards: `[completions, functions]`, NaN where a function gave none.
+        entries: `reward_funcs`, in the order of the functions.
+        weights: `[functions]`; one that counts nothing takes nothing.
+    """
+    counts = weights.to(rewards.device) != 0
+    asked = torch.tensor([entry in OF_STUDENT for entry in entries], device=rewards.device) & counts
+    return rewards.masked_fill(rewards[:, asked].isnan().any(1, keepdim=True), torch.nan)
+
+
 def _written(teacher: Renderer, ids: list[int]) -> tuple[str, bool]:
     """The text before the end of turn, and whether that end is there, as the last token."""
     end = next((i for i, token in enumerate(ids) if token in teacher.end_ids), None)
@@ -168,20 +186,38 @@ def format_function(teacher: Renderer) -> RewardFunction:
     return explanation_forms
 
 
-def guarded(function: RewardFunction, name: str) -> RewardFunction:
-    """The same function under the name it has in metrics; it stops the step at a reward that is not finite."""
+def guarded(function: RewardFunction, name: str, is_own: bool = True) -> RewardFunction:
+    """The same function under the name it has in metrics; it stops the step at a reward that is not finite.
+
+    Args:
+        is_own: Whether it is the user's: then it is named where it fails.
+    """
     if is_async_callable(function):
 
         async def reward(**batch: Any) -> list[float | None]:
-            return _checked(name, await function(**batch), batch)
+            with _named(name) if is_own else nullcontext():
+                rewards = await function(**batch)
+            return _checked(name, rewards, batch)
 
     else:
 
         def reward(**batch: Any) -> list[float | None]:
-            return _checked(name, function(**batch), batch)
+            with _named(name) if is_own else nullcontext():
+                rewards = function(**batch)
+            return _checked(name, rewards, batch)
 
     reward.__name__ = name
     return reward
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which function has failed."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"the reward function {name} fails with {type(error).__name__}: {error}"
+        raise RuntimeError(f"{cause}\n  -> completions come to it as text, their tokens as completion_ids") from error
 
 
 def _checked(name: str, rewards: Any, batch: dict[str, Any]) -> list[float | None]:

@@ -131,6 +131,22 @@ class StreamedBackbone:
                     states, hidden[b] = hidden[b], None
                     yield self._finish(states)
 
+    @contextmanager
+    def placed_head(self) -> Iterator[None]:
+        """Have the head's weights on the device for a while."""
+        with _Feeder(self.source, self.device, self.dtype) as feeder:
+            weights = feeder.end(feeder.begin(self._head_names))
+        with self._placed_head(weights):
+            yield
+
+    @torch.no_grad()
+    def finish(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The last hidden states and, while the head is there, the logits that the model's own forward makes of the
+        states `[texts, tokens, hidden]` behind its last layer."""
+        with _forwards_replaced(self.layers, lambda *_, **__: states):
+            logits = self.model(inputs_embeds=states, use_cache=False).logits
+        return self._finish(states), logits
+
     def _try(self, key: str) -> None:
         """See on two tokens that the layers can be taken out of the model's forward.
 

@@ -232,6 +232,20 @@ def position_faults(options: RLOptions, limit: int) -> list[Fault]:
     return faults
 
 
+def short_student(options: RLOptions, limit: int) -> str | None:
+    """What a student of so few positions will leave out; None where it reads whatever the teacher may."""
+    longest = options.max_prompt_length + options.max_completion_length
+    if limit >= longest:
+        return None
+    lengths = f"max_prompt_length {options.max_prompt_length} + max_completion_length {options.max_completion_length}"
+    remedy = f"max_completion_length={limit - options.max_prompt_length}, or "
+    remedy = remedy if limit > options.max_prompt_length else "shorter lengths, or "
+    return (
+        f"the student has {limit} positions, fewer than {lengths}: explanations that are too long for it are left out, "
+        f"without a reward or an advantage -> {remedy}a student_model that reads {longest} tokens"
+    )
+
+
 def quantized_teacher_faults(options: ModelOptions, quantization: Any) -> list[Fault]:
     """A teacher whose checkpoint is quantized can be scored with, not trained.
 
