@@ -88,7 +88,7 @@ def hold_out(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
 
 
 def _read(path: str, split: str, key: str) -> Dataset:
-    suffix, file = Path(path).suffix, Path(path).expanduser()
+    suffix, file = Path(path).suffix.lower(), Path(path).expanduser()
     if file.is_file() and file.stat().st_size == 0:
         raise ConfigError(Fault(key, path, "the file is empty", "give a data set with at least one row"))
     if file.is_file() and split != "train":
@@ -100,12 +100,18 @@ def _read(path: str, split: str, key: str) -> Dataset:
             return READERS[suffix](file, key, path)
         if suffix == ".parquet" and file.is_file():
             return load_dataset("parquet", data_files=str(file), split="train")
+        if file.is_file():
+            cause = f"files of the kind {suffix!r} are not read"
+            raise ConfigError(Fault(key, path, cause, "a .jsonl, .json, .parquet, .csv or .tsv file, named so"))
         if file.is_dir() and (files := _text_files(file)):
             found = DatasetDict({name: _all_of(each, key, path) for name, each in files.items()})
         else:
             found = load_dataset(str(file) if file.exists() else path)
     except ConfigError:
         raise
+    except UnicodeDecodeError as error:
+        remedy = "save it as UTF-8, e.g. iconv -f cp1252 -t utf-8 (as Excel writes it elsewhere: CSV UTF-8)"
+        raise ConfigError(Fault(key, path, f"it is not UTF-8: {error.reason} at byte {error.start}", remedy)) from error
     except (OSError, ValueError, RuntimeError, csv.Error, DatasetsError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         remedy = "a local .jsonl, .json, .parquet, .csv or .tsv file works without a network; is it a local path?"

@@ -123,6 +123,12 @@ def test_all_faults_are_told_at_once_with_remedies():
     [
         ("num_generations=1", "num_generations", "greater than or equal to 2", "--help"),
         ("model_name_or_path=./nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
+        ("model_name_or_path=results/nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
+        ("beta=0,1", "beta", "choice of several values", "beta=[0,1]"),
+        ("lora_target_modules=q_proj,v_proj", "lora_target_modules", "several values", "=[q_proj,v_proj]"),
+        ("--learning_rate=1e-5", "--learning_rate=1e-5", "without dashes", "learning_rate=1e-5"),
+        ("--max-steps", "--max-steps", "without dashes", "max_steps=<value>"),
+        ("model_cfg=nope", "configuration", "nope", "correct what it names"),
         ("model_init={model_type: qwen2}", "model_init", "stage=sft only", "leave it out"),
         ("optim=adamw_trch", "optim", "'adamw_torch'", "did you mean adamw_torch?"),
         ("optim=paged_adamw_8bit", "optim", "'adamw_8bit'", "did you mean adamw_8bit?"),

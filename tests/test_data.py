@@ -237,3 +237,23 @@ def test_a_longer_conversation_gives_its_first_exchange(tmp_path, tags, caplog):
     read = load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert {(row["question"], row["solution"]) for row in read} == {("Q1", "1")}
     assert "2 of 3 conversations go on after the first answer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause", "remedy"),
+    [
+        ("d.csv", "question,solution\nWas heißt das?,so".encode("cp1252"), "not UTF-8", "iconv -f cp1252"),
+        ("d.jsonl", '{"question": "q", "solution": "s"}'.encode("utf-16"), "not UTF-8", "iconv"),
+        ("d.txt", b"question,solution\nq,s", "kind '.txt' are not read", "named so"),
+    ],
+)
+def test_a_file_that_is_not_read_says_why(tmp_path, tags, name, content, cause, remedy):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{cause}[\\s\\S]*{remedy}"):
+        load_rows(str(tmp_path / name), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
+def test_the_end_of_a_file_s_name_may_be_written_large(tmp_path, tags):
+    (tmp_path / "D.CSV").write_text("question,solution\nq,s")
+    rows = load_rows(str(tmp_path / "D.CSV"), "train", None, COLUMNS, tags, "dataset_id_or_path")
+    assert rows.to_list() == [{"question": "q", "solution": "s"}]

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from trainers.errors import ConfigError, Fault
 
@@ -22,6 +23,10 @@ DEFAULT_RUN = "teacher_rlt_tiny"
 # Names of the reference implementation for options that have a plainer one here, and what its null means.
 SAME = {"unbias_student_log_probs_temp": "student_temperature"}
 NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
+
+# Hydra's own.
+FLAGS = ("help", "hydra_help", "version", "cfg", "resolve", "package", "run", "multirun", "shell_completion", "info")
+FLAGS += ("config_path", "config_name", "config_dir", "experimental_rerun")
 
 # `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
 OmegaConf.register_new_resolver("repo", lambda path: str(REPO / path), replace=True)
@@ -61,6 +66,9 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~")
         if takes_value or argument.startswith("-"):
+            if argument.startswith("--") and (option := argument[2:].partition("=")[0].replace("-", "_")) not in FLAGS:
+                remedy = f"{option}={argument.partition('=')[2] or '<value>'}"
+                raise ConfigError(Fault(argument, ..., "options are written without dashes", remedy))
             takes_value = argument in ("--cfg", "-c", "--package", "-p", "--info", "-i")
             flags.append(argument)
         elif "=" not in argument and not argument.startswith("~"):
@@ -83,11 +91,13 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
 def _check_grammar(overrides: Iterable[str]) -> None:
     faults, parser = [], OverridesParser.create()
     for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        remedy = f"""in quotes, the shell's around Hydra's: '{key}="{value}"'"""
         try:
-            parser.parse_override(word)
+            if parser.parse_override(word).is_sweep_override():
+                cause = "with commas it is a choice of several values, and a run has one"
+                faults.append(Fault(key, value, cause, f"a list: '{key}=[{value}]'; a text: {remedy}"))
         except HydraException:
-            key, _, value = word.lstrip("+").partition("=")
-            remedy = f"""in quotes, the shell's around Hydra's: '{key}="{value}"'"""
             faults.append(Fault(key, value, "this is no value in Hydra's grammar", remedy))
     if faults:
         raise ConfigError(faults)
@@ -107,8 +117,17 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Compose `cfgs/run_cfg/<name>.yaml` with overrides into a flat mapping; an empty name is the default run."""
+    """Compose `cfgs/run_cfg/<name>.yaml` with overrides into a flat mapping; an empty name is the default run.
+
+    Raises:
+        ConfigError: If a file or a word of it cannot be read.
+    """
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("train", overrides=hydra_arguments([*([name] if name else []), *(overrides or [])]))
+    words = hydra_arguments([*([name] if name else []), *(overrides or [])])
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("train", overrides=words)
+    except (HydraException, YAMLError) as error:
+        cause, remedy = " ".join(str(error).split()), "correct what it names, in cfgs/ or on the command line"
+        raise ConfigError(Fault("configuration", ..., cause, remedy)) from error
     return resolved(config)

@@ -52,7 +52,7 @@ class AdapterFiles:
 
 def looks_local(path: str) -> bool:
     """Whether a name means a folder here rather than a hub id (owner/name)."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    return path.startswith((".", "/", "~", "results/")) or path.count("/") > 1 or Path(path).exists()
 
 
 def is_adapter(path: str | None) -> bool:
