@@ -117,3 +117,12 @@ def test_a_length_that_is_not_set_is_not_halved():
         changes = [str(change) for change in knobs(problem(options, machine(gb, 400)))]
         assert changes and not any("max_length" in change for change in changes)
     nearest_fit(problem(options, machine(24, 400)))
+
+
+def test_longer_texts_than_a_cache_of_a_size_that_was_asked_for_can_hold_are_left_out_of_what_if():
+    """A text of 12288 tokens takes 0.66 GiB of keys and values, one of 20480 takes 1.1."""
+    there = asked("teacher_rlt_mono_80gb", machine(80, 64), "kv_cache_gib=1")
+    changes = [str(change) for change in knobs(there)]
+    assert "max_completion_length=4096" in changes and "max_completion_length=16384" not in changes
+    roomy = asked("teacher_rlt_mono_80gb", machine(80, 64), "kv_cache_gib=1.2")
+    assert "max_completion_length=16384" in map(str, knobs(roomy))

@@ -8,11 +8,12 @@ from planned import machine, nearest, planned, problem
 
 from trainers.checks import load_options
 from trainers.config import compose_run
+from trainers.errors import ConfigError
 from trainers.options import options_class
 from trainers.plan.machine import Machine
-from trainers.plan.planning import start_faults
+from trainers.plan.planning import assess, start_faults
 from trainers.plan.remedies import nearest_fit, refuse
-from trainers.plan.solve import solve
+from trainers.plan.solve import share_faults, solve
 from trainers.plan.workload import GIB
 
 
@@ -22,6 +23,7 @@ from trainers.plan.workload import GIB
         ("teacher_rlt_mono", ["overlap_scoring=true", "offload_untrained_models=false"], 48),
         ("teacher_rlt_mono", ["reward_funcs=[teacher_logprob_kl,length]", "length_soft_cache=3000"], 18),
         ("teacher_rlt_mono", ["cast_lm_head_to_fp32=true", "weight_bridge=copy"], 30),
+        ("teacher_rlt_mono_24gb", ["vllm_gpu_memory_utilization=0.5", "per_device_train_batch_size=32"], 24),
     ],
 )
 def test_what_is_offered_would_be_taken(run, words, gb):
@@ -29,7 +31,36 @@ def test_what_is_offered_would_be_taken(run, words, gb):
     if offered is not None:
         pasted = [word for word in str(offered).split() if "=" in word]
         solved, options = planned(run, *words, *pasted, gb=gb)
-        assert solved.plan.fits_device and not start_faults(solved)
+        assert solved.plan.fits_device and not start_faults(solved) and not share_faults(solved, machine(gb))
+
+
+@pytest.mark.parametrize(("share", "starts"), [("0.5", False), ("0.76", False), ("0.79", True), ("auto", True)])
+def test_a_share_of_the_card_that_leaves_vllm_no_cache_is_told(share, starts):
+    """Of 24 GB, 22.35 GiB, 16.89 are taken before the cache, and 6208 tokens of 57344 bytes are 0.33: 77.1 percent."""
+    words = [f"vllm_gpu_memory_utilization={share}", "vram_gb=24"]
+    options = load_options(compose_run("teacher_rlt_mono_24gb", words), repo=REPO, needs_device=False)
+    found = assess(problem(options, machine(24)))
+    assert not found.memory and [fault.key for fault in found.start] == ["vllm_gpu_memory_utilization"] * (not starts)
+    for fault in found.start:
+        assert fault.remedy == "vllm_gpu_memory_utilization=auto"
+        assert f"of these {float(share) * 24e9 / GIB:.1f} GiB 16.9 are taken" in fault.cause
+    given = load_options(
+        compose_run("teacher_rlt_mono_24gb", [*words, "kv_cache_gib=1"]), repo=REPO, needs_device=False
+    )
+    assert not assess(problem(given, machine(24))).start  # which is what counts then
+
+
+def test_the_least_cache_that_is_offered_would_be_taken():
+    """12352 tokens of 57344 bytes are 0.65967 GiB, which rounded to three digits were too few."""
+    with pytest.raises(ConfigError) as refused:
+        planned("teacher_rlt_mono_80gb", "kv_cache_gib=0.1")
+    (fault,) = refused.value.faults
+    assert fault.remedy == "kv_cache_gib=0.66"
+    for completion in range(1000, 1016):  # rounded down for some of them
+        words = ["max_prompt_length=1000", f"max_completion_length={completion}"]
+        with pytest.raises(ConfigError) as refused:
+            planned("teacher_rlt_mono_80gb", *words, "kv_cache_gib=0.01")
+        assert planned("teacher_rlt_mono_80gb", *words, refused.value.faults[0].remedy)
 
 
 @pytest.mark.parametrize(

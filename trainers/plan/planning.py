@@ -14,7 +14,7 @@ from trainers.plan.machine import MIN_COMPUTE, Machine, read_machine
 from trainers.plan.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
-from trainers.plan.solve import Problem, Solved, device_of, solve
+from trainers.plan.solve import Problem, Solved, device_of, share_faults, solve
 from trainers.plan.workload import GIB
 from trainers.settings.engine_specs import device_faults, position_faults, quantized_teacher_faults
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
@@ -196,7 +196,7 @@ def assess(problem: Problem) -> Assessment:
 def _assess_alone(problem: Problem) -> Assessment:
     solved = solve(problem)
     nearest = None if solved.plan.fits else nearest_fit(problem)
-    start = card_faults(solved, problem.machine) + start_faults(solved)
+    start = card_faults(solved, problem.machine) + share_faults(solved, problem.machine) + start_faults(solved)
     return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start)
 
 

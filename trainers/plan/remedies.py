@@ -10,7 +10,17 @@ from trainers.config import REPO
 from trainers.errors import ConfigError, Fault
 from trainers.memory import cache_share
 from trainers.options import CommonOptions
-from trainers.plan.solve import DECIDED, SPARE, Problem, Solved, device_of, precision_of, reads_teacher, solve
+from trainers.plan.solve import (
+    DECIDED,
+    SPARE,
+    Problem,
+    Solved,
+    device_of,
+    precision_of,
+    reads_teacher,
+    share_faults,
+    solve,
+)
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import device_faults
@@ -120,7 +130,10 @@ def knobs(problem: Problem) -> list[Change]:
     for knob in (*FRUGAL, *places, RANK, *SHORTER, LORA, *OTHERS):
         settings = _changed(problem.options, knob)
         if settings and _applies(problem, settings):
-            change = Change(settings, solve(problem.changed(settings)))
+            try:
+                change = Change(settings, solve(problem.changed(settings)))
+            except ConfigError:  # a KV cache of a size that was asked for is too small for longer texts
+                continue
             if _outcome(change.solved) != now:
                 changes.append(change)
     return changes
@@ -272,7 +285,8 @@ def _without_needless(
     for step in (*reversed(method), *reversed(steps[len(method) :])):
         fewer = [kept for kept in steps if kept is not step]
         change = _change(problem, fewer)
-        if change.solved.plan.fits and is_enough(change.solved.plan) and _applies(problem, change.settings):
+        starts = _applies(problem, change.settings) and not share_faults(change.solved, problem.machine)
+        if change.solved.plan.fits and is_enough(change.solved.plan) and starts:
             steps, best = fewer, change
     return best
 
