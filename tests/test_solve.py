@@ -10,6 +10,7 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.options import options_class
+from trainers.plan import preflight
 from trainers.plan.machine import Machine
 from trainers.plan.planning import assess, start_faults
 from trainers.plan.remedies import nearest_fit, refuse
@@ -99,8 +100,26 @@ def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_expe
     solved, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
     shape = solved.plan.work.student
     assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
-    assert solved.options.student_mode == "cpu"  # which offload_untrained_models keeps off the card
+    assert solved.options.student_mode == "resident"  # whatever offload_untrained_models says: there is room for it
     assert solved.options.reference_mode == "streamed"
+    asked, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", "student_mode=cpu")
+    assert asked.options.student_mode == "cpu"
+
+
+def test_a_mixture_of_experts_that_the_card_has_no_room_for_is_read_on_the_host_with_a_warning(tmp_path):
+    """30B as Qwen3-30B-A3B is, 57 GiB; beside a 7B in training there is no room for it on 80 GB."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936}
+    config = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    words = [f"student_model={tmp_path}", "vram_gb=80"]
+    for further, warned in (([], 1), (["student_mode=cpu"], 0)):
+        options = load_options(compose_run("teacher_rlt_mono_80gb", words + further), repo=REPO, needs_device=False)
+        found = assess(problem(options, machine(80)))
+        assert found.solved.options.student_mode == "cpu" and found.solved.plan.fits
+        assert found.text(full=False).count("  warning: student_mode=cpu: it cannot be streamed") == warned
+        findings = [f for f in preflight._memory(found) if f.check == "student_mode=cpu"]
+        assert [finding.level for finding in findings] == ["warning"] * warned
 
 
 def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):

@@ -19,7 +19,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.plan.machine import GB, Machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of
-from trainers.plan.solve import Problem, Solved, device_of
+from trainers.plan.solve import Problem, Solved, device_of, slow_models
 from trainers.plan.workload import GIB
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
@@ -224,6 +224,9 @@ def _memory(assessed: Assessment) -> list[Finding]:
             findings.append(Finding(key, level, faults[key].cause, faults[key].remedy))
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
+    for told in slow_models(assessed.problem, assessed.solved):
+        key, _, cause = told.partition(": ")
+        findings.append(Finding(key, "warning", cause, "a smaller model there, or one that can be streamed"))
     for name, warmup in assessed.warmups.items():
         findings += _warmup(name, warmup, rest)
     for written in assessed.written:

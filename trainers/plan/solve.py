@@ -195,9 +195,20 @@ def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str
     if mode != "auto":
         return [mode]
     if not shape.can_stream:
-        return ["resident"] if device == "cpu" else ["cpu"] if offload else ["resident", "cpu"]
+        return ["resident"] if device == "cpu" else ["resident", "cpu"]  # read on the host it takes far longer
     # On a CPU "streamed" is read from disk: it takes the least memory.
     return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
+
+
+def slow_models(problem: Problem, solved: Solved) -> list[str]:
+    """What is told of models that were put where they are read slowly, unasked."""
+    work = solved.plan.work
+    found = []
+    for key in ("student_mode", "reference_mode"):
+        if work.device == "cuda" and getattr(work, key) == "cpu" and getattr(problem.options, key) == "auto":
+            cause = "it cannot be streamed, and the card has no room for it: it is read on the host's processor, slowly"
+            found.append(f"{key}=cpu: {cause}")
+    return found
 
 
 def _micro_batches(options: TrainOptions, devices: int) -> list[int]:
