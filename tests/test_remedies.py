@@ -98,7 +98,7 @@ LESS = ["activation_offloading=false", "optim=adamw_8bit", "reference_mode=resid
         ("teacher_sft", [], []),  # the model is read on the host, whatever is trained of it
         ("teacher_rlt_mono_24gb", ["student_mode=cpu"], ["student_mode=resident", "student_mode=streamed"]),
         ("teacher_rlt_mono_24gb", ["student_mode=resident"], []),
-        ("teacher_rlt_mono", FULL, [*LESS, "use_peft=true optim=auto sync_ref_model=false"]),
+        ("teacher_rlt_mono", FULL, [*LESS, "use_peft=true learning_rate=1e-05 optim=auto sync_ref_model=false"]),
     ],
 )
 def test_a_host_that_is_too_small_is_told_what_takes_less_of_it(run, words, offered):
@@ -111,12 +111,37 @@ def test_a_host_that_is_too_small_is_told_what_takes_less_of_it(run, words, offe
         assert solve(asked(run, machine(200, 2), *words, *text.split())).plan.host_need < solved.plan.host_need
 
 
-def test_a_length_that_is_not_set_is_not_halved():
-    options = load_options(compose_run("teacher_sft", ["max_length=null"]), repo=REPO, needs_device=False)
-    for gb in (24, 80):
-        changes = [str(change) for change in knobs(problem(options, machine(gb, 400)))]
-        assert changes and not any("max_length" in change for change in changes)
-    nearest_fit(problem(options, machine(24, 400)))
+def test_a_length_that_is_not_set_is_halved_from_what_the_model_can_read():
+    """Qwen2.5-7B-Instruct: 32768 tokens."""
+    there = asked("teacher_sft", machine(80, 400), "max_length=null")
+    assert "max_length=16384" in [str(change) for change in knobs(there)]
+
+
+@pytest.mark.parametrize("length", [16384, "null"])
+def test_texts_of_a_warm_up_are_halved_until_they_fit(length):
+    """7B with LoRA on 20 GB has room for 2048 tokens, and tightly for 4096."""
+    there = asked("teacher_sft", machine(20, 64), "use_peft=true", f"max_length={length}")
+    assert not solve(there).plan.fits
+    change = nearest_fit(there)
+    assert change.settings == {"max_length": 2048} and change.tighter.settings == {"max_length": 4096}
+    assert change.solved.plan.fits and change.tighter.solved.plan.fits
+    assert not solve(there.changed({"max_length": 8192})).plan.fits
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "rate"),
+    [
+        ("teacher_rlt_mono", [], 1e-5),
+        ("teacher_rlt_mono", ["learning_rate=3e-7"], 3e-6),
+        ("teacher_rlt_mono", ["learning_rate=2e-5"], None),  # larger than that of all weights: it was meant for these
+        ("teacher_sft", [], 1e-4),
+    ],
+)
+def test_adapters_are_offered_with_their_learning_rate(run, words, rate):
+    change = nearest_fit(asked(run, machine(22, 64), *words))
+    assert change.settings["use_peft"] is True and change.settings.get("learning_rate") == rate
+    presets = (compose_run(f"{run}_24gb"), compose_run(run))
+    assert presets[0]["learning_rate"] == pytest.approx(10 * presets[1]["learning_rate"])
 
 
 def test_longer_texts_than_a_cache_of_a_size_that_was_asked_for_can_hold_are_left_out_of_what_if():

@@ -61,7 +61,11 @@ PLACES: tuple[tuple[tuple[Settings, int], ...], ...] = (
     (({"optim": "cpu_offload"}, 3), ({"optim": "adamw_8bit"}, 2)),
     (({"activation_offloading": True}, 7), ({"activation_offloading": False}, 4)),
 )
-LORA = {"use_peft": True, "optim": "auto", "sync_ref_model": False, "reference_mode": "auto", "weight_bridge": None}
+# Adapters take ten times the rate of all weights, as in the presets (cfgs/trainer_cfg/grpo_mono_lora.yaml); one that is
+# above what all weights have there was made larger by the user, and stays.
+FULL_RATES = {"rl": 1e-6, "sft": 1e-5}
+LORA = {"use_peft": True, "learning_rate": Times(10), "optim": "auto", "sync_ref_model": False}
+LORA |= {"reference_mode": "auto", "weight_bridge": None}
 # What changes the method.
 RANK: Settings = {"lora_r": 16}
 HALF = Times(0.5)
@@ -100,15 +104,22 @@ def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _changed(options: CommonOptions, knob: Settings) -> Settings:
-    """What a knob changes of these options; empty where it changes nothing or does not apply."""
+def _changed(options: CommonOptions, knob: Settings, longest: int | None = None) -> Settings:
+    """What a knob changes of these options; empty where it changes nothing or does not apply.
+
+    Args:
+        longest: Tokens that the model can read, which a length that is not set stands for.
+    """
     settings = {}
     for key, value in knob.items():
         if not hasattr(options, key):
             continue
         now = getattr(options, key)
-        if isinstance(value, Times):
-            value = None if now is None else max(16, int(now * value))
+        if key == "learning_rate":
+            value = float(f"{now * value:.6g}") if now <= FULL_RATES[options.stage] else now
+        elif isinstance(value, Times):
+            length = longest if now is None else now
+            value = None if length is None else max(16, int(length * value))
         if value != now:
             settings[key] = value
     leads = next(iter(knob))
@@ -128,7 +139,7 @@ def knobs(problem: Problem) -> list[Change]:
     now = _outcome(solve(problem))
     places = (settings for row in PLACES for settings, _ in row)
     for knob in (*FRUGAL, *places, RANK, *SHORTER, LORA, *OTHERS):
-        settings = _changed(problem.options, knob)
+        settings = _changed(problem.options, knob, problem.teacher.max_positions)
         if settings and _applies(problem, settings):
             try:
                 change = Change(settings, solve(problem.changed(settings)))
@@ -209,7 +220,7 @@ def _methods(problem: Problem) -> Iterator[list[Settings]]:
     def further(steps: list[Settings], knobs: Sequence[Settings]) -> Iterator[list[Settings]]:
         for knob in knobs:
             current = problem.changed(_merged(steps))
-            settings = _changed(current.options, knob)
+            settings = _changed(current.options, knob, current.teacher.max_positions)
             if settings and _applies(current, settings):
                 steps = [*steps, settings]
                 yield steps
@@ -223,7 +234,7 @@ def _methods(problem: Problem) -> Iterator[list[Settings]]:
         yield adapters
         for steps in further(adapters, SHORTER):
             yield steps
-    yield from further(steps, SHORTER[:1] * 2)
+    yield from further(steps, (*SHORTER[:1] * 2, *SHORTER[2:] * 5))
 
 
 def _merged(steps: Sequence[Settings]) -> Settings:
