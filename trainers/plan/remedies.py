@@ -1,5 +1,6 @@
 """What is offered where a run does not fit, and what each change of its options would lead to."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -313,17 +314,29 @@ OF_HOST: dict[str, tuple[Settings, ...]] = {
 
 
 def host_remedy(problem: Problem, solved: Solved) -> str:
-    """What takes less of the host than this plan, each by itself, where nothing was found that fits."""
-    now, found = solved.plan.host_need, []
+    """What fits, device and host, by a single change that takes less of the host, where nothing was found that leaves
+    the method as it is; or else how much memory a machine would need at the least."""
+    changes = [Change({}, solved)]
     knobs = [knob for item, knobs in OF_HOST.items() if item in solved.plan.host for knob in knobs]
     for knob in (*knobs, LORA):
         settings = _changed(problem.options, knob)
-        if not settings or not _applies(problem, settings):
-            continue
-        change = Change(settings, solve(problem.changed(settings)))
-        if change.solved.plan.host_need < now:
-            found.append(f"{change} (it then needs {change.solved.plan.host_need / GIB:.1f} GiB)")
-    return ", ".join([*found, "or a machine with more memory"]) if found else "a machine with more memory"
+        if settings and _applies(problem, settings):
+            changes.append(Change(settings, solve(problem.changed(settings))))
+    on_device = [change for change in changes if change.solved.plan.fits_device]
+    fit = [change for change in on_device if change.solved.plan.host_need <= problem.machine.host_free]
+    if fit:
+        offered = (f"{change} (it then needs {change.solved.plan.host_need / GIB:.1f} GiB)" for change in fit)
+        return ", ".join([*offered, "or a machine with more memory"])
+    if not on_device:
+        return "a machine with more memory"
+    least = min(on_device, key=lambda change: _tenths(change.solved.plan.host_need))
+    so = f", with {least}" if least.settings else ""
+    return f"a machine with {_tenths(least.solved.plan.host_need):.1f} GiB of free host memory{so}"
+
+
+def _tenths(size: int) -> float:
+    """GiB, rounded up."""
+    return math.ceil(10 * size / GIB) / 10
 
 
 def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
