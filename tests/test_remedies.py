@@ -9,8 +9,10 @@ from planned import problem
 
 from trainers.checks import load_options
 from trainers.config import compose_run
+from trainers.plan import preflight
 from trainers.plan.machine import Machine, planned_card
-from trainers.plan.remedies import host_remedy, knobs, nearest_fit
+from trainers.plan.planning import assess
+from trainers.plan.remedies import host_remedy, is_roomy, knobs, nearest_fit, refuse
 from trainers.plan.solve import solve
 from trainers.plan.workload import GIB
 
@@ -161,3 +163,37 @@ def test_longer_texts_than_a_cache_of_a_size_that_was_asked_for_can_hold_are_lef
     assert "max_completion_length=4096" in changes and "max_completion_length=16384" not in changes
     roomy = asked("teacher_rlt_mono_80gb", machine(80, 64), "kv_cache_gib=1.2")
     assert "max_completion_length=16384" in map(str, knobs(roomy))
+
+
+@pytest.mark.parametrize(
+    ("run", "gb", "named"),
+    [
+        ("teacher_rlt_mono", 12, "teacher_rlt_mono_12gb, made for 12 GB"),
+        ("teacher_rlt_mono_80gb", 16, "teacher_rlt_mono_16gb, made for 16 GB"),
+        ("teacher_sft", 16, "teacher_sft_16gb, made for 16 GB"),
+        ("teacher_rlt_mono", 11, None),
+    ],
+)
+def test_who_can_only_take_a_smaller_model_is_told_the_run_for_the_card(run, gb, named):
+    there = asked(run, machine(gb, 400))
+    message = str(refuse(solve(there), nearest_fit(there)))
+    assert f"a smaller model{f', or the run {named}' if named else ''}; ignore_memory_plan" in message
+    if named:
+        name, _, size = named.partition(", made for ")
+        assert size == f"{compose_run(name)['vram_gb']} GB"
+        solved = solve(asked(name, machine(gb, 400)))
+        assert solved.plan.fits and is_roomy(solved.plan)
+
+
+def test_a_plan_with_less_to_spare_than_the_solver_keeps_is_a_warning_with_what_keeps_it():
+    tight = asked("teacher_rlt_mono_24gb", machine(24, 64), "vllm_gpu_memory_utilization=0.93")
+    found = assess(tight)
+    (finding,) = (finding for finding in preflight._memory(found) if finding.check == "memory")
+    assert found.solved.plan.fits and not found.memory and finding.level == "warning"
+    assert "% to spare, and 8 are to be kept free" in finding.message
+    assert finding.remedy.startswith("vllm_gpu_memory_utilization=auto   (peak 20.6 GiB)")
+    assert "or" not in finding.remedy.split()
+    (warmup,) = preflight._warmup("before", found, "error")
+    assert (warmup.check, warmup.level) == ("run:before", "warning")
+    roomy = assess(asked("teacher_rlt_mono_24gb", machine(24, 64)))
+    assert [f.level for f in preflight._memory(roomy) if f.check == "memory"] == ["ok"]

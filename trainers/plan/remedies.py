@@ -7,10 +7,11 @@ from itertools import product
 from typing import Any
 
 from trainers.checks import option_faults
-from trainers.config import REPO
+from trainers.config import CONFIG_DIR, REPO
 from trainers.errors import ConfigError, Fault
 from trainers.memory import cache_share
 from trainers.options import CommonOptions
+from trainers.plan.machine import GB
 from trainers.plan.solve import (
     DECIDED,
     SPARE,
@@ -88,7 +89,7 @@ class Change:
     def as_remedy(self) -> str:
         """To be pasted, and what it leads to."""
         plan = self.solved.plan
-        spare = "" if _is_roomy(plan) else f", only {100 * plan.spare:.1f} % to spare"
+        spare = "" if is_roomy(plan) else f", only {100 * plan.spare:.1f} % to spare"
         other = "" if self.tighter is None else f", or {self.tighter.as_remedy()}"
         return f"{self}   (peak {plan.peak / GIB:.1f} GiB{spare}){other}"
 
@@ -96,7 +97,7 @@ class Change:
         return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
 
 
-def _is_roomy(plan: Plan) -> bool:
+def is_roomy(plan: Plan) -> bool:
     """Whether it keeps free what the solver does."""
     return plan.peak <= int(plan.available * (1 - SPARE))
 
@@ -208,10 +209,16 @@ def nearest_fit(problem: Problem) -> Change | None:
     tighter = None
     for steps in _methods(problem):
         found = _nearest_with(problem, steps)
-        if found is not None and _is_roomy(found.solved.plan):
+        if found is not None and is_roomy(found.solved.plan):
             return replace(found, tighter=tighter or found.tighter)
         tighter = tighter or found
     return tighter
+
+
+def roomier(problem: Problem) -> Change | None:
+    """Settings that keep free what the solver does, for a run that fits with less; None if nothing does."""
+    found = nearest_fit(problem)
+    return replace(found, tighter=None) if found is not None and is_roomy(found.solved.plan) else None
 
 
 def _methods(problem: Problem) -> Iterator[list[Settings]]:
@@ -258,8 +265,8 @@ def _nearest_with(problem: Problem, method: list[Settings]) -> Change | None:
     tight = None
     for places in _placings(problem.changed(_merged(steps))):
         plan = _change(problem, [*steps, *places]).solved.plan
-        if plan.fits and _is_roomy(plan):
-            return replace(_without_needless(problem, method, [*steps, *places], _is_roomy), tighter=tight)
+        if plan.fits and is_roomy(plan):
+            return replace(_without_needless(problem, method, [*steps, *places], is_roomy), tighter=tight)
         if plan.fits and tight is None:
             tight = _without_needless(problem, method, [*steps, *places], lambda plan: True)
     return tight
@@ -339,6 +346,23 @@ def _tenths(size: int) -> float:
     return math.ceil(10 * size / GIB) / 10
 
 
+SHIPPED = {
+    "rl": "teacher_rlt_mono_{}gb",
+    "sft": "teacher_sft_{}gb",
+}  # by stage: runs named by the card they are made for
+
+
+def made_for(stage: str, free: int) -> str | None:
+    """The run that comes with the project and is made for the largest card of no more memory than is free."""
+    if stage not in SHIPPED:
+        return None
+    before, after = SHIPPED[stage].split("{}")
+    names = (path.stem for path in (CONFIG_DIR / "run_cfg").glob(f"{before}*{after}.yaml"))
+    sizes = [int(name.removeprefix(before).removesuffix(after)) for name in names]
+    size = max((size for size in sizes if size * GB <= free), default=None)
+    return None if size is None else f"{SHIPPED[stage].format(size)}, made for {size} GB"
+
+
 def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
     """What a user reads whose run does not fit the device."""
     plan = solved.plan
@@ -346,5 +370,6 @@ def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
     work = batch_plan(solved.options).equation() if stage == "rl" else f"stage={stage}"
     need, free = plan.peak / GIB, plan.available / GIB
     cause = f"the {plan.peak_phase} phase needs {need:.1f} GiB and {free:.1f} GiB are free ({work})"
-    remedy = nearest.as_remedy() if nearest else "a smaller model"
+    smaller = made_for(stage, plan.available) if plan.work.device == "cuda" else None
+    remedy = nearest.as_remedy() if nearest else "a smaller model" + (f", or the run {smaller}" if smaller else "")
     return ConfigError(Fault("memory", ..., cause, f"{remedy}; ignore_memory_plan=true starts it all the same"))
