@@ -177,3 +177,13 @@ def test_the_best_checkpoint_is_kept_beside_the_last(limit, kept):
     plain, chosen = (planned(80, 512, *words, *more).plan.disk for more in ((), best))
     one = plain["checkpoints"] / (limit + 1)
     assert chosen["checkpoints"] == pytest.approx((kept + 1) * one)
+
+
+@pytest.mark.parametrize("run", ["teacher_rlt_mono_85gb", "teacher_rlt_mono_24gb"])
+def test_an_engine_that_is_built_anew_takes_disk_for_the_whole_model(run):
+    """The merged one where adapters are trained: 7.6 billion weights of bf16."""
+    disks = []
+    for bridge in ("copy", "restart"):
+        options = load_options(compose_run(run, [f"weight_bridge={bridge}"]), repo=REPO, needs_device=False)
+        disks.append(solve(problem(options, machine(options.vram_gb, 200))).plan.disk)
+    assert disks[1] == disks[0] | {"engine's weights": 2 * 7_615_616_512}
