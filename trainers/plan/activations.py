@@ -73,7 +73,7 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     norms = _family(FAMILY_LORA_PEAK if work.use_peft else FAMILY_PEAK, work)
     each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
     each += 0 if work.reads_without_mask else mask * work.length
-    layer = int(at_once * (each - _not_repeated(work) + ranks))
+    layer = int(at_once * (each - _not_repeated(work) + ranks + _dropout_by_token(work)[1]))
     held = others = kept_bytes(work)
     if work.is_eager(teacher):
         at_peak, kept_scores = _eager_peak(work, norms, at_once)
@@ -130,7 +130,25 @@ def _kept_widths(work: Workload) -> list[tuple[float, int]]:
     widths = [(inner, teacher.intermediate), (hidden + family[0], teacher.hidden)]
     widths += [(queries + family[1], _queries(teacher)), (family[1], teacher.num_kv_heads * teacher.head_dim)]
     widths += [(rank[0], work.adapter.rank)] if rank else []
+    dropped = _dropout_by_token(work)[0]
+    widths += [(dropped, 1)] if dropped else []
     return widths + ([(_eager_peak(work, 0, 0)[1], 1)] if work.is_eager(teacher) else [])
+
+
+def _dropout_by_token(work: Workload) -> tuple[float, float]:
+    """Bytes of a token that dropout before a layer's adapters adds to what is kept, and to the peak: each adapted
+    projection has a mask, of a byte on a GPU and fp32 on a CPU, and an input of its own, which bf16 casts anyway."""
+    teacher, o = work.teacher, work.options
+    if not work.use_peft or not o.lora_dropout:
+        return 0, 0
+    targets = work.adapter.targets
+    inputs = sum(inner for _, inner in teacher.linears(targets)) / teacher.num_layers
+    mask = 1 if work.device == "cuda" else 4
+    if work.itemsize == 2:
+        return mask * inputs, mask * inputs + 4 * teacher.intermediate
+    shared = 2 * teacher.hidden + teacher.intermediate if targets == "all-linear" else 0  # no more kept as they were
+    kept = (4 + mask) * inputs - 4 * shared
+    return kept, kept
 
 
 def _kept_by_token(work: Workload) -> float:
