@@ -77,10 +77,10 @@ def measured(step):
     return allocator_peak(profile)
 
 
-def backward_peak(given, precision, use_peft=False, checkpointing=True, attention="eager", masked=True):
+def backward_peak(given, precision, use_peft=False, checkpointing=True, attention="eager", masked=True, dropout=0.0):
     model = make(given, precision, attention).train()
     if use_peft:
-        model = add_adapters(model, work(given, precision, use_peft=True).options)
+        model = add_adapters(model, work(given, precision, use_peft=True, lora_dropout=dropout).options)
         model.enable_input_require_grads()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -145,6 +145,17 @@ def test_widths_of_real_models_are_planned(name, precision, checkpointing, use_p
 def test_rows_with_a_mask_are_planned(precision, checkpointing, use_peft):
     """As TRL pads them, in a warm-up and for a compiled model: keys and values are repeated for each head."""
     planned, taken = planned_and_taken("Qwen3-4B", precision, checkpointing, use_peft, masked=True)
+    assert planned == pytest.approx(taken, rel=0.06)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "without"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dropout_before_adapters_is_planned(precision, checkpointing):
+    """On a CPU its masks are fp32, and it is up to half as much again."""
+    given = WIDTHS["Qwen2.5-7B"] | {"head_dim": 64}
+    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing, "share_prompts": False}
+    planned = activations(work(given, precision, use_peft=True, lora_dropout=0.1, **chosen))
+    taken = backward_peak(given, precision, True, checkpointing, "sdpa", masked=False, dropout=0.1)
     assert planned == pytest.approx(taken, rel=0.06)
 
 

@@ -17,6 +17,7 @@ from trainers.plan.solve import solve
 from trainers.plan.workload import GIB
 
 SEVEN = 2 * 7_615_616_512  # bytes of the teacher, and of the student, in bf16
+LORA = {"use_peft": True, "learning_rate": 1e-5, "sync_ref_model": False}  # a rate ten times that of all weights
 METHOD = ("train_batch_size", "num_generations", "max_prompt_length", "max_completion_length", "beta")
 LARGE = ("train_batch_size=512", "max_completion_length=8192", "beta=0", "sync_ref_model=false")
 
@@ -54,11 +55,11 @@ def test_settings_on_offer_fit_the_host_too():
     solved = planned(40, 64)
     assert solved.plan.fits_device and not solved.plan.fits_host and not solved.plan.fits
     change = nearest(40, 64)
-    assert change.settings == {"use_peft": True, "sync_ref_model": False} and change.solved.plan.fits
+    assert change.settings == LORA and change.solved.plan.fits
     (fault,) = memory_faults(problem(checked(), machine(40, 64)), solved, change)
     needs = "process 4.0, optimizer on the host 85.5, student 14.2, reference 14.2, saving 1.9"
     assert fault.key == "host memory" and fault.cause.startswith(f"it needs 119.7 GiB ({needs}) and 64.0 GiB are free")
-    assert fault.remedy.startswith("use_peft=true sync_ref_model=false   (peak")
+    assert fault.remedy.startswith("use_peft=true learning_rate=1e-05 sync_ref_model=false   (peak")
     assert planned(40, 64, *str(change).split()).plan.fits  # as it is pasted
 
 
@@ -81,8 +82,9 @@ def test_run_that_fits_neither_is_told_both(monkeypatch):
 
 def test_settings_on_offer_hold_nothing_that_is_needless():
     """On the way to LoRA shorter completions helped; with it they need not be shorter."""
-    change, lora = nearest(22, 512), {"use_peft": True, "sync_ref_model": False}
-    assert change.settings == lora | {"activation_offloading": True} and change.tighter.settings == lora
+    change = nearest(22, 512)
+    assert change.settings == LORA | {"enforce_eager": True, "activation_offloading": True}
+    assert change.tighter.settings == LORA
 
 
 def test_streamed_student_is_read_from_disk_where_the_host_has_no_room():
@@ -177,3 +179,13 @@ def test_the_best_checkpoint_is_kept_beside_the_last(limit, kept):
     plain, chosen = (planned(80, 512, *words, *more).plan.disk for more in ((), best))
     one = plain["checkpoints"] / (limit + 1)
     assert chosen["checkpoints"] == pytest.approx((kept + 1) * one)
+
+
+@pytest.mark.parametrize("run", ["teacher_rlt_mono_85gb", "teacher_rlt_mono_24gb"])
+def test_an_engine_that_is_built_anew_takes_disk_for_the_whole_model(run):
+    """The merged one where adapters are trained: 7.6 billion weights of bf16."""
+    disks = []
+    for bridge in ("copy", "restart"):
+        options = load_options(compose_run(run, [f"weight_bridge={bridge}"]), repo=REPO, needs_device=False)
+        disks.append(solve(problem(options, machine(options.vram_gb, 200))).plan.disk)
+    assert disks[1] == disks[0] | {"engine's weights": 2 * 7_615_616_512}

@@ -14,6 +14,7 @@ from trainers.plan import machine, preflight
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Card, host_room, read_card
 from trainers.plan.workload import GIB
+from trainers.weights.hub import is_downloaded
 
 SCRIPT = [sys.executable, str(REPO / "test_config_85gb.py")]
 
@@ -98,6 +99,27 @@ def test_a_config_alone_is_no_download(tmp_path):
     assert "model_name_or_path: some/model is not here" in run(*arguments, **environment).stdout
     (kept / "snapshots" / "1" / "model.safetensors").write_text("")
     assert "model_name_or_path: some/model was downloaded before" in run(*arguments, **environment).stdout
+
+
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_a_download_that_was_broken_off_is_none(stem, tmp_path, monkeypatch):
+    """The index comes before the files that it names."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--some--model"
+    folder = kept / "snapshots" / "1"
+    folder.mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1")
+    (folder / f"{stem}.index.json").write_text(
+        json.dumps({"weight_map": {"a": "1 of 2", "b": "2 of 2", "c": "1 of 2"}})
+    )
+    found = []
+    for name in ("1 of 2", "2 of 2"):
+        found.append(is_downloaded("some/model"))
+        (folder / name).write_text("")
+    assert [*found, is_downloaded("some/model")] == [False, False, True]
+    (folder / f"{stem}.index.json").write_text("{")
+    assert not is_downloaded("some/model")
 
 
 @pytest.mark.parametrize("size", ["0", "nan", "-3", "much"])

@@ -8,11 +8,13 @@ from planned import machine, nearest, planned, problem
 
 from trainers.checks import load_options
 from trainers.config import compose_run
+from trainers.errors import ConfigError
 from trainers.options import options_class
+from trainers.plan import preflight
 from trainers.plan.machine import Machine
-from trainers.plan.planning import start_faults
+from trainers.plan.planning import assess, start_faults
 from trainers.plan.remedies import nearest_fit, refuse
-from trainers.plan.solve import solve
+from trainers.plan.solve import share_faults, solve
 from trainers.plan.workload import GIB
 
 
@@ -22,6 +24,7 @@ from trainers.plan.workload import GIB
         ("teacher_rlt_mono", ["overlap_scoring=true", "offload_untrained_models=false"], 48),
         ("teacher_rlt_mono", ["reward_funcs=[teacher_logprob_kl,length]", "length_soft_cache=3000"], 18),
         ("teacher_rlt_mono", ["cast_lm_head_to_fp32=true", "weight_bridge=copy"], 30),
+        ("teacher_rlt_mono_24gb", ["vllm_gpu_memory_utilization=0.5", "per_device_train_batch_size=32"], 24),
     ],
 )
 def test_what_is_offered_would_be_taken(run, words, gb):
@@ -29,7 +32,36 @@ def test_what_is_offered_would_be_taken(run, words, gb):
     if offered is not None:
         pasted = [word for word in str(offered).split() if "=" in word]
         solved, options = planned(run, *words, *pasted, gb=gb)
-        assert solved.plan.fits_device and not start_faults(solved)
+        assert solved.plan.fits_device and not start_faults(solved) and not share_faults(solved, machine(gb))
+
+
+@pytest.mark.parametrize(("share", "starts"), [("0.5", False), ("0.76", False), ("0.79", True), ("auto", True)])
+def test_a_share_of_the_card_that_leaves_vllm_no_cache_is_told(share, starts):
+    """Of 24 GB, 22.35 GiB, 16.89 are taken before the cache, and 6208 tokens of 57344 bytes are 0.33: 77.1 percent."""
+    words = [f"vllm_gpu_memory_utilization={share}", "vram_gb=24"]
+    options = load_options(compose_run("teacher_rlt_mono_24gb", words), repo=REPO, needs_device=False)
+    found = assess(problem(options, machine(24)))
+    assert not found.memory and [fault.key for fault in found.start] == ["vllm_gpu_memory_utilization"] * (not starts)
+    for fault in found.start:
+        assert fault.remedy == "vllm_gpu_memory_utilization=auto"
+        assert f"of these {float(share) * 24e9 / GIB:.1f} GiB 16.9 are taken" in fault.cause
+    given = load_options(
+        compose_run("teacher_rlt_mono_24gb", [*words, "kv_cache_gib=1"]), repo=REPO, needs_device=False
+    )
+    assert not assess(problem(given, machine(24))).start  # which is what counts then
+
+
+def test_the_least_cache_that_is_offered_would_be_taken():
+    """12352 tokens of 57344 bytes are 0.65967 GiB, which rounded to three digits were too few."""
+    with pytest.raises(ConfigError) as refused:
+        planned("teacher_rlt_mono_80gb", "kv_cache_gib=0.1")
+    (fault,) = refused.value.faults
+    assert fault.remedy == "kv_cache_gib=0.66"
+    for completion in range(1000, 1016):  # rounded down for some of them
+        words = ["max_prompt_length=1000", f"max_completion_length={completion}"]
+        with pytest.raises(ConfigError) as refused:
+            planned("teacher_rlt_mono_80gb", *words, "kv_cache_gib=0.01")
+        assert planned("teacher_rlt_mono_80gb", *words, refused.value.faults[0].remedy)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +100,26 @@ def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_expe
     solved, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
     shape = solved.plan.work.student
     assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
-    assert solved.options.student_mode == "cpu"  # which offload_untrained_models keeps off the card
+    assert solved.options.student_mode == "resident"  # whatever offload_untrained_models says: there is room for it
     assert solved.options.reference_mode == "streamed"
+    asked, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", "student_mode=cpu")
+    assert asked.options.student_mode == "cpu"
+
+
+def test_a_mixture_of_experts_that_the_card_has_no_room_for_is_read_on_the_host_with_a_warning(tmp_path):
+    """30B as Qwen3-30B-A3B is, 57 GiB; beside a 7B in training there is no room for it on 80 GB."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936}
+    config = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    words = [f"student_model={tmp_path}", "vram_gb=80"]
+    for further, warned in (([], 1), (["student_mode=cpu"], 0)):
+        options = load_options(compose_run("teacher_rlt_mono_80gb", words + further), repo=REPO, needs_device=False)
+        found = assess(problem(options, machine(80)))
+        assert found.solved.options.student_mode == "cpu" and found.solved.plan.fits
+        assert found.text(full=False).count("  warning: student_mode=cpu: it cannot be streamed") == warned
+        findings = [f for f in preflight._memory(found) if f.check == "student_mode=cpu"]
+        assert [finding.level for finding in findings] == ["warning"] * warned
 
 
 def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):

@@ -149,6 +149,34 @@ def offloaded(place: str) -> dict[str, Any]:
     return {"weights": steps(), "orders": orders(steps)}
 
 
+def kept(chosen: str) -> list[int]:
+    """Bytes that models leave on the device when they have read 2 x 512 tokens and activations were offloaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+    from trainers.models import DTYPES
+    from trainers.options import options_class
+    from trainers.weights.adapters import add_adapters, base_model
+
+    found, ids = [], torch.randint(0, 512, (2, 512), device="cuda")
+    for config, precision, use_peft, checkpointing in json.loads(chosen):
+        full = AutoConfig.for_model(**config, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        model = AutoModelForCausalLM.from_config(full, dtype=DTYPES[precision], attn_implementation="sdpa").train()
+        if use_peft:
+            model = add_adapters(model, options_class("rl")(use_peft=True, lora_r=4))
+            model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to("cuda")
+        before = torch.cuda.memory_allocated()
+        with get_act_offloading_ctx_manager(model):
+            states = base_model(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+            found.append(torch.cuda.memory_allocated() - before)
+        del states, model
+    return found
+
+
 def orders(work: Callable[[], Any]) -> dict[str, list[str]]:
     """Accesses that nothing orders: as it is, and without one kind of waiting, of the default stream or of another."""
     import torch
@@ -254,5 +282,5 @@ if __name__ == "__main__":
         gpu_engine.find_triton(triton)
     device.pretend(Path(sys.argv[1]))
     gpu_worker = gpu_engine.use() if triton else None
-    kinds: Any = (devices, graphs, asleep, streamed, offloaded, train, family, resting)
+    kinds: Any = (devices, graphs, asleep, streamed, offloaded, kept, train, family, resting)
     print(json.dumps({kind.__name__: kind for kind in kinds}[sys.argv[2]](*sys.argv[3:])))

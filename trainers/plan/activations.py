@@ -51,6 +51,10 @@ EAGER_SCORES = {4: (8, 12, 4), 2: (10, 12, 6)}
 EAGER_PEAK = {4: 28.5, 2: 18.3}
 EAGER_LORA_PEAK = {4: (25, 12), 2: (20.6, 9)}
 EAGER_FAMILY = 12
+# What activation_offloading leaves on the device (TRL's OffloadActivations): the last five tensors that were saved, and
+# each that is saved again while it is one of these. Of layers' inputs (gradient checkpointing) five are there at the
+# end with adapters; a last norm that is trained saves more beside them, and two are.
+STASHED_INPUTS = {True: 5, False: 2}
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # a tile of TRL's fused head, in positions and vocabulary entries
 # Bytes beside each entry of a tile where there is no kernel for it (on a CPU): of the forward pass (12 of an
 # explanation; 13.5 of a solution, which may fill a tile or not), of the backward.
@@ -69,13 +73,14 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     norms = _family(FAMILY_LORA_PEAK if work.use_peft else FAMILY_PEAK, work)
     each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
     each += 0 if work.reads_without_mask else mask * work.length
-    layer = int(at_once * (each - _not_repeated(work) + ranks))
+    layer = int(at_once * (each - _not_repeated(work) + ranks + _dropout_by_token(work)[1]))
     held = others = kept_bytes(work)
     if work.is_eager(teacher):
         at_peak, kept_scores = _eager_peak(work, norms, at_once)
         layer = max(layer + kept_scores * at_once, at_peak)
     if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
-        others = max(0, others - int(at_once * _kept_by_token(work)))
+        own = _left_by_token(work) if _offloads(work) else _kept_by_token(work)
+        others = max(0, others - int(at_once * own))
     scored = completions
     if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
         scored = work.micro_batch * o.max_completion_length
@@ -125,12 +130,60 @@ def _kept_widths(work: Workload) -> list[tuple[float, int]]:
     widths = [(inner, teacher.intermediate), (hidden + family[0], teacher.hidden)]
     widths += [(queries + family[1], _queries(teacher)), (family[1], teacher.num_kv_heads * teacher.head_dim)]
     widths += [(rank[0], work.adapter.rank)] if rank else []
+    dropped = _dropout_by_token(work)[0]
+    widths += [(dropped, 1)] if dropped else []
     return widths + ([(_eager_peak(work, 0, 0)[1], 1)] if work.is_eager(teacher) else [])
+
+
+def _dropout_by_token(work: Workload) -> tuple[float, float]:
+    """Bytes of a token that dropout before a layer's adapters adds to what is kept, and to the peak: each adapted
+    projection has a mask, of a byte on a GPU and fp32 on a CPU, and an input of its own, which bf16 casts anyway."""
+    teacher, o = work.teacher, work.options
+    if not work.use_peft or not o.lora_dropout:
+        return 0, 0
+    targets = work.adapter.targets
+    inputs = sum(inner for _, inner in teacher.linears(targets)) / teacher.num_layers
+    mask = 1 if work.device == "cuda" else 4
+    if work.itemsize == 2:
+        return mask * inputs, mask * inputs + 4 * teacher.intermediate
+    shared = 2 * teacher.hidden + teacher.intermediate if targets == "all-linear" else 0  # no more kept as they were
+    kept = (4 + mask) * inputs - 4 * shared
+    return kept, kept
 
 
 def _kept_by_token(work: Workload) -> float:
     """Bytes of all that."""
     return sum(each * width for each, width in _kept_widths(work)) - _not_repeated(work)
+
+
+def _offloads(work: Workload) -> bool:
+    return bool(getattr(work.options, "activation_offloading", False))
+
+
+def _left_by_token(work: Workload) -> float:
+    """Bytes of a token that a layer leaves on the device where nothing is computed again and activations are offloaded:
+    of what is saved twice in a row, by a norm (its input, in fp32), by the projections that read one input, and by
+    attention and the projection of its output; adapters of bf16 weights each cast an input of their own."""
+    teacher, size = work.teacher, work.itemsize
+    keys = teacher.num_kv_heads * teacher.head_dim
+    family = teacher.model_type
+    left = 4 * teacher.hidden * (4 if family.startswith("gemma") else 2)
+    left += 4 * (_queries(teacher) + keys) if family in ("qwen3", "gemma3_text") else 0
+    if family != "phi3" and (not work.use_peft or size == 4):  # its projections are one each
+        left += size * (_queries(teacher) + 2 * teacher.hidden)
+    return left
+
+
+def _left_bytes(work: Workload) -> int:
+    """Bytes that stay on the device when the forward pass is over and activations were offloaded."""
+    teacher, size = work.teacher, work.itemsize
+    completions, prompts = _update_tokens(work)
+    if work.options.gradient_checkpointing is not False:  # inputs of the last layers, and the last norm's
+        inputs = min(STASHED_INPUTS[work.use_peft], teacher.num_layers)
+        return completions * teacher.hidden * (inputs * size + 4)
+    last = (4 + size) * teacher.hidden + (4 * teacher.intermediate if work.use_peft else size * teacher.hidden)
+    each = _left_by_token(work)
+    return int(completions * (each * teacher.num_layers + last) + prompts * each * (teacher.num_layers - 1))
 
 
 def offloaded_bytes(work: Workload) -> int:
@@ -160,8 +213,8 @@ def kept_bytes(work: Workload) -> int:
     """Bytes that all layers keep for the backward pass."""
     teacher, size, o = work.teacher, work.itemsize, work.options
     completions, prompts = _update_tokens(work)
-    if getattr(o, "activation_offloading", False):
-        return 0
+    if _offloads(work):
+        return _left_bytes(work)
     if o.gradient_checkpointing is not False:
         return completions * teacher.hidden * size * teacher.num_layers
     each = _kept_by_token(work)

@@ -63,11 +63,13 @@ def _saved_at_once(work: Workload) -> int:
 
 
 def disk_space(work: Workload) -> dict[str, int]:
-    """Checkpoints that are kept, one more while it is written, and the result."""
+    """Checkpoints that are kept, one more while it is written, the result, and what an engine is started from."""
     o = work.options
     merged = {"merged models": sum(work.merged.values()) * work.itemsize}
     if not work.trains:
         return merged
+    if work.bridge == "restart":  # at every update, in output_dir (engine.py)
+        merged["engine's weights"] = work.teacher.num_parameters * work.itemsize
     weights, optimizer = work.trained_bytes + work.reference_adapter_bytes, work.optimizer_bytes  # peft saves both
     states = 0 if o.save_only_model else optimizer.device + optimizer.host
     # Without a limit all stay; how many there will be is known only where steps are counted.

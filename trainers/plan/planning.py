@@ -14,7 +14,7 @@ from trainers.plan.machine import MIN_COMPUTE, Machine, read_machine
 from trainers.plan.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
-from trainers.plan.solve import Problem, Solved, device_of, solve
+from trainers.plan.solve import Problem, Solved, device_of, share_faults, slow_models, solve
 from trainers.plan.workload import GIB
 from trainers.settings.engine_specs import device_faults, position_faults, quantized_teacher_faults, short_student
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
@@ -134,6 +134,7 @@ class Assessment:
 
     def text(self, full: bool) -> str:
         lines = [plan_text(self.solved, self.problem.machine, full)]
+        lines += [f"  warning: {told}" for told in slow_models(self.problem, self.solved)]
         for name, warmup in self.warmups.items():
             plan = warmup.solved.plan
             lines.append(f"  run:{name} is trained first: peak {plan.peak / GIB:.2f} GiB ({plan.peak_phase})")
@@ -196,7 +197,7 @@ def assess(problem: Problem) -> Assessment:
 def _assess_alone(problem: Problem) -> Assessment:
     solved = solve(problem)
     nearest = None if solved.plan.fits else nearest_fit(problem)
-    start = card_faults(solved, problem.machine) + start_faults(solved)
+    start = card_faults(solved, problem.machine) + share_faults(solved, problem.machine) + start_faults(solved)
     return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start)
 
 

@@ -19,7 +19,8 @@ from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.plan.machine import GB, Machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of
-from trainers.plan.solve import Problem, Solved, device_of
+from trainers.plan.remedies import Change, is_roomy, roomier
+from trainers.plan.solve import SPARE, Problem, Solved, device_of, slow_models
 from trainers.plan.workload import GIB
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
@@ -212,7 +213,7 @@ def _compiler() -> Finding:
 
 def _memory(assessed: Assessment) -> list[Finding]:
     plan, machine = assessed.solved.plan, assessed.problem.machine
-    spare = f"GiB ({plan.peak_phase}), {100 * plan.spare:.0f} % to spare"
+    spare = f"GiB ({plan.peak_phase}), {100 * plan.spare:.1f} % to spare"
     rest: Level = "error" if machine.is_here else "warning"
     faults = {fault.key: fault for fault in assessed.memory}
     findings = []
@@ -222,8 +223,13 @@ def _memory(assessed: Assessment) -> list[Finding]:
     ):
         if key in faults:
             findings.append(Finding(key, level, faults[key].cause, faults[key].remedy))
+        elif key == "memory" and not is_roomy(plan):
+            findings.append(_tight(f"{need / GIB:.1f} of {free / GIB:.1f} {unit}", roomier(assessed.problem)))
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
+    for told in slow_models(assessed.problem, assessed.solved):
+        key, _, cause = told.partition(": ")
+        findings.append(Finding(key, "warning", cause, "a smaller model there, or one that can be streamed"))
     for name, warmup in assessed.warmups.items():
         findings += _warmup(name, warmup, rest)
     for written in assessed.written:
@@ -235,6 +241,12 @@ def _memory(assessed: Assessment) -> list[Finding]:
     return findings
 
 
+def _tight(message: str, better: Change | None) -> Finding:
+    """Of a run that fits with less to spare than what a plan can be off by."""
+    remedy = better.as_remedy() if better else ""
+    return Finding("memory", "warning", f"{message}, and {100 * SPARE:.0f} are to be kept free", remedy)
+
+
 def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
     """Of a model that is trained first."""
     findings = _configuration(warmup.start)
@@ -243,6 +255,8 @@ def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
         findings.append(Finding(fault.key, level, fault.cause, fault.remedy))
     plan = warmup.solved.plan
     message = f"trained first: {plan.peak / GIB:.1f} of {plan.available / GIB:.1f} GiB ({plan.peak_phase})"
+    if not findings and not is_roomy(plan):
+        return [Finding(f"run:{name}", "warning", f"{message}, {100 * plan.spare:.1f} % to spare")]
     findings = [replace(f, check=f"run:{name}", message=f"{f.check}: {f.message}") for f in findings]
     return findings or [Finding(f"run:{name}", "ok", message)]
 

@@ -1,16 +1,28 @@
 """What is offered where a run does not fit, and what each change of its options would lead to."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from trainers.checks import option_faults
-from trainers.config import REPO
+from trainers.config import CONFIG_DIR, REPO
 from trainers.errors import ConfigError, Fault
 from trainers.memory import cache_share
 from trainers.options import CommonOptions
-from trainers.plan.solve import DECIDED, SPARE, Problem, Solved, device_of, precision_of, reads_teacher, solve
+from trainers.plan.machine import GB
+from trainers.plan.solve import (
+    DECIDED,
+    SPARE,
+    Problem,
+    Solved,
+    device_of,
+    precision_of,
+    reads_teacher,
+    share_faults,
+    solve,
+)
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import device_faults
@@ -51,7 +63,11 @@ PLACES: tuple[tuple[tuple[Settings, int], ...], ...] = (
     (({"optim": "cpu_offload"}, 3), ({"optim": "adamw_8bit"}, 2)),
     (({"activation_offloading": True}, 7), ({"activation_offloading": False}, 4)),
 )
-LORA = {"use_peft": True, "optim": "auto", "sync_ref_model": False, "reference_mode": "auto", "weight_bridge": None}
+# Adapters take ten times the rate of all weights, as in the presets (cfgs/trainer_cfg/grpo_mono_lora.yaml); one that is
+# above what all weights have there was made larger by the user, and stays.
+FULL_RATES = {"rl": 1e-6, "sft": 1e-5}
+LORA = {"use_peft": True, "learning_rate": Times(10), "optim": "auto", "sync_ref_model": False}
+LORA |= {"reference_mode": "auto", "weight_bridge": None}
 # What changes the method.
 RANK: Settings = {"lora_r": 16}
 HALF = Times(0.5)
@@ -73,7 +89,7 @@ class Change:
     def as_remedy(self) -> str:
         """To be pasted, and what it leads to."""
         plan = self.solved.plan
-        spare = "" if _is_roomy(plan) else f", only {100 * plan.spare:.1f} % to spare"
+        spare = "" if is_roomy(plan) else f", only {100 * plan.spare:.1f} % to spare"
         other = "" if self.tighter is None else f", or {self.tighter.as_remedy()}"
         return f"{self}   (peak {plan.peak / GIB:.1f} GiB{spare}){other}"
 
@@ -81,7 +97,7 @@ class Change:
         return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
 
 
-def _is_roomy(plan: Plan) -> bool:
+def is_roomy(plan: Plan) -> bool:
     """Whether it keeps free what the solver does."""
     return plan.peak <= int(plan.available * (1 - SPARE))
 
@@ -90,15 +106,22 @@ def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _changed(options: CommonOptions, knob: Settings) -> Settings:
-    """What a knob changes of these options; empty where it changes nothing or does not apply."""
+def _changed(options: CommonOptions, knob: Settings, longest: int | None = None) -> Settings:
+    """What a knob changes of these options; empty where it changes nothing or does not apply.
+
+    Args:
+        longest: Tokens that the model can read, which a length that is not set stands for.
+    """
     settings = {}
     for key, value in knob.items():
         if not hasattr(options, key):
             continue
         now = getattr(options, key)
-        if isinstance(value, Times):
-            value = None if now is None else max(16, int(now * value))
+        if key == "learning_rate":
+            value = float(f"{now * value:.6g}") if now <= FULL_RATES[options.stage] else now
+        elif isinstance(value, Times):
+            length = longest if now is None else now
+            value = None if length is None else max(16, int(length * value))
         if value != now:
             settings[key] = value
     leads = next(iter(knob))
@@ -118,9 +141,12 @@ def knobs(problem: Problem) -> list[Change]:
     now = _outcome(solve(problem))
     places = (settings for row in PLACES for settings, _ in row)
     for knob in (*FRUGAL, *places, RANK, *SHORTER, LORA, *OTHERS):
-        settings = _changed(problem.options, knob)
+        settings = _changed(problem.options, knob, problem.teacher.max_positions)
         if settings and _applies(problem, settings):
-            change = Change(settings, solve(problem.changed(settings)))
+            try:
+                change = Change(settings, solve(problem.changed(settings)))
+            except ConfigError:  # a KV cache of a size that was asked for is too small for longer texts
+                continue
             if _outcome(change.solved) != now:
                 changes.append(change)
     return changes
@@ -183,10 +209,16 @@ def nearest_fit(problem: Problem) -> Change | None:
     tighter = None
     for steps in _methods(problem):
         found = _nearest_with(problem, steps)
-        if found is not None and _is_roomy(found.solved.plan):
+        if found is not None and is_roomy(found.solved.plan):
             return replace(found, tighter=tighter or found.tighter)
         tighter = tighter or found
     return tighter
+
+
+def roomier(problem: Problem) -> Change | None:
+    """Settings that keep free what the solver does, for a run that fits with less; None if nothing does."""
+    found = nearest_fit(problem)
+    return replace(found, tighter=None) if found is not None and is_roomy(found.solved.plan) else None
 
 
 def _methods(problem: Problem) -> Iterator[list[Settings]]:
@@ -196,7 +228,7 @@ def _methods(problem: Problem) -> Iterator[list[Settings]]:
     def further(steps: list[Settings], knobs: Sequence[Settings]) -> Iterator[list[Settings]]:
         for knob in knobs:
             current = problem.changed(_merged(steps))
-            settings = _changed(current.options, knob)
+            settings = _changed(current.options, knob, current.teacher.max_positions)
             if settings and _applies(current, settings):
                 steps = [*steps, settings]
                 yield steps
@@ -210,7 +242,7 @@ def _methods(problem: Problem) -> Iterator[list[Settings]]:
         yield adapters
         for steps in further(adapters, SHORTER):
             yield steps
-    yield from further(steps, SHORTER[:1] * 2)
+    yield from further(steps, (*SHORTER[:1] * 2, *SHORTER[2:] * 5))
 
 
 def _merged(steps: Sequence[Settings]) -> Settings:
@@ -233,8 +265,8 @@ def _nearest_with(problem: Problem, method: list[Settings]) -> Change | None:
     tight = None
     for places in _placings(problem.changed(_merged(steps))):
         plan = _change(problem, [*steps, *places]).solved.plan
-        if plan.fits and _is_roomy(plan):
-            return replace(_without_needless(problem, method, [*steps, *places], _is_roomy), tighter=tight)
+        if plan.fits and is_roomy(plan):
+            return replace(_without_needless(problem, method, [*steps, *places], is_roomy), tighter=tight)
         if plan.fits and tight is None:
             tight = _without_needless(problem, method, [*steps, *places], lambda plan: True)
     return tight
@@ -272,7 +304,8 @@ def _without_needless(
     for step in (*reversed(method), *reversed(steps[len(method) :])):
         fewer = [kept for kept in steps if kept is not step]
         change = _change(problem, fewer)
-        if change.solved.plan.fits and is_enough(change.solved.plan) and _applies(problem, change.settings):
+        starts = _applies(problem, change.settings) and not share_faults(change.solved, problem.machine)
+        if change.solved.plan.fits and is_enough(change.solved.plan) and starts:
             steps, best = fewer, change
     return best
 
@@ -288,17 +321,46 @@ OF_HOST: dict[str, tuple[Settings, ...]] = {
 
 
 def host_remedy(problem: Problem, solved: Solved) -> str:
-    """What takes less of the host than this plan, each by itself, where nothing was found that fits."""
-    now, found = solved.plan.host_need, []
+    """What fits, device and host, by a single change that takes less of the host, where nothing was found that leaves
+    the method as it is; or else how much memory a machine would need at the least."""
+    changes = [Change({}, solved)]
     knobs = [knob for item, knobs in OF_HOST.items() if item in solved.plan.host for knob in knobs]
     for knob in (*knobs, LORA):
         settings = _changed(problem.options, knob)
-        if not settings or not _applies(problem, settings):
-            continue
-        change = Change(settings, solve(problem.changed(settings)))
-        if change.solved.plan.host_need < now:
-            found.append(f"{change} (it then needs {change.solved.plan.host_need / GIB:.1f} GiB)")
-    return ", ".join([*found, "or a machine with more memory"]) if found else "a machine with more memory"
+        if settings and _applies(problem, settings):
+            changes.append(Change(settings, solve(problem.changed(settings))))
+    on_device = [change for change in changes if change.solved.plan.fits_device]
+    fit = [change for change in on_device if change.solved.plan.host_need <= problem.machine.host_free]
+    if fit:
+        offered = (f"{change} (it then needs {change.solved.plan.host_need / GIB:.1f} GiB)" for change in fit)
+        return ", ".join([*offered, "or a machine with more memory"])
+    if not on_device:
+        return "a machine with more memory"
+    least = min(on_device, key=lambda change: _tenths(change.solved.plan.host_need))
+    so = f", with {least}" if least.settings else ""
+    return f"a machine with {_tenths(least.solved.plan.host_need):.1f} GiB of free host memory{so}"
+
+
+def _tenths(size: int) -> float:
+    """GiB, rounded up."""
+    return math.ceil(10 * size / GIB) / 10
+
+
+SHIPPED = {
+    "rl": "teacher_rlt_mono_{}gb",
+    "sft": "teacher_sft_{}gb",
+}  # by stage: runs named by the card they are made for
+
+
+def made_for(stage: str, free: int) -> str | None:
+    """The run that comes with the project and is made for the largest card of no more memory than is free."""
+    if stage not in SHIPPED:
+        return None
+    before, after = SHIPPED[stage].split("{}")
+    names = (path.stem for path in (CONFIG_DIR / "run_cfg").glob(f"{before}*{after}.yaml"))
+    sizes = [int(name.removeprefix(before).removesuffix(after)) for name in names]
+    size = max((size for size in sizes if size * GB <= free), default=None)
+    return None if size is None else f"{SHIPPED[stage].format(size)}, made for {size} GB"
 
 
 def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
@@ -308,5 +370,6 @@ def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
     work = batch_plan(solved.options).equation() if stage == "rl" else f"stage={stage}"
     need, free = plan.peak / GIB, plan.available / GIB
     cause = f"the {plan.peak_phase} phase needs {need:.1f} GiB and {free:.1f} GiB are free ({work})"
-    remedy = nearest.as_remedy() if nearest else "a smaller model"
+    smaller = made_for(stage, plan.available) if plan.work.device == "cuda" else None
+    remedy = nearest.as_remedy() if nearest else "a smaller model" + (f", or the run {smaller}" if smaller else "")
     return ConfigError(Fault("memory", ..., cause, f"{remedy}; ignore_memory_plan=true starts it all the same"))

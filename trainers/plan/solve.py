@@ -4,6 +4,7 @@ Only what belongs to the machine is solved: micro-batch, KV cache, where student
 the optimizer. The effective batch and the group size are part of the method and are never changed.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -194,9 +195,20 @@ def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str
     if mode != "auto":
         return [mode]
     if not shape.can_stream:
-        return ["resident"] if device == "cpu" else ["cpu"] if offload else ["resident", "cpu"]
+        return ["resident"] if device == "cpu" else ["resident", "cpu"]  # read on the host it takes far longer
     # On a CPU "streamed" is read from disk: it takes the least memory.
     return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
+
+
+def slow_models(problem: Problem, solved: Solved) -> list[str]:
+    """What is told of models that were put where they are read slowly, unasked."""
+    work = solved.plan.work
+    found = []
+    for key in ("student_mode", "reference_mode"):
+        if work.device == "cuda" and getattr(work, key) == "cpu" and getattr(problem.options, key) == "auto":
+            cause = "it cannot be streamed, and the card has no room for it: it is read on the host's processor, slowly"
+            found.append(f"{key}=cpu: {cause}")
+    return found
 
 
 def _micro_batches(options: TrainOptions, devices: int) -> list[int]:
@@ -216,6 +228,27 @@ def _tokens_per_pass(options: CommonOptions, device: str) -> list[int]:
     return list(TOKENS_PER_PASS) if device == "cuda" else [CPU_TOKENS_PER_PASS]
 
 
+def _left_of_share(plan: Plan, total: int) -> int:
+    """What vLLM takes for its cache: a share of the whole card, less what it finds taken."""
+    apart = ("student", "reference", "KV cache")
+    taken = sum(size for name, size in plan.phases["load"].items() if name not in apart)
+    return int(plan.work.options.vllm_gpu_memory_utilization * total) - taken
+
+
+def share_faults(solved: Solved, machine: Machine) -> list[Fault]:
+    """A share of the card that leaves vLLM no cache: it does not start."""
+    work, options = solved.plan.work, solved.options
+    if not work.has_engine or work.device == "cpu" or options.kv_cache_gib is not None:
+        return []
+    share, total = options.vllm_gpu_memory_utilization, machine.card.total
+    least, left = kv_least(options, work.teacher, work.itemsize), _left_of_share(solved.plan, total)
+    if left >= least:
+        return []
+    cause = f"of these {share * total / GIB:.1f} GiB {(share * total - left) / GIB:.1f} are taken by weights and what "
+    cause += f"vLLM computes with, and one sequence of the greatest length takes {least / GIB:.3g}: it cannot start"
+    return [Fault("vllm_gpu_memory_utilization", share, cause, "vllm_gpu_memory_utilization=auto")]
+
+
 def _with_cache(
     work: Workload, budget: int, available: int, host_free: int | None, total: int, enough: float
 ) -> Solved:
@@ -230,17 +263,16 @@ def _with_cache(
         size = int(options.kv_cache_gib * GIB)
         if size < least:
             cause = f"one sequence of the greatest length takes {least / GIB:.3g} GiB"
-            raise ConfigError(Fault("kv_cache_gib", options.kv_cache_gib, cause, f"kv_cache_gib={least / GIB:.3g}"))
+            enough_gib = math.ceil(1000 * least / GIB) / 1000
+            raise ConfigError(Fault("kv_cache_gib", options.kv_cache_gib, cause, f"kv_cache_gib={enough_gib:g}"))
     elif solves:
         empty = make_plan(work, available)
         room = budget - max(empty.total("generate"), empty.total("load"))
         size = max(min(need, room), least, int(enough * need))
     elif work.device == "cpu":
         size = CPU_KV_CACHE
-    else:  # as vLLM: a share of the whole card, less what it finds taken
-        loaded = make_plan(work, available).phases["load"]
-        taken = sum(size for name, size in loaded.items() if name not in ("student", "reference"))
-        size = max(int(options.vllm_gpu_memory_utilization * total) - taken, least)
+    else:
+        size = max(_left_of_share(make_plan(work, available), total), least)
     update: dict[str, Any] = {"max_num_seqs": max_num_seqs(options)}
     if solves:
         update["kv_cache_gib"] = size / GIB

@@ -1,7 +1,9 @@
 """What the hub tells of a model. A plan asks once and briefly; a run that starts has time."""
 
+import json
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 HUB_TIMEOUT = 1.0  # seconds for each model
@@ -38,9 +40,20 @@ def cached_file(path: str, name: str) -> str | None:
 
 
 def is_downloaded(path: str) -> bool:
-    """Whether an earlier download left the weights of a model."""
-    names = (f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
-    return any(cached_file(path, name) for name in names)
+    """Whether an earlier download left the weights of a model, all of them: one that was broken off leaves an index."""
+    stems = ("model.safetensors", "pytorch_model.bin")
+    if any(cached_file(path, name) for name in stems):
+        return True
+    indices = (cached_file(path, f"{stem}.index.json") for stem in stems)
+    return any(index is not None and _has_all_of(path, Path(index)) for index in indices)
+
+
+def _has_all_of(path: str, index: Path) -> bool:
+    """Whether every file that an index names is there."""
+    with suppress(OSError, ValueError, KeyError, AttributeError):  # one that cannot be read
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all(cached_file(path, name) for name in names)
+    return False
 
 
 def download_config(path: str) -> None:
