@@ -2,13 +2,12 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 import yaml
+from command_line import asked_by_its_card, completions, lines, rl, train
 from conftest import REPO, TINY_MODEL
 from safetensors.torch import load_file
 
@@ -24,13 +23,6 @@ RESULT_KEYS = {
     "student_accuracy",
     "unscorable_fraction",
 }
-
-
-def train(*arguments, cwd=REPO):
-    command = [sys.executable, str(REPO / "train.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -50,40 +42,10 @@ def warm(tmp_path_factory):
     return folder
 
 
-def rl(warm, out, *overrides, cwd=REPO):
-    return train(
-        "teacher_rlt_tiny.yaml",
-        f"model_name_or_path={warm}/teacher",
-        f"student_model={warm}/student",
-        f"output_dir={out}",
-        "max_samples=64",
-        "max_eval_samples=8",
-        "max_steps=3",
-        "train_batch_size=16",
-        "per_device_train_batch_size=8",
-        "num_generations=4",
-        "generation_aggregation_steps=2",
-        "per_device_eval_batch_size=8",
-        "max_completion_length=16",
-        "logging_steps=1",
-        "save_steps=2",
-        *overrides,
-        cwd=cwd,
-    )
-
-
 @pytest.fixture(scope="module")
 def first_run(warm, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     return out, rl(warm, out, "seed=1")
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def completions(out, step):
-    return pd.read_parquet(out / "completions" / f"completions_{step:05d}.parquet")
 
 
 def test_warm_up_leaves_a_loadable_model(warm):
@@ -157,14 +119,6 @@ def test_checkpoints_and_final_model_load_with_tokenizer(first_run):
         assert AutoTokenizer.from_pretrained(folder).chat_template
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert "model.layers.0.self_attn.q_proj.weight" in model.state_dict()
-
-
-def asked_by_its_card(out):
-    """What the Python in the README.md of a trained teacher prints."""
-    (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_folder_s_readme_asks_the_teacher(warm, first_run):
