@@ -129,11 +129,11 @@ def _text_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each split of a folder, where all are .csv or JSON: those are read as they are by themselves."""
     found = load_dataset_builder(str(folder)).config.data_files or {}
     files = {str(split): [Path(file) for file in each] for split, each in found.items()}
-    return files if all(file.suffix in READERS for each in files.values() for file in each) else {}
+    return files if all(file.suffix.lower() in READERS for each in files.values() for file in each) else {}
 
 
 def _all_of(files: list[Path], key: str, path: str) -> Dataset:
-    return concatenate_datasets([READERS[file.suffix](file, key, path) for file in files])
+    return concatenate_datasets([READERS[file.suffix.lower()](file, key, path) for file in files])
 
 
 def _from_csv(file: Path, key: str, path: str) -> Dataset:

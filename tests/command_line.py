@@ -46,9 +46,8 @@ def completions(out, step):
     return pd.read_parquet(out / "completions" / f"completions_{step:05d}.parquet")
 
 
-def asked_by_its_card(out):
-    """What the Python in the README.md of a trained teacher prints."""
+def ask_by_its_card(out):
+    """Run the Python in the README.md of a trained teacher."""
     (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -127,9 +127,14 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
             "each of its",
             "null",
         ),
-        (["save_strategy=best", "report_before_after=false"], "save_strategy", "nothing is evaluated", "eval_strategy"),
+        (
+            ["save_strategy=best", "metric_for_best_model=reward"],
+            "save_strategy",
+            "nothing is evaluated",
+            "eval_strategy",
+        ),
         (["dataloader_drop_last=true"], "dataloader_drop_last", "held-out questions", "leave it out"),
-        (["generation_kwargs={presence_penalty: 0.5}"], "generation_kwargs", "the reward's KL", "leave it out, or kl_"),
+        (["generation_kwargs={presence_penalty: 0.5}"], "generation_kwargs", "the reward's KL", "reward_coeff=0"),
         (
             ["generation_kwargs={min_tokens: 2}"],
             "generation_kwargs",

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from small_run import make_trainer
 from transformers import AutoModelForCausalLM
@@ -42,12 +43,17 @@ def test_the_warm_up_and_the_engine_that_is_built_anew_write_shards_too(model_di
     assert len(shards(tmp_path)) >= 3
 
 
-def test_a_readme_that_is_not_ours_is_kept(tmp_path):
+def test_a_readme_that_is_not_ours_is_kept(model_dir, tmp_path):
     options = options_class("sft")(stage="sft", model_name_or_path="some/base")
-    write_model_card(tmp_path, options)
+    write_model_card(tmp_path, options, (2,))
     assert "`some/base`" in (tmp_path / "README.md").read_text()
-    write_model_card(tmp_path, options.model_copy(update={"model_name_or_path": "other/base"}))
+    write_model_card(tmp_path, options.model_copy(update={"model_name_or_path": "other/base"}), (2,))
     assert "`other/base`" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").unlink()
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    PeftModel(model, LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    write_model_card(tmp_path, options, (2,))  # in place of peft's, which tells nothing
+    assert "`some/base`" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
-    write_model_card(tmp_path, options)
+    write_model_card(tmp_path, options, (2,))
     assert (tmp_path / "README.md").read_text() == "mine"

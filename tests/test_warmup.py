@@ -25,6 +25,7 @@ def trained(monkeypatch):
     def run_sft(options, output_dir, start):
         calls.append((options.sft_role, options.seed, options.tag_format, start))
         (output_dir / "config.json").write_text("{}")
+        (output_dir / "README.md").write_text(f"in {output_dir}")
 
     monkeypatch.setattr(warmup_runs, "run_sft", run_sft)
     return calls
@@ -37,6 +38,7 @@ def test_a_warm_up_trains_what_it_starts_from_first_and_is_kept(trained, tmp_pat
     assert warmup_runs.ensure_model("run:teacher_sft_tiny", options(), tmp_path) == teacher
     assert len(trained) == 2  # nothing was trained again
     assert not list(tmp_path.glob("results/warmup/*.partial*"))
+    assert (Path(teacher) / "README.md").read_text() == f"in {teacher}"
 
 
 def test_a_warm_up_follows_the_seed_and_the_texts_of_the_run(trained, tmp_path):
@@ -84,6 +86,7 @@ def test_a_warm_up_that_leaves_an_adapter_is_kept_too(monkeypatch, tmp_path):
     def run_sft(options, output_dir, start):
         calls.append(start)
         (output_dir / "adapter_config.json").write_text("{}")
+        (output_dir / "README.md").touch()
 
     monkeypatch.setattr(warmup_runs, "run_sft", run_sft)
     first = warmup_runs.ensure_model("run:student_sft_tiny", options(), tmp_path)

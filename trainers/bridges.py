@@ -37,6 +37,7 @@ class CopyBridge:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.engine_model: nn.Module | None = None  # while there is an engine
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of vllm.LLM."""

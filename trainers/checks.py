@@ -176,7 +176,7 @@ def _check_batch(options: TrainOptions, num_devices: int, repo: Path) -> list[Fa
     per_device = options.per_device_train_batch_size
     if per_device == "auto":
         if micro_batch_choices(options, num_devices):
-            return _check_rollouts(options, num_devices)
+            return _check_eval_batch(options)
         per_device = 1
     if options.stage == "sft":
         if options.train_batch_size % (per_device * num_devices) == 0:
@@ -186,14 +186,13 @@ def _check_batch(options: TrainOptions, num_devices: int, repo: Path) -> list[Fa
         remedy = f"per_device_train_batch_size={near}" if near else f"train_batch_size={per_device * num_devices}"
         cause = f"train_batch_size {options.train_batch_size} is no multiple of it x {num_devices} device(s)"
         return [Fault("per_device_train_batch_size", per_device, cause, remedy)]
-    return check_batch(batch_plan(options, num_devices)) + _check_rollouts(options, num_devices)
+    faults = check_batch(batch_plan(options, num_devices)) + iteration_faults(options, num_devices)
+    return faults + _check_eval_batch(options)
 
 
-def _check_rollouts(options: TrainOptions, num_devices: int) -> list[Fault]:
-    return [] if options.stage == "sft" else iteration_faults(options, num_devices) + _check_eval_batch(options)
-
-
-def _check_eval_batch(options: RLOptions) -> list[Fault]:
+def _check_eval_batch(options: TrainOptions) -> list[Fault]:
+    if options.stage == "sft":
+        return []
     generations = options.num_generations_eval or options.num_generations
     if evaluates(options) and options.per_device_eval_batch_size % generations:
         near = max(1, round(options.per_device_eval_batch_size / generations)) * generations

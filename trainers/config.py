@@ -25,7 +25,7 @@ SAME = {"unbias_student_log_probs_temp": "student_temperature"}
 NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
 
 # Hydra's own.
-FLAGS = ("help", "hydra_help", "version", "cfg", "resolve", "package", "run", "multirun", "shell_completion", "info")
+FLAGS = ("help", "hydra_help", "version", "cfg", "resolve", "package", "run", "shell_completion", "info")
 FLAGS += ("config_path", "config_name", "config_dir", "experimental_rerun")
 
 # `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
@@ -96,7 +96,8 @@ def _check_grammar(overrides: Iterable[str]) -> None:
         try:
             if parser.parse_override(word).is_sweep_override():
                 cause = "with commas it is a choice of several values, and a run has one"
-                faults.append(Fault(key, value, cause, f"a list: '{key}=[{value}]'; a text: {remedy}"))
+                meant = "one of them" if key in GROUPS else f"one of them; a list: '{key}=[{value}]'; a text: {remedy}"
+                faults.append(Fault(key, value, cause, meant))
         except HydraException:
             faults.append(Fault(key, value, "this is no value in Hydra's grammar", remedy))
     if faults:

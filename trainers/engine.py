@@ -116,7 +116,9 @@ class Engine:
             raise refused_arguments(self._asked, error) from error
 
     def close(self) -> None:
-        """Stop vLLM and free what it holds; parameters that are shared keep their memory."""
+        """Stop vLLM and free what it holds, if it runs; parameters that are shared keep their memory."""
+        if self.engine_model is None:
+            return
         from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -130,8 +132,8 @@ class Engine:
         gc.collect()
 
     @property
-    def engine_model(self) -> nn.Module:
-        """vLLM's own module."""
+    def engine_model(self) -> nn.Module | None:
+        """vLLM's own module, None where it does not run."""
         return self.bridge.engine_model
 
     @property
@@ -214,7 +216,9 @@ class Engine:
             cache.zero_()
 
     def _kv_caches(self) -> list[Tensor]:
-        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
+        """Of each layer one, or several (as of layers with a state in place of keys and values)."""
+        found = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
+        return [cache for each in found for cache in (each if isinstance(each, list | tuple) else [each])]
 
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache."""

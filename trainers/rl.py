@@ -150,7 +150,7 @@ def _train(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) ->
         check_best_metric(options, before)
     trainer.train()
     trainer.save_model(str(output_dir))
-    write_model_card(output_dir, options)
+    write_model_card(output_dir, options, trainer.sampler.renderer.end_ids)
     trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))

@@ -86,7 +86,7 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
     trainer.train()
     trainer.save_model(str(output_dir))
     if trainer.is_world_process_zero():
-        write_model_card(output_dir, options)
+        write_model_card(output_dir, options, renderer.end_ids)
     return output_dir
 
 

@@ -39,6 +39,8 @@ def ensure_model(path: str | None, options: CommonOptions, root: Path = REPO) ->
     if folder.exists():  # another run was first; both are alike
         shutil.rmtree(partial)
     else:
+        card = partial / "README.md"
+        card.write_text(card.read_text(encoding="utf-8").replace(str(partial), str(folder)), encoding="utf-8")
         partial.rename(folder)
     return str(folder)
 

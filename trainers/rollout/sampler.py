@@ -156,7 +156,7 @@ class RolloutSampler:
 
     def close(self) -> None:
         """Stop the engine, if there is one."""
-        if self.engine is not None:
+        if self.engine is not None and self.engine.engine_model is not None:
             self.engine.restore_cache()  # vLLM frees at its end what it holds, and a cache that rests is not there
             self.engine.close()
 
@@ -164,9 +164,12 @@ class RolloutSampler:
         """Stop the engine behind an error. Left to the process's end, vLLM would free a cache that rests, and CUDA's
         message about that would stand below the error's own."""
         self.cancel()
-        traceback.clear_frames(error.__traceback__)  # what they hold of the device makes room for the cache
+        behind: BaseException | None = error
+        while behind is not None:
+            traceback.clear_frames(behind.__traceback__)  # what they hold of the device makes room for the cache
+            behind = behind.__cause__ or behind.__context__
         self.trainer.model.zero_grad(set_to_none=True)
         try:
             self.close()
-        except RuntimeError as second:
+        except Exception as second:  # whatever it is, the first is what the run ends with
             logger.warning("vLLM could not be stopped: %s", second)

@@ -74,7 +74,8 @@ def micro_batch_choices(options: RLOptions, devices: int) -> list[int]:
         return divisors
     generations, aggregation = options.num_generations, options.generation_aggregation_steps
     plans = [BatchPlan(options.train_batch_size, n, generations, aggregation or batch // n, devices) for n in divisors]
-    return [plan.per_device for plan in plans if plan.is_legal]
+    legal = [plan for plan in plans if plan.is_legal and not _repeats(options, plan)]
+    return [plan.per_device for plan in legal]
 
 
 def nearest_legal(plan: BatchPlan) -> BatchPlan:
@@ -104,10 +105,15 @@ def nearest_legal(plan: BatchPlan) -> BatchPlan:
     return nearest_legal(BatchPlan(batch, plan.per_device, plan.num_generations, plan.aggregation, plan.devices))
 
 
+def _repeats(options: RLOptions, plan: BatchPlan) -> bool:
+    """Whether iterations go over rollouts smaller than an optimizer step, which has each sample several times."""
+    return options.num_iterations > 1 and plan.aggregation < plan.accumulation
+
+
 def iteration_faults(options: RLOptions, num_devices: int) -> list[Fault]:
-    """Iterations over a rollout that is smaller than an optimizer step, which would have its samples several times."""
-    plan = batch_plan(options, num_devices)
-    if options.num_iterations == 1 or plan.aggregation >= plan.accumulation:
+    """A step that would have samples several times; where the micro-batch is yet to be decided, none is chosen by which
+    it would."""
+    if not _repeats(options, batch_plan(options, num_devices)):
         return []
     cause = f"with num_iterations={options.num_iterations} a step would take each of its samples so often"
     remedy = "generation_aggregation_steps=null (a whole step), or num_iterations=1"

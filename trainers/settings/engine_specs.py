@@ -177,7 +177,7 @@ def _reshaping_faults(options: RLOptions) -> list[Fault]:
         needs.append(("vllm_importance_sampling_correction", "vllm_importance_sampling_correction=false"))
     if not needs:
         return []
-    readers, ways = " and ".join(who for who, _ in needs), " with ".join(way for _, way in needs)
+    readers, ways = " and ".join(who for who, _ in needs), " with ".join(way for _, way in reversed(needs))
     cause = f"vLLM tells log-probabilities of what it makes of the distribution, and {readers} would take them for the "
     cause += "teacher's"
     reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]

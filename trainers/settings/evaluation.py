@@ -40,12 +40,12 @@ def completions_at_once(options: RLOptions) -> int:
 
 def held_out_faults(options: TrainOptions) -> list[Fault]:
     """Nothing to evaluate on, and nothing that the best checkpoint could be told by."""
-    if not evaluates(options):
-        if options.save_strategy != "best":
-            return []
-        cause = "nothing is evaluated, so no checkpoint would be saved"
-        return [Fault("save_strategy", "best", cause, "eval_strategy=steps, or save_strategy=steps")]
     faults = []
+    if options.save_strategy == "best" and options.eval_strategy == "no":
+        cause = "nothing is evaluated while it trains, so no checkpoint would be saved"
+        faults.append(Fault("save_strategy", "best", cause, "eval_strategy=steps, or save_strategy=steps"))
+    if not evaluates(options):
+        return faults
     if options.stage == "rl" and options.dataloader_drop_last:
         cause = "it would leave held-out questions out (of training's, only whole rollouts are taken anyway)"
         faults.append(Fault("dataloader_drop_last", True, cause, "leave it out"))

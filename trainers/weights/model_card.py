@@ -6,6 +6,7 @@ from trainers.options import TrainOptions
 from trainers.settings.reward_specs import uses_student
 
 MARK = "<!-- written with the model; a later run into this folder writes it anew -->"
+PEFT = "# Model Card for Model ID"  # what peft writes beside an adapter, with nothing filled in
 
 HEAD = """{mark}
 # {title}
@@ -26,15 +27,17 @@ from data.formats import TAG_FORMATS
 from data.render import Renderer
 
 folder = {folder!r}
-tokenizer, model = AutoTokenizer.from_pretrained(folder), {loader}.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = {loader}.from_pretrained(folder, dtype="auto"{trust})
 tags = TAG_FORMATS[{tag_format!r}].with_prompts({teacher!r}, {student!r})
-renderer = Renderer(tokenizer, tags, {template!r}, "model_name_or_path")
+renderer = Renderer(tokenizer, tags, {template!r}, "model_name_or_path", {end_ids!r})
 
 
 def explain(question: str, solution: str) -> str:
     ids = renderer.encode_prompt(renderer.teacher_prompt(question, solution))  # as in training, token by token
     asked, closing = torch.tensor([ids]), tags.explanation[1]
     stops = {{"max_new_tokens": {limit}, "stop_strings": [closing], "tokenizer": tokenizer}}
+    stops["eos_token_id"] = list(renderer.end_ids)
     written = model.generate(asked, do_sample=True, temperature={temperature}, **stops)[0, len(ids) :]
     return tokenizer.decode(written).partition(closing)[0].strip()
 
@@ -46,10 +49,15 @@ vLLM takes the same `ids` as `prompt_token_ids`, with `stop=[closing]` and `skip
 """
 
 
-def write_model_card(folder: Path, options: TrainOptions) -> None:
-    """Write README.md, unless there is one that is not ours."""
+def write_model_card(folder: Path, options: TrainOptions, end_ids: tuple[int, ...]) -> None:
+    """Write README.md, unless there is one that is not ours.
+
+    Args:
+        end_ids: Tokens that end what the model writes.
+    """
     card = folder / "README.md"
-    if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith(MARK):
+    there = card.read_text(encoding="utf-8", errors="replace") if card.exists() else MARK
+    if MARK not in there and PEFT not in there:
         return
     base, is_rl = options.model_name_or_path or "random weights", options.stage == "rl"
     teaches = is_rl or options.sft_role == "teacher"
@@ -63,6 +71,8 @@ def write_model_card(folder: Path, options: TrainOptions) -> None:
             library="peft" if options.use_peft else "transformers",
             loader="AutoPeftModelForCausalLM" if options.use_peft else "AutoModelForCausalLM",
             folder=str(folder),
+            trust=", trust_remote_code=True" * options.trust_remote_code,
+            end_ids=end_ids,
             tag_format=options.tag_format,
             teacher=options.teacher_system_prompt,
             student=options.student_system_prompt,
