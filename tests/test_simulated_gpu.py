@@ -150,7 +150,8 @@ def test_what_stays_on_the_device_where_activations_are_offloaded_is_planned(on_
     found = on_gpu("kept", json.dumps(chosen))
     for (config, precision, use_peft, checkpointing), taken in zip(chosen, found, strict=True):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        words = [f"model_name_or_path={tmp_path}", f"precision={precision}", f"use_peft={use_peft}", "lora_r=4"]
+        words = [f"model_name_or_path={tmp_path}", f"precision={precision}", f"use_peft={use_peft}"]
+        words += ["lora_r=4"] if use_peft else []
         words += ["activation_offloading=true", f"gradient_checkpointing={checkpointing}", "optim=adamw_torch"]
         work = planned("teacher_rlt_mono_80gb", *OF_TWO_TEXTS, *words, gb=80)[0].plan.work
         shares[config["model_type"], precision, use_peft, checkpointing] = kept_bytes(work) / taken

@@ -55,8 +55,10 @@ def test_an_evaluation_leaves_training_s_completions_and_seconds_alone(trainer, 
     trainer.evaluate(held_out)
     assert len(written) == 8 and list(trainer._logs["completion"]) == written
 
+    assert trainer.model.training  # what is logged at the end of an epoch that ends with an evaluation is training's
+
     trainer.timer.seconds["generate"] = 5.0
-    assert not trainer.model.training
+    trainer.model.eval()
     trainer.log({"train_runtime": 1.0})  # training ends after an evaluation
     trainer.log({"eval_loss": 1.0})
     last, evaluation = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[-2:]]

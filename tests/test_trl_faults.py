@@ -33,7 +33,7 @@ RL, SFT = "teacher_rlt_tiny", "teacher_sft_tiny"
         (RL, "gradient_checkpointing_kwargs={selective: true}", "selective=True': there is no such argument"),
         (SFT, "gradient_checkpointing_kwargs={selective: true}", "gradient_checkpointing is off"),
         (RL, "accelerator_config={dispatch_batches: true}", "RL's batches are texts"),
-        (RL, "temperature=2.5", "vLLM samples at temperatures up to 2"),
+        (RL, "temperature=2.5", "vLLM samples at temperatures from 0.01 to 2"),
         (SFT, "padding_free=true", "not held to max_length"),
         (SFT, "packing_strategy=other", "'bfd', 'bfd_split' or 'wrapped'"),
         (SFT, "loss_type=grpo", "'nll' or 'dft'"),
