@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainers.settings.batch import BatchPlan, check_batch, legal_aggregations, nearest_legal
+from trainers.options import options_class
+from trainers.settings.batch import BatchPlan, check_batch, legal_aggregations, micro_batch_choices, nearest_legal
 
 
 def test_equation_of_the_paper_s_run():
@@ -34,3 +35,11 @@ def test_nearest_plan_is_legal_and_keeps_the_group(plan):
 
 def test_legal_plan_has_no_fault():
     assert check_batch(BatchPlan(32, 8, 8, 1)) == []
+
+
+def test_no_micro_batch_is_chosen_by_which_a_step_would_have_samples_several_times():
+    batch = {"stage": "rl", "train_batch_size": 64, "num_generations": 8, "per_device_train_batch_size": "auto"}
+    options = options_class("rl")(**batch, generation_aggregation_steps=8, num_iterations=2)
+    assert micro_batch_choices(options, 1) == [8]  # a rollout of 8 x 8 is the whole step
+    once = options.model_copy(update={"num_iterations": 1})
+    assert micro_batch_choices(once, 1) == [8, 4, 2, 1]

@@ -12,7 +12,7 @@ from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
 from trainers.options import options_class
 from trainers.plan.planning import planned_options
-from trainers.rl import grpo_config
+from trainers.rl import check_best_metric, grpo_config
 from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
 from trainers.texts import check_enough, rl_rows, tell_whole_questions
 
@@ -43,9 +43,20 @@ def test_trl_options_reach_trl(tmp_path):
     assert (config.bf16, config.use_vllm, config.remove_unused_columns) == (False, False, False)
 
 
-def test_adapters_have_a_reference_that_follows_nothing(tmp_path):
+def test_adapters_have_a_reference_that_follows_nothing(tmp_path, caplog):
     chosen = ["use_peft=true", "beta=0.04", "sync_ref_model=true"]
     assert grpo_config(options(*chosen), tmp_path, torch.float32).sync_ref_model is False
+    assert "sync_ref_model=true is not read" in caplog.text
+
+
+def test_a_metric_that_evaluations_have_not_is_told_with_those_they_have():
+    evaluated = {"eval_reward": -1.0, "eval_student_accuracy": 0.5}
+    best = ["load_best_model_at_end=true", "eval_strategy=steps", "save_steps=25", "eval_steps=25"]
+    for metric in ("reward", "eval_student_accuracy"):
+        check_best_metric(options(*best, f"metric_for_best_model={metric}"), evaluated)
+    with pytest.raises(ConfigError, match="no such metric[\\s\\S]*did you mean student_accuracy"):
+        check_best_metric(options(*best, "metric_for_best_model=student_acuracy"), evaluated)
+    check_best_metric(options("metric_for_best_model=student_acuracy"), evaluated)  # nothing asks for it
 
 
 def test_what_is_not_set_stays_trl_s_default(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from small_run import CPU, make_trainer
 
 from trainers.errors import ConfigError
+from trainers.rl import train_and_report
 from trainers.rollout.overlap import ScoreAhead
 
 
@@ -114,3 +115,20 @@ def test_where_sampling_fails_no_group_is_scored_any_more(trainer):
     go.set()
     trainer.sampler.ahead._thread.shutdown()  # all that is queued is done
     assert len(scored) == 1
+
+
+def test_an_error_stops_the_engine_and_is_what_a_run_ends_with(renderer, model_dir, tmp_path, caplog, monkeypatch):
+    trainer = make_trainer(renderer, model_dir, tmp_path)
+
+    def fails(**_):
+        raise ZeroDivisionError
+
+    trainer.reward_funcs = [fails]
+    with pytest.raises(ZeroDivisionError):
+        train_and_report(trainer, trainer.options, tmp_path)
+    assert trainer.sampler.engine.engine_model is None
+    assert "could not be stopped" not in caplog.text
+    trainer.sampler.abandon(ValueError())  # it is stopped already
+    monkeypatch.setattr(trainer.sampler, "close", lambda: 1 / 0)
+    trainer.sampler.abandon(ValueError())
+    assert caplog.messages[-1] == "vLLM could not be stopped: division by zero"

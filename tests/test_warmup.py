@@ -49,6 +49,26 @@ def test_a_warm_up_follows_the_seed_and_the_texts_of_the_run(trained, tmp_path):
     assert [call[1:3] for call in trained] == [(0, "stratos"), (5, "stratos"), (0, "r1")]
 
 
+def test_a_student_s_warm_up_has_the_student_s_template():
+    asking = options("chat_template_kwargs={a: 1}", "student_chat_template_kwargs={b: 2}", 'eos_token="<|im_end|>"')
+    asking = asking.model_copy(update={"chat_template": "teacher's", "student_chat_template": "student's"})
+    keys = (*warmup.FOLLOWED, *warmup.STUDENT)
+    asked = {key: getattr(asking, key) for key in keys}
+    teacher, student = (warmup._composed(f"{role}_sft_tiny", asked) for role in ("teacher", "student"))
+    assert (teacher["chat_template"], teacher["chat_template_kwargs"]) == ("teacher's", {"a": 1})
+    assert (student["chat_template"], student["chat_template_kwargs"]) == ("student's", {"b": 2})
+    assert teacher["eos_token"] == "<|im_end|>" and student.get("eos_token") is None
+
+
+def test_a_warm_up_is_kept_under_what_the_model_it_starts_from_holds(tmp_path):
+    (tmp_path / "model.safetensors").write_text("weights")
+    composed = {"model_name_or_path": str(tmp_path)}
+    first = warmup.cached_path("x", composed)
+    assert warmup.cached_path("x", composed) == first
+    (tmp_path / "model.safetensors").write_text("others")
+    assert warmup.cached_path("x", composed) != first
+
+
 def test_a_warm_up_on_the_same_data_holds_out_what_the_run_evaluates(rows_file):
     def told(*overrides):
         asked = warmup.warmup_options("student_sft_tiny", options(*overrides))[1]

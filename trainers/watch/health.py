@@ -114,7 +114,7 @@ def verdicts(metrics: dict[str, float], options: RLOptions) -> dict[str, str]:
             remedies.append("vllm_importance_sampling_mode=token_truncate does not add it up over a completion")
         found["apart"] = (
             f"trainer and engine find different probabilities for what was sampled: it counts for {ratio:.0%} in the "
-            f"update\n  -> see sampling/sampling_logp_difference/mean; {', '.join(remedies)}"
+            f"update\n  -> {'; '.join(['see sampling/sampling_logp_difference/mean', *remedies])}"
         )
     return found
 
