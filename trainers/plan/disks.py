@@ -38,7 +38,7 @@ class Written(NamedTuple):
         remedy = {
             "downloads": "HF_HOME=<a larger disk>, or name folders that hold them",
             "warm-ups": f"make room in {self.folder}",
-            "disk": "output_dir=<a larger disk>, save_total_limit=1, save_only_model=true or save_strategy=no",
+            "disk": "output_dir=<a larger disk>, save_only_model=true, save_total_limit=1 or save_strategy=no",
         }[self.kind]
         return [Fault(self.kind, ..., f"{cause.format(f'{self.size / GIB:.1f}')} and {self._left()}", remedy)]
 
