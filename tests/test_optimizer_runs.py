@@ -17,14 +17,14 @@ from trainers.sft import WarmupTrainer, sft_config
 
 
 @pytest.mark.parametrize(
-    ("chosen", "kind"),
+    ("chosen", "kind", "name"),
     [
-        ({}, CombinedOptimizer),  # auto: adamw_8bit
-        ({"optim": "cpu_offload"}, MasterAdamW),
-        ({"use_peft": True}, torch.optim.AdamW),
+        ({}, CombinedOptimizer, "adamw_8bit"),  # by optim=auto
+        ({"optim": "cpu_offload"}, MasterAdamW, "cpu_offload"),
+        ({"use_peft": True}, torch.optim.AdamW, "adamw_torch"),
     ],
 )
-def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kind):
+def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kind, name):
     trainer = make_trainer(renderer, model_dir, tmp_path, dtype=torch.bfloat16, max_steps=3, **chosen)
     places = [p.data_ptr() for p in trainer.model.parameters()]
     before = trainer.model.model.layers[0].mlp.up_proj.weight.clone() if not chosen.get("use_peft") else None
@@ -37,6 +37,7 @@ def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kin
     finally:
         trainer.sampler.engine.close()
     assert type(trainer.optimizer.optimizer) is kind
+    assert trainer.args.to_sanitized_dict()["optim"] == name  # what trackers record
     assert [p.data_ptr() for p in trainer.model.parameters()] == places
     if before is not None:
         assert (trainer.model.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.5

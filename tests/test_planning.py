@@ -17,6 +17,7 @@ from trainers.plan.machine import Machine
 from trainers.plan.planning import assess, planned_options, shapes_of
 from trainers.plan.workload import GIB
 from trainers.warmup import cached_path, waiting, warmup_options
+from trainers.watch.outputs import make_output_dir
 
 SEVEN = 2 * 7_615_616_512  # bytes of a model in bf16
 
@@ -145,6 +146,14 @@ def test_a_card_that_the_packages_have_no_kernels_for_is_refused(compute, refuse
     found = assess(problem(checked("teacher_rlt_mono_24gb"), old))
     told = "\n".join(map(str, found.with_warmups("start")))
     assert ("Tesla V100 has compute capability 7.0" in told and "below 7.5" in told) == refused == bool(told)
+
+
+def test_the_disk_that_is_looked_at_is_the_one_that_is_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the launchers work from any folder
+    named, unnamed = (load_options(compose_run("", words), repo=REPO) for words in (["output_dir=here"], []))
+    assert planning.run_folder(named) == make_output_dir("here", "run")
+    assert make_output_dir(None, "run", root=tmp_path).is_relative_to(tmp_path / "results")
+    assert planning.run_folder(unnamed) == REPO / "results"
 
 
 def test_what_goes_to_one_disk_takes_room_in_turn(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 Training is replaced by writing an empty model folder; test_sft.py and test_end_to_end.py train for real.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ from trainers import warmup, warmup_runs
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError, Fault
+
+# Of trainers/settings: what may be set, what is told of it, and what other stages make of it.
+OF_CHECKS = ("batch", "config_faults", "engine_specs", "reporting", "reward_specs", "trl_choices", "trl_faults")
+OF_CHECKS += ("trl_options",)
 
 
 def options(*overrides):
@@ -47,6 +53,20 @@ def test_a_warm_up_follows_the_seed_and_the_texts_of_the_run(trained, tmp_path):
     tagged = warmup_runs.ensure_model("run:student_sft_tiny", options("tag_format=r1"), tmp_path)
     assert len({base, seeded, tagged}) == 3
     assert [call[1:3] for call in trained] == [(0, "stratos"), (5, "stratos"), (0, "r1")]
+
+
+def test_each_file_that_a_warm_up_runs_is_counted_or_known_not_to_matter():
+    """One that is in neither list is to be put into one: a change of it trains warm-ups anew, or does not."""
+    harmless = ("trainers/plan/", "trainers/watch/", "trainers/checks.py", "trainers/config.py", "trainers/errors.py")
+    harmless += ("trainers/warmup.py", "trainers/weights/hub.py", "trainers/weights/model_card.py")
+    harmless += ("trainers/weights/saving.py", *(f"trainers/settings/{name}.py" for name in OF_CHECKS))
+    code = "import sys, trainers.sft\nfor m in list(sys.modules.values()): print(getattr(m, '__file__', ''))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)  # noqa: S603
+    ours = [Path(file).relative_to(REPO) for file in run.stdout.split() if Path(file).is_relative_to(REPO)]
+    files = {
+        str(file) for file in ours if file.parts[0] in ("data", "rewards", "trainers") and file.name != "__init__.py"
+    }
+    assert {file for file in files if not file.startswith(harmless)} == set(warmup.CODE)
 
 
 def test_a_student_s_warm_up_has_the_student_s_template():

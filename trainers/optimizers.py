@@ -236,4 +236,5 @@ class OwnOptimizer:
         if self.optimizer is None:
             name = optimizer_name(self.options, str(self.model.dtype))
             self.optimizer = make_optimizer(self.model, name, self.args)
+            self.args.optim = name  # for what trackers record: transformers' default it is not
         return self.optimizer

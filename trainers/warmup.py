@@ -48,11 +48,11 @@ CODE = (
     "trainers/settings/optim_specs.py",
     "trainers/settings/trl_config.py",
     "trainers/attention.py",
+    "trainers/weights/adapter_files.py",
     "trainers/weights/adapters.py",
     "trainers/merge.py",
     "trainers/weights/starts.py",
 )
-WARMUPS = REPO / "results" / "warmup"  # where they are kept
 LARGE = 2**26  # bytes of a folder that are not read for this
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "peft")
 
@@ -89,6 +89,11 @@ def _composed(name: str, asking: dict[str, Any]) -> dict[str, Any]:
     return composed | followed
 
 
+def warmup_folder(root: Path = REPO) -> Path:
+    """Where the results of warm-ups are kept."""
+    return root / "results" / "warmup"
+
+
 @cache
 def _code() -> bytes:
     """The code that the result depends on, as it was when this process first asked."""
@@ -107,7 +112,7 @@ def cached_path(name: str, composed: dict[str, Any], root: Path = REPO) -> Path:
     if start := named_run(composed.get("model_name_or_path")):  # the warm-up it starts from
         parent = _composed(start, {key: composed[key] for key in FOLLOWED if key in composed})
         digest.update(cached_path(start, parent, root).name.encode())
-    return root / "results" / "warmup" / f"{name}-{digest.hexdigest()[:12]}"
+    return warmup_folder(root) / f"{name}-{digest.hexdigest()[:12]}"
 
 
 def _contents(path: str | None) -> bytes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trainers.config import named_run
+from trainers.config import REPO, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import BaseOptions, CommonOptions, ModelOptions, TrainOptions
 from trainers.plan.disks import Written, download_folder, downloads, in_turn
@@ -19,7 +19,7 @@ from trainers.plan.workload import GIB
 from trainers.settings.engine_specs import device_faults, position_faults, quantized_teacher_faults, short_student
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reward_specs import model_keys
-from trainers.warmup import WARMUPS, waiting, warmup_options
+from trainers.warmup import waiting, warmup_folder, warmup_options
 from trainers.weights.adapter_files import (
     LORA_OPTIONS,
     base_of,
@@ -46,8 +46,8 @@ def machine_for(options: CommonOptions, vram_gb: float | None = None) -> Machine
 
 
 def run_folder(options: BaseOptions) -> Path:
-    """Where a run writes, or above that."""
-    return Path(options.output_dir or "results").expanduser().absolute()
+    """Where a run writes, or above that (watch/outputs.py)."""
+    return Path(options.output_dir or REPO / "results").expanduser().absolute()
 
 
 def check_planned(options: CommonOptions) -> None:
@@ -189,7 +189,7 @@ def assess(problem: Problem) -> Assessment:
         warmups[warmup.name] = _assess_alone(its)
         kept += sum(warmups[warmup.name].solved.plan.disk.values())
         hub |= downloads(warmup.options, (teacher, student))
-    sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", WARMUPS, kept)]
+    sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", warmup_folder(), kept)]
     sizes.append(("disk", folder, sum(found.solved.plan.disk.values())))
     return replace(found, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
 

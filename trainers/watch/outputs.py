@@ -125,9 +125,6 @@ def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REP
     base.setLevel(logging.DEBUG if debug else logging.INFO)
     for handler in (log_file, terminal):
         base.addHandler(handler)
-    for name, ours in logging.root.manager.loggerDict.items():
-        if name.startswith("trainers.") and isinstance(ours, logging.Logger):
-            ours.disabled = False  # Hydra, setting up its own logging, disables those that exist already
     for name in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
@@ -197,8 +194,7 @@ class MetricsWriter(TrainerCallback):
 
     def __init__(self, output_dir: Path, timer: PhaseTimer) -> None:
         self.path, self.timer, self._start = output_dir / "metrics.jsonl", timer, 0.0
-        if self.path.exists():  # the folder of an earlier run: its metrics are kept, beside ours
-            self.path.rename(self.path.with_name(f"metrics-{int(self.path.stat().st_mtime)}.jsonl"))
+        self._has_written = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
@@ -210,6 +206,9 @@ class MetricsWriter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            if not self._has_written and self.path.exists():  # an earlier run's: they are kept, beside ours
+                self.path.rename(self.path.with_name(f"metrics-{int(self.path.stat().st_mtime)}.jsonl"))
+            self._has_written = True
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 

@@ -55,7 +55,8 @@ def resolve_start(options: TrainOptions, path: str, output_dir: Path, dtype: tor
         how = f"its LoRA adapter is merged into its base {adapter.base}, "
         how += "and a fresh adapter is trained on that" if options.use_peft else "and every weight of that is trained"
         reference = "the merged model" + (", without the fresh adapter" if options.use_peft else "")
-        reference += ", which follows the teacher (sync_ref_model)" if getattr(options, "sync_ref_model", False) else ""
+        follows = getattr(options, "sync_ref_model", False) and not options.use_peft  # adapters have another reference
+        reference += ", which follows the teacher (sync_ref_model)" if follows else ""
     if options.stage == "rl":
         how += f"; KL reference: {reference}" if options.beta else "; no KL reference (beta=0)"
     logger.info("start from %s: %s", path, how)
