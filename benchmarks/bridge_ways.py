@@ -259,7 +259,7 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
         args=grpo_config(options, Path(setup.out), setup.dtype),
         reference=None,
         probes=None,
-        student_metrics=frozenset(),
+        student_reward=None,
         train_dataset=rows,
         processing_class=renderer.tokenizer,
         callbacks=[MetricsWriter(Path(setup.out), timer)],

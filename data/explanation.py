@@ -40,6 +40,13 @@ def written_explanation(renderer: Renderer, text: str, closed: bool) -> Explanat
     return Explanation(text, ids, closed, text[ends[-1] if ends else 0 :], lambda: ends)
 
 
+def sampled_explanation(renderer: Renderer, completion_ids: list[int]) -> Explanation:
+    """Cut a completion that the renderer's model has sampled at its closing tag; padding may follow it."""
+    tokenizer = renderer.tokenizer
+    end_ids = {*renderer.end_ids, tokenizer.pad_token_id}
+    return read_explanation(tokenizer, completion_ids, renderer.tags.explanation[1], end_ids)
+
+
 def read_explanation(
     tokenizer: PreTrainedTokenizerBase, completion_ids: list[int], closing_tag: str, end_ids: set[int]
 ) -> Explanation:

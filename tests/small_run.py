@@ -84,7 +84,7 @@ def make_trainer(
         args=grpo_config(options, Path(output_dir), dtype),
         reference=None,
         probes=None,
-        student_metrics=frozenset(),
+        student_reward=None,
         train_dataset=rows,
         processing_class=renderer.tokenizer,
         callbacks=[MetricsWriter(Path(output_dir), timer), *callbacks],

@@ -1,24 +1,30 @@
 """Means of an evaluation in several batches. Run: ./run_tests.sh tests/test_evaluation.py"""
 
+import json
+from functools import partial
+
 import pytest
 import torch
 
+from data.explanation import sampled_explanation
 from trainers.scoring.evaluation import Evaluation
+from trainers.scoring.explanation_scorer import Scored
+from trainers.scoring.probes import Evaluated
 
 NO = float("nan")
 
 
 def evaluated(*batches, names=("student", "own")):
-    evaluation = Evaluation({"kl_reward"})
+    evaluation = Evaluation()
     for rewards in batches:
-        evaluation.add_batch(torch.tensor(rewards), list(names))
+        evaluation.add_batch([], torch.tensor(rewards), list(names))
     return evaluation
 
 
 def test_batches_count_by_their_rows():
     """Five rows in batches of 4 and 1, a reward of 1 for the first row alone."""
     metrics = {"reward": [0.25, 0.0], "entropy": [NO, 2.0], "once": [1.0]}
-    evaluated([[1.0, 1.0]] * 4, [[1.0, 1.0]]).weigh_batches(metrics)
+    evaluated([[1.0, 1.0]] * 4, [[1.0, 1.0]]).weigh_batches(metrics, {"kl_reward"})
     assert metrics == {"reward": [0.2], "entropy": [2.0], "once": [1.0]}
 
 
@@ -34,7 +40,7 @@ def test_what_has_a_reward_counts_by_function():
         "own_metric": [1.0, 2.0, 3.0],
         "unscorable_fraction": [0.0, 0.75, 1.0],
     }
-    evaluated([both] * 4, [both] + [only_own] * 3, [none] * 4).weigh_batches(metrics)
+    evaluated([both] * 4, [both] + [only_own] * 3, [none] * 4).weigh_batches(metrics, {"kl_reward"})
     assert metrics.pop("kl_reward") == metrics.pop("rewards/student/mean") == [-0.8]
     assert metrics.pop("rewards/own/mean") == metrics.pop("reward") == [0.5]
     assert metrics == {
@@ -42,3 +48,23 @@ def test_what_has_a_reward_counts_by_function():
         "own_metric": [2.0],
         "unscorable_fraction": [pytest.approx(7 / 12)],
     }
+
+
+def test_what_the_teacher_wrote_is_there_to_read_and_to_score_again(renderer, tmp_path):
+    ids = [renderer.encode_text(text) for text in ("2+3=5" + renderer.tags.explanation[1], "2+3")]
+    rows = [Evaluated("What is 2+3?", "5", own + [renderer.tokenizer.eos_token_id]) for own in ids]
+    evaluation = Evaluation()
+    scores = [Scored(-0.5, {"kl_reward": 0.25}, True), "too long"]
+    evaluation.add_batch(rows, torch.tensor([[-0.5], [NO]]), ["teacher_logprob_kl"], scores)
+    evaluation.write(tmp_path / "held_out" / "step.jsonl", partial(sampled_explanation, renderer))
+    first, second = map(json.loads, (tmp_path / "held_out" / "step.jsonl").read_text().splitlines())
+    asked = {"question": "What is 2+3?", "solution": "5"}
+    assert first == asked | {
+        "explanation": "2+3=5",
+        "closed": True,
+        "rewards/teacher_logprob_kl": -0.5,
+        "kl_reward": 0.25,
+        "student_solves": True,
+    }
+    unscored = {"explanation": "2+3", "closed": False, "rewards/teacher_logprob_kl": None, "reason": "too long"}
+    assert second == asked | unscored

@@ -8,6 +8,8 @@ from small_run import CPU, make_trainer
 
 from trainers.errors import ConfigError
 from trainers.rl import train_and_report
+from trainers.rollout import sampler
+from trainers.rollout.hf_generation import generate_with_transformers
 from trainers.rollout.overlap import ScoreAhead
 
 
@@ -39,6 +41,21 @@ def test_the_cache_is_given_back_between_rollout_and_reward_at_each_step(trainer
     assert [name for name, _ in calls] == step * 3
     # Another seed at each step: the same question is never answered by the same numbers.
     assert [at for name, at in calls if name == "generate"] == [0, 1, 2]
+
+
+def test_seeds_do_not_depend_on_the_micro_batch(renderer, model_dir, tmp_path):
+    """Which a plan solves for the card: the same run is to sample the same on another one."""
+    numbers = []
+    trainer = make_trainer(renderer, model_dir, tmp_path, use_vllm=False, per_device_train_batch_size=4)
+
+    def generate(trainer, renderer, prompt_ids, number, given):
+        numbers.append(number)
+        return generate_with_transformers(trainer, renderer, prompt_ids, number, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "generate_with_transformers", generate)
+        trainer.train()
+    assert trainer.args.gradient_accumulation_steps == 2 and numbers == [0, 1, 2]
 
 
 def test_evaluations_sample_with_the_same_seeds(trainer):
@@ -75,12 +92,16 @@ def test_arguments_that_vllm_refuses_are_told_and_another_engine_can_start(rende
 
 
 def test_each_group_is_handed_on_while_others_are_still_written(trainer):
-    groups, unfinished = [], []
+    groups, unfinished, waited = [], [], []
 
     class Ahead:
         def submit(self, places, **group):
             groups.append((places, group))
             unfinished.append(trainer.sampler.engine.llm.llm_engine.has_unfinished_requests())
+
+        def wait(self):
+            assert not trainer.sampler.engine.llm.llm_engine.has_unfinished_requests()
+            waited.append(len(groups))
 
     trainer.sampler.ahead = Ahead()
     trainer.args.max_steps = 1
@@ -90,6 +111,7 @@ def test_each_group_is_handed_on_while_others_are_still_written(trainer):
         assert len(places) == 4 and len(set(group["question"])) == 1
         assert [len(ids) for ids in group["completion_ids"]] == [len(lp) for lp in group["teacher_logprobs"]]
     assert len(groups) == 2 and not unfinished[-1]
+    assert waited == [2]  # nothing else computes on the device while the student does
 
 
 def test_where_sampling_fails_no_group_is_scored_any_more(trainer):
@@ -124,11 +146,18 @@ def test_an_error_stops_the_engine_and_is_what_a_run_ends_with(renderer, model_d
         raise ZeroDivisionError
 
     trainer.reward_funcs = [fails]
-    with pytest.raises(ZeroDivisionError):
+    stopping = trainer.sampler
+    stopping.ahead = ScoreAhead(lambda: [], CPU)
+    with pytest.raises(ZeroDivisionError), stopping.stopped_at_the_end():
         train_and_report(trainer, trainer.options, tmp_path)
-    assert trainer.sampler.engine.engine_model is None
+    assert stopping.engine.engine_model is None
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        stopping.ahead.submit([0])
+    with pytest.raises(ValueError), stopping.stopped_at_the_end():  # it is stopped already
+        raise ValueError
     assert "could not be stopped" not in caplog.text
-    trainer.sampler.abandon(ValueError())  # it is stopped already
-    monkeypatch.setattr(trainer.sampler, "close", lambda: 1 / 0)
-    trainer.sampler.abandon(ValueError())
+    monkeypatch.setattr(stopping.ahead, "close", lambda: 1 / 0)
+    stopping.trainer = None  # an error before there is one
+    with pytest.raises(ValueError), stopping.stopped_at_the_end():
+        raise ValueError
     assert caplog.messages[-1] == "vLLM could not be stopped: division by zero"

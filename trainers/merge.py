@@ -25,11 +25,10 @@ MERGED = {"model_name_or_path": "merged_start", "student_model": "merged_student
 LARGEST_CHANGE = 0.01  # nats that merging may move a log-probability by, in fp32; on tiny models it is 1e-6
 
 
-def run_merge(options: MergeOptions, output_dir: Path) -> Path:
-    """Merge the adapter of stage=merge; return the folder of the model."""
+def run_merge(options: MergeOptions, output_dir: Path) -> None:
+    """Merge the adapter of stage=merge; the model is in `output_dir` then."""
     adapter = open_adapter("model_name_or_path", options.model_name_or_path, options.base_model)
     merge_adapter(adapter, DTYPES.get(options.precision), options.trust_remote_code, output_dir, "model_name_or_path")
-    return output_dir
 
 
 def whole_model(options: ModelOptions, key: str, path: str, output_dir: Path, dtype: torch.dtype) -> str:

@@ -18,7 +18,6 @@ from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
 from trainers.options import RLOptions, trl_arguments
-from trainers.rollout.overlap import ScoreAhead
 from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import Sentinel
 from trainers.scoring.explanation_scorer import ExplanationScorer
@@ -47,12 +46,8 @@ from trainers.weights.starts import load_teacher, resolve_start
 logger = logging.getLogger(__name__)
 
 
-def run_rl(options: RLOptions, output_dir: Path) -> Path:
-    """Train the teacher, and save it with its tokenizer and template to `output_dir`.
-
-    Returns:
-        The folder of the trained teacher.
-    """
+def run_rl(options: RLOptions, output_dir: Path) -> None:
+    """Train the teacher, and save it with its tokenizer and template to `output_dir`."""
     logger.info("batch: %s", batch_plan(options).equation())
     tell_length(options)
     device, dtype = resolve_place(options)
@@ -75,36 +70,32 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     if named_run(options.model_name_or_path):
         refuse_architecture(options, start.path, device, dtype)
     model = load_teacher(options, start.path, dtype, start.adapter)
-    engine = sentinel = student_reward = None
-    if has_engine(options):
-        # First on the device: the weights go straight to where the engine keeps them.
-        engine = start_engine(options, model, teacher, start.path, device, dtype, output_dir)
-        prompt = teacher.encode_prompt(train_set[0]["prompt"])
-        sentinel = Sentinel(engine, model, prompt, dtype, options.sentinel_tolerance)
-    if student is None:
-        logger.info("no reward function asks the student: none is loaded")
-    else:
-        scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
-        student_reward = make_student_reward(options, scorer, device)
-    timer = PhaseTimer(MemoryWatch(device))
-    ahead = None if student_reward is None else student_reward.ahead
-    trainer = TeacherGRPOTrainer(
-        options=options,
-        sampler=RolloutSampler(options, teacher, timer, engine, sentinel, ahead),
-        timer=timer,
-        model=model,
-        reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
-        args=arguments,
-        reference=load_reference(options, arguments, start.path, device, dtype),
-        probes=make_probes(options, student_reward),
-        student_metrics=frozenset() if student_reward is None else student_reward.metrics,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=teacher.tokenizer,
-        callbacks=[MetricsWriter(output_dir, timer), Progress(), HealthWatch(options)],
-    )
-    train_and_report(trainer, options, output_dir)
-    return output_dir
+    # First on the device: the weights go straight to where the engine keeps them.
+    sampler = make_sampler(options, model, teacher, start.path, train_set[0]["prompt"], device, dtype, output_dir)
+    with sampler.stopped_at_the_end():
+        if student is None:
+            student_reward = None
+            logger.info("no reward function asks the student: none is loaded")
+        else:
+            scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
+            student_reward = make_student_reward(options, scorer, device)
+            sampler.ahead = student_reward.ahead
+        trainer = TeacherGRPOTrainer(
+            options=options,
+            sampler=sampler,
+            timer=sampler.timer,
+            model=model,
+            reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
+            args=arguments,
+            reference=load_reference(options, arguments, start.path, device, dtype),
+            probes=make_probes(options, student_reward),
+            student_reward=student_reward,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=teacher.tokenizer,
+            callbacks=[MetricsWriter(output_dir, sampler.timer), Progress(), HealthWatch(options)],
+        )
+        train_and_report(trainer, options, output_dir)
 
 
 def resolve_student(options: RLOptions, output_dir: Path, dtype: torch.dtype) -> tuple[str, Renderer]:
@@ -132,17 +123,8 @@ def load_reference(
 
 
 def train_and_report(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) -> None:
-    """Train, save, tell what changed where that is asked for, and stop the engine."""
+    """Train, save, and tell what changed where that is asked for."""
     trainer.remove_callback(PrinterCallback)
-    try:
-        _train(trainer, options, output_dir)
-    except BaseException as error:
-        trainer.sampler.abandon(error)
-        raise
-    trainer.sampler.close()
-
-
-def _train(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) -> None:
     before = None
     if options.report_before_after:
         logger.info("explaining %d held-out questions before training, and again after it", len(trainer.eval_dataset))
@@ -151,7 +133,7 @@ def _train(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir: Path) ->
     trainer.train()
     trainer.save_model(str(output_dir))
     write_model_card(output_dir, options, trainer.sampler.renderer.end_ids)
-    trainer._last_loaded_step = -1  # load_best_model_at_end may have changed the weights after the last step
+    trainer.weights_changed()  # load_best_model_at_end loads others after the last step
     if before is not None:
         write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))
 
@@ -171,10 +153,7 @@ def check_best_metric(options: RLOptions, evaluated: Mapping[str, float]) -> Non
 
 def make_student_reward(options: RLOptions, scorer: ExplanationScorer, device: torch.device) -> StudentReward:
     """The student's rewards, of groups as they are finished where that is asked for."""
-    student_reward = StudentReward(scorer)
-    if options.overlap_scoring:
-        student_reward.ahead = ScoreAhead(student_reward.score, device)
-    return student_reward
+    return StudentReward(scorer, device if options.overlap_scoring else None)
 
 
 def make_probes(options: RLOptions, student_reward: StudentReward | None) -> Probes | None:
@@ -182,6 +161,30 @@ def make_probes(options: RLOptions, student_reward: StudentReward | None) -> Pro
     if student_reward is None or not scores_probes(options):
         return None
     return Probes(student_reward.scorer, options.num_probes, options.student_tokens_per_pass, options.max_prompt_length)
+
+
+def make_sampler(
+    options: RLOptions,
+    model: Any,
+    teacher: Renderer,
+    path: str,
+    prompt: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    output_dir: Path,
+) -> RolloutSampler:
+    """What samples, with the engine and its watch where there is one.
+
+    Args:
+        path: Of the teacher's weights.
+        prompt: Whose beginning engine and trainer are compared on.
+    """
+    timer = PhaseTimer(MemoryWatch(device))
+    if not has_engine(options):
+        return RolloutSampler(options, teacher, timer)
+    engine = start_engine(options, model, teacher, path, device, dtype, output_dir)
+    sentinel = Sentinel(engine, model, teacher.encode_prompt(prompt), dtype, options.sentinel_tolerance)
+    return RolloutSampler(options, teacher, timer, engine, sentinel)
 
 
 def start_engine(

@@ -40,7 +40,7 @@ class WarmupTrainer(OwnOptimizer, SmallShards, SFTTrainer):
         self.watch_updates()
 
 
-def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1) -> Path:
+def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1) -> None:
     """Train, and save the model with its tokenizer and template to `output_dir`.
 
     Args:
@@ -48,9 +48,6 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
         output_dir: Where everything goes.
         model_path: The model or the adapter to start from; None makes the model of `options.model_init`.
         num_devices: Processes that train together.
-
-    Returns:
-        The folder of the trained model.
     """
     tell_length(options)
     device, dtype = resolve_place(options)
@@ -87,7 +84,6 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
     trainer.save_model(str(output_dir))
     if trainer.is_world_process_zero():
         write_model_card(output_dir, options, renderer.end_ids)
-    return output_dir
 
 
 def sft_config(options: SFTOptions, output_dir: Path, num_devices: int, dtype: Any) -> SFTConfig:

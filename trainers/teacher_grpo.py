@@ -1,8 +1,10 @@
 """GRPO for a teacher: TRL's GRPOTrainer with our engine, our rollout and a reference that need not live on the GPU."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from data.explanation import sampled_explanation
 from data.render import Encoded
 from trainers.optimizers import OwnOptimizer
 from trainers.options import RLOptions
@@ -21,12 +24,13 @@ from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.evaluation import Evaluation
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
-from trainers.scoring.reward_funcs import without_unscored
+from trainers.scoring.reward_funcs import StudentReward, without_unscored
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
 from trainers.weights.saving import SmallShards
 
 PHASES = ("kv_cache", "sync", "sentinel", "generate", "score")  # of a step; the rest of it is the update
+HELD_OUT = "held_out"  # folder of what is written at evaluations
 
 
 class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
@@ -38,12 +42,12 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     Args:
         options: RL options.
         sampler: What completions come from.
-        timer: Seconds of `PHASES` and of whole steps are added here; the sampler's too.
+        timer: Seconds of `PHASES` are added here, the sampler's too; of whole steps by `MetricsWriter`.
         args: TRL's arguments; `use_vllm` must be false.
         reference: The teacher as it was, where `args.beta` is not 0; with adapters none: TRL then takes the adapter
             `ref` if there is one (see adapters.py), else the model without its adapters.
         probes: What is scored beside the teacher's explanations at every evaluation, if anything.
-        student_metrics: Names of metrics that are means of what the student could score.
+        student_reward: What asks the student, if anything does.
         kwargs: Further arguments of `trl.GRPOTrainer`.
     """
 
@@ -55,14 +59,13 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         args: GRPOConfig,
         reference: FrozenModel | None,
         probes: Probes | None,
-        student_metrics: Set[str],
+        student_reward: StudentReward | None,
         **kwargs: Any,
     ) -> None:
         self.options, self.sampler, self.timer = options, sampler, timer
         sampler.trainer = self
-        self.probes = probes
-        self.student_metrics = student_metrics
-        self._evaluation = Evaluation(student_metrics)
+        self.probes, self.student_reward = probes, student_reward
+        self._evaluation = Evaluation()
         self.share_prompts = options.share_prompts
         self._logged_step = 0
         self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
@@ -78,7 +81,8 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         if options.use_vllm:
             # From here on TRL treats the rollouts as vLLM's: it calls sync_weights before each and corrects for the
             # difference between the sampling and the training log-probabilities.
-            self.use_vllm, self.vllm_generation, self._last_loaded_step = True, sampler, -1
+            self.use_vllm, self.vllm_generation = True, sampler
+            self.weights_changed()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As TRL's; what the backward pass needs rests in host memory meanwhile, where that is asked for."""
@@ -89,6 +93,10 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
     def mode(self) -> str:
         """Whether this trains or evaluates, in TRL's words."""
         return "train" if self.model.training else "eval"
+
+    def weights_changed(self) -> None:
+        """Let the engine fetch the weights ahead of the next rollout, whatever step it is."""
+        self._last_loaded_step = -1
 
     def note_metrics(self, values: dict[str, float]) -> None:
         """Count values into TRL's metrics, of which a mean is logged."""
@@ -190,7 +198,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         back, and the model's mode: what is logged at the end of an epoch that ends with one is of training."""
         was_training = self.model.training
         interrupted, memory = self.timer.take(), self.timer.memory
-        completions, self._evaluation = deepcopy(self._logs), Evaluation(self.student_metrics)
+        completions, self._evaluation = deepcopy(self._logs), Evaluation()
         with memory.interrupted() if memory is not None else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
         self._logs = completions
@@ -201,16 +209,16 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
         """As TRL's, every reward function timed as scoring; what the student could not score has no reward from the
-        others either. An evaluation's completions are kept for the probes."""
-        if not self.model.training:
-            pairs = zip(inputs, ids, strict=True)
-            self._evaluation.rows += [Evaluated(row["question"], row["solution"], own) for row, own in pairs]
+        others either. An evaluation's completions are kept."""
         self._log_completion_extra("ended", [row["ended"] for row in inputs])
         with self.timer("score"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
         rewards = without_unscored(rewards, self.options.reward_funcs, self.reward_weights)
         if not self.model.training:
-            self._evaluation.add_batch(rewards, self.reward_func_names)
+            pairs = zip(inputs, ids, strict=True)
+            rows = [Evaluated(row["question"], row["solution"], own) for row, own in pairs]
+            scores = None if self.student_reward is None else self.student_reward.results
+            self._evaluation.add_batch(rows, rewards, self.reward_func_names, scores)
         return rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -222,8 +230,10 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         logs |= self._step_logs() if self.model.training else self._evaluation_logs()
         # TRL names the file of completions by the step alone: an evaluation would overwrite the training step's.
         keep, self.log_completions = self.log_completions, self.log_completions and self.model.training
-        super().log(logs, start_time)
-        self.log_completions = keep
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = keep
 
     def _step_logs(self) -> dict[str, float]:
         """Of the steps since the last log."""
@@ -238,8 +248,11 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
 
     def _evaluation_logs(self) -> dict[str, float]:
         """Of an evaluation, that of the probes included."""
-        evaluation, self._evaluation = self._evaluation, Evaluation(self.student_metrics)
-        evaluation.weigh_batches(self._metrics["eval"])
+        evaluation, self._evaluation = self._evaluation, Evaluation()
+        evaluation.weigh_batches(self._metrics["eval"], self.student_reward.metrics if self.student_reward else ())
+        if self.args.log_completions:
+            path = Path(self.args.output_dir) / HELD_OUT / f"step_{self.state.global_step:05d}.jsonl"
+            evaluation.write(path, partial(sampled_explanation, self.sampler.renderer))
         logs: dict[str, float] = {}
         if self.probes is not None and evaluation.rows:
             teacher = base_model(self.accelerator.unwrap_model(self.model))

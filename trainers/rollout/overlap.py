@@ -1,7 +1,7 @@
 """Scoring while the engine still generates."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,6 +30,11 @@ class ScoreAhead:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             return self.score(**group)
 
+    def wait(self) -> None:
+        """Return when all groups are scored. Nothing else is to compute on the device before: the student's head
+        switches TF32 on and off for the whole process."""
+        wait([future for _, future in self._pending])
+
     def take(self) -> list[Any] | None:
         """The results of all groups since the last call, in the order of the batch; None if there were none."""
         if not self._pending:
@@ -50,6 +55,11 @@ class ScoreAhead:
         """Forget all groups since the last `take`; at most the one in work is still scored."""
         pending, self._pending = self._pending, []
         _cancel(pending)
+
+    def close(self) -> None:
+        """Forget all groups, and end the thread when it is done with the one in work."""
+        self.cancel()
+        self._thread.shutdown(wait=True)
 
 
 def _cancel(pending: list[tuple[list[int], Future]]) -> None:

@@ -2,6 +2,8 @@
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from trainers.watch.phases import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
-EVAL_STEP = -1  # evaluations sample with the same seeds whenever they happen, so that they compare
+# In place of a rollout's number: evaluations sample with the same seeds whenever they happen, so that they compare.
+EVALUATION = -1
 
 
 class RolloutSampler:
@@ -30,16 +33,16 @@ class RolloutSampler:
         renderer: The teacher's template and tokenizer.
         timer: Seconds of kv_cache, sync, sentinel and generate are added here.
         engine: What generates; None for transformers, or where rollouts are replayed.
-        sentinel: Compares engine and trainer after each update, if anything does.
+        sentinel: Compares engine and trainer after each update; where there is an engine, there is one.
         ahead: Scores groups while others are still generated, if anything does.
 
     Attributes:
-        trainer: Whom this serves; the trainer sets it.
+        trainer: Whom this serves; the trainer sets it, None before.
         rows: The questions and solutions whose prompts are to be sampled from; the trainer sets them before each
             rollout.
     """
 
-    trainer: Any
+    trainer: Any = None
     rows: list[dict[str, Any]]
 
     def __init__(
@@ -80,6 +83,9 @@ class RolloutSampler:
             sampled = self.sample(prompt_ids)
         if self.engine is not None:
             self._release_cache()
+        if self.ahead is not None:
+            with self.timer("score"):
+                self.ahead.wait()
         completions, logprobs, env_mask = [], [], []
         positions, longest = max_positions(trainer.model.config), max(map(len, prompt_ids))
         for ids, logps, ended in zip(sampled.completion_ids, sampled.logprobs, sampled.ended, strict=True):
@@ -102,20 +108,23 @@ class RolloutSampler:
     def sample(self, prompt_ids: list[list[int]]) -> Rollout:
         """Sample a completion for each prompt, or read what was sampled for it."""
         trainer = self.trainer
-        step = trainer._step if trainer.model.training else EVAL_STEP
+        # TRL's `_step` counts micro-batches; how many a rollout has may be solved for the card, and the same run is to
+        # sample the same tokens on another one.
+        micro_batches = trainer.args.steps_per_generation * trainer.num_iterations
+        number = trainer._step // micro_batches if trainer.model.training else EVALUATION
         given = len(self.renderer.padding_ids) if self.options.padding_in_kl else 0
         if self.replay is not None:
             limit = trainer.max_completion_length
             return self.replay.read(prompt_ids, given, trainer.temperature, limit, trainer.mode)
         if self.engine is None:
-            sampled = generate_with_transformers(trainer, self.renderer, prompt_ids, step, given)
+            sampled = generate_with_transformers(trainer, self.renderer, prompt_ids, number, given)
         else:
-            sampled = self._sample_with_engine(prompt_ids, step, given)
+            sampled = self._sample_with_engine(prompt_ids, number, given)
         if self.record is not None:
             self.record.write(sampled, trainer.temperature, trainer.mode)
         return sampled
 
-    def _sample_with_engine(self, prompt_ids: list[list[int]], step: int, given: int) -> Rollout:
+    def _sample_with_engine(self, prompt_ids: list[list[int]], number: int, given: int) -> Rollout:
         trainer = self.trainer
         given_logprobs = self.engine.given_logprobs(prompt_ids, given, trainer.temperature)
 
@@ -137,7 +146,7 @@ class RolloutSampler:
             "max_tokens": trainer.max_completion_length,
             **(trainer.args.generation_kwargs or {}),
         }
-        sampled = self.engine.generate(prompt_ids, sampling, step, None if self.ahead is None else score_group)
+        sampled = self.engine.generate(prompt_ids, sampling, number, None if self.ahead is None else score_group)
         return replace(sampled, given_logprobs=given_logprobs)
 
     def _release_cache(self) -> None:
@@ -154,22 +163,33 @@ class RolloutSampler:
         if self.ahead is not None:
             self.ahead.cancel()
 
-    def close(self) -> None:
-        """Stop the engine, if there is one."""
+    @contextmanager
+    def stopped_at_the_end(self) -> Iterator[None]:
+        """Stop the engine, if there is one, and the thread that scores beside it; behind an error too."""
+        try:
+            yield
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         if self.engine is not None and self.engine.engine_model is not None:
             self.engine.restore_cache()  # vLLM frees at its end what it holds, and a cache that rests is not there
             self.engine.close()
 
-    def abandon(self, error: BaseException) -> None:
-        """Stop the engine behind an error. Left to the process's end, vLLM would free a cache that rests, and CUDA's
-        message about that would stand below the error's own."""
-        self.cancel()
+    def _abandon(self, error: BaseException) -> None:
+        """Left to the process's end, vLLM would free a cache that rests, and CUDA's message about that would stand
+        below the error's own."""
         behind: BaseException | None = error
         while behind is not None:
             traceback.clear_frames(behind.__traceback__)  # what they hold of the device makes room for the cache
             behind = behind.__cause__ or behind.__context__
-        self.trainer.model.zero_grad(set_to_none=True)
+        if self.trainer is not None:
+            self.trainer.model.zero_grad(set_to_none=True)
         try:
-            self.close()
+            self._close()
         except Exception as second:  # whatever it is, the first is what the run ends with
             logger.warning("vLLM could not be stopped: %s", second)

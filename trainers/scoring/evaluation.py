@@ -1,10 +1,15 @@
-"""What is kept of an evaluation while it goes on, and its means."""
+"""What is kept of an evaluation while it goes on: its means, and what the teacher wrote."""
 
-from collections.abc import Set
+import json
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from data.explanation import Explanation
+from trainers.scoring.explanation_scorer import Scored
 from trainers.scoring.probes import Evaluated
 
 UNSCORABLE = "unscorable_fraction"
@@ -15,31 +20,65 @@ class Evaluation:
     """An evaluation's completions, and how many of each batch have a reward.
 
     Attributes:
-        student_metrics: Names of what is a mean of the completions that the student could score.
         rows: The completions.
+        rewards: Of each completion, by function; None where it gave none.
+        scores: Of each completion, what the student's look at it found, or why there is none; empty without a student.
         batch_sizes: Completions of each batch.
         with_reward: Those that have any reward, and by function those that it gave one.
     """
 
-    student_metrics: Set[str] = frozenset()
     rows: list[Evaluated] = field(default_factory=list)
+    rewards: list[dict[str, float | None]] = field(default_factory=list)
+    scores: list[Scored | str] = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=list)
     with_reward: list[tuple[int, dict[str, int]]] = field(default_factory=list)
 
-    def add_batch(self, rewards: Tensor, names: list[str]) -> None:
-        """Count a batch.
+    def add_batch(
+        self, rows: list[Evaluated], rewards: Tensor, names: list[str], scores: list[Scored | str] | None = None
+    ) -> None:
+        """Keep and count a batch.
 
         Args:
             rewards: `[completions, functions]`, NaN where a function gave none.
             names: Of the functions.
+            scores: Of each completion, where a student is asked.
         """
         given = ~rewards.isnan()
+        self.rows += rows
+        self.scores += scores or []
+        values = ([value if value == value else None for value in row] for row in rewards.tolist())  # NaN is not itself
+        self.rewards += [dict(zip(names, row, strict=True)) for row in values]
         self.batch_sizes.append(len(rewards))
         self.with_reward.append((int(given.any(1).sum()), dict(zip(names, given.sum(0).tolist(), strict=True))))
 
-    def weigh_batches(self, metrics: dict[str, list[float]]) -> None:
-        """TRL's mean of an evaluation is that of its batches, as if each had as many completions and rewards."""
-        weights = {name: self._weights(name, metrics) for name in metrics}
+    def write(self, path: Path, read: Callable[[list[int]], Explanation]) -> None:
+        """Write a line of JSON for each completion: texts, rewards, and the parts of the student's.
+
+        Args:
+            read: Finds the explanation in sampled tokens.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores = self.scores or [None] * len(self.rows)
+        with path.open("w", encoding="utf-8") as file:
+            for row, rewards, score in zip(self.rows, self.rewards, scores, strict=True):
+                explanation = read(row.completion_ids)
+                line: dict[str, Any] = {"question": row.question, "solution": row.solution}
+                line |= {"explanation": explanation.text, "closed": explanation.closed}
+                line |= {f"rewards/{name}": value for name, value in rewards.items()}
+                if isinstance(score, Scored):
+                    line |= score.parts | {"student_solves": score.solves}
+                elif score is not None:
+                    line["reason"] = score
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def weigh_batches(self, metrics: dict[str, list[float]], of_student: Set[str]) -> None:
+        """TRL's mean of an evaluation is that of its batches, as if each had as many completions and rewards.
+
+        Args:
+            metrics: A value of each batch, by name; one mean when this returns.
+            of_student: Names of those that are means of the completions that the student could score.
+        """
+        weights = {name: self._weights(name, metrics, name in of_student) for name in metrics}
         for name, values in metrics.items():
             counts = weights[name]
             if len(values) < len(counts):  # nothing is logged of a batch without a reward
@@ -48,9 +87,9 @@ class Evaluation:
             if len(values) == len(counts) and known:  # one for each batch; NaN where no row had a value
                 metrics[name] = [sum(value * n for value, n in known) / sum(n for _, n in known)]
 
-    def _weights(self, name: str, metrics: dict[str, list[float]]) -> list[float]:
+    def _weights(self, name: str, metrics: dict[str, list[float]], is_of_student: bool) -> list[float]:
         """What each batch counts in the mean of a metric."""
-        if name in self.student_metrics:
+        if is_of_student:
             return [n * (1 - share) for n, share in zip(self.batch_sizes, metrics[UNSCORABLE], strict=True)]
         if name in ("reward", "reward_std"):
             return [n for n, _ in self.with_reward]

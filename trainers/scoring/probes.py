@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from data.explanation import Explanation, read_explanation, written_explanation
+from data.explanation import Explanation, sampled_explanation, written_explanation
 from trainers.models import evaluating
 from trainers.scoring.explanation_scorer import ExplanationScorer, Scored, teacher_logprobs
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone
@@ -43,7 +43,6 @@ class Probes:
     def __init__(self, scorer: ExplanationScorer, limit: int, tokens_per_pass: int, max_prompt_length: int) -> None:
         self.scorer, self.limit, self.tokens_per_pass = scorer, limit, tokens_per_pass
         self.max_prompt_length = max_prompt_length
-        self.end_ids = {*scorer.teacher.end_ids, scorer.teacher.tokenizer.pad_token_id}
 
     def __call__(self, rows: list[Evaluated], teacher: nn.Module, temperature: float) -> dict[str, float]:
         """Return the mean reward of each probe as `probe/NAME`, and as `probe/teacher` that of the teacher.
@@ -59,8 +58,7 @@ class Probes:
         """
         rows = list({(row.question, row.solution): row for row in reversed(rows)}.values())[::-1][: self.limit]
         renderer = self.scorer.teacher
-        tag = renderer.tags.explanation[1]
-        own = [read_explanation(renderer.tokenizer, row.completion_ids, tag, self.end_ids) for row in rows]
+        own = [sampled_explanation(renderer, row.completion_ids) for row in rows]
         texts = probe_texts(rows, [explanation.text for explanation in own])
         kinds = {"teacher": own} | {
             name: [written_explanation(renderer, text, closed=True) for text in values]

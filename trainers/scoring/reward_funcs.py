@@ -13,7 +13,7 @@ from torch import Tensor
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment
 from trl.trainer.utils import is_async_callable
 
-from data.explanation import Explanation, read_explanation
+from data.explanation import Explanation, sampled_explanation
 from data.render import Renderer
 from rewards.explanation_format import explanation_format
 from trainers.errors import ConfigError, Fault
@@ -65,19 +65,21 @@ class StudentReward:
 
     Args:
         scorer: The scorer.
+        overlap_on: The device on which groups are scored while others are still written; None to score whole batches.
 
     Attributes:
+        ahead: Scores such groups.
+        results: Of the batch that was scored last: of each completion its score, or why it has none.
         metrics: Names of what was logged as a mean of the completions that could be scored.
     """
 
     __name__ = "teacher_logprob_kl"
 
-    def __init__(self, scorer: ExplanationScorer) -> None:
+    def __init__(self, scorer: ExplanationScorer, overlap_on: torch.device | None = None) -> None:
         self.scorer = scorer
-        self.end_ids = {*scorer.teacher.end_ids, scorer.teacher.tokenizer.pad_token_id}
-        self.ahead: ScoreAhead | None = None  # where groups are scored while others are still written
+        self.ahead = None if overlap_on is None else ScoreAhead(self.score, overlap_on)
         self._batch: list[list[int]] | None = None  # TRL hands the same object to each function of a batch
-        self._results: list[Scored | str] = []
+        self.results: list[Scored | str] = []
         self.metrics: set[str] = set()
 
     def __call__(self, **batch: Any) -> list[float | None]:
@@ -93,10 +95,8 @@ class StudentReward:
     ) -> list[tuple[Scored | str, Explanation]]:
         """Read the explanations out of completions and score them; the arguments are those of `ask`, which keeps what
         is to be kept of a whole batch."""
-        tag = self.scorer.student.renderer.tags.explanation[1]
-        tokenizer = self.scorer.teacher.tokenizer
         padding = len(self.scorer.teacher.padding_ids) if self.scorer.padding_in_kl else 0
-        explanations = [read_explanation(tokenizer, ids, tag, self.end_ids) for ids in completion_ids]
+        explanations = [sampled_explanation(self.scorer.teacher, ids) for ids in completion_ids]
         pairs = zip(teacher_logprobs, explanations, strict=True)
         logprobs = [torch.tensor(values[: padding + len(e.ids)]) for values, e in pairs]
         results = self.scorer.score(question, explanations, solution, logprobs, keep=False)
@@ -126,7 +126,7 @@ class StudentReward:
             log_metric, log_extra: TRL's loggers.
         """
         if completion_ids is self._batch:
-            return self._results
+            return self.results
         found = self.ahead.take() if self.ahead is not None else None
         if found is None:
             found = self.score(completion_ids, question, solution, teacher_logprobs)
@@ -139,7 +139,7 @@ class StudentReward:
             self.metrics.add(name)
         log_metric("unscorable_fraction", 1 - len(scored) / len(results))
         log_extra("student_solves", [r.solves if isinstance(r, Scored) else None for r in results])
-        self._batch, self._results = completion_ids, results
+        self._batch, self.results = completion_ids, results
         return results
 
 

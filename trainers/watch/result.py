@@ -58,6 +58,7 @@ def write_result(
         "result": output_dir / "result.json",
         "metrics": output_dir / "metrics.jsonl",
         "completions": output_dir / "completions",
+        "held out": output_dir / "held_out",
         "log": output_dir / "training.log",
     }
     listing = "\n".join(f"{name:12} {path}" for name, path in paths.items() if path.exists())
