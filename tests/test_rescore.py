@@ -5,17 +5,18 @@ import json
 import pytest
 import torch
 
-from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.rescore import ranking_changes, run_rescore
-from trainers.scoring.kept_scores import KeptRow, ScoreKeeper, load_kept
+from trainers.scoring.kept_scores import ENDS, TENSORS, KeptRow, ScoreKeeper, TokenScores, load_kept
 
 
 def row(question, solution_logprobs, teacher, student, closed=True):
-    scored = ScoredExplanation(torch.tensor(solution_logprobs), torch.tensor(teacher), torch.tensor(student), closed)
-    return KeptRow(question, "s", f"e{len(teacher)}", TeacherLogprobKL()(scored)[0], scored)
+    values = [torch.tensor(logprobs) for logprobs in (solution_logprobs, teacher, student)]
+    tokens = TokenScores(*values, *(list(range(1, len(v) + 1)) for v in values))
+    return KeptRow(question, "s", f"e{len(teacher)}", TeacherLogprobKL()(tokens.compared(closed))[0], tokens, closed)
 
 
 ROWS = [
@@ -39,12 +40,21 @@ def test_what_is_kept_comes_back_exactly_over_several_batches(tmp_path):
     keeper.keep([])
     ScoreKeeper(tmp_path, by_batch=False, formula=TeacherLogprobKL()).keep(ROWS[2:])  # a later keeper goes on counting
     back = load_kept(tmp_path)
-    assert [(r.question, r.explanation, r.reward, r.scored.closed) for r in back] == [
-        (r.question, r.explanation, r.reward, r.scored.closed) for r in ROWS
+    assert [(r.question, r.explanation, r.reward, r.closed) for r in back] == [
+        (r.question, r.explanation, r.reward, r.closed) for r in ROWS
     ]
     for ours, theirs in zip(ROWS, back, strict=True):
-        for name in ("solution_logprobs", "teacher_logprobs", "student_logprobs"):
-            assert torch.equal(getattr(ours.scored, name), getattr(theirs.scored, name))
+        assert all(torch.equal(getattr(ours.tokens, name), getattr(theirs.tokens, name)) for name in TENSORS)
+        assert all(getattr(ours.tokens, name) == getattr(theirs.tokens, name) for name in ENDS)
+
+
+def test_two_tokenizers_are_kept_token_by_token_and_compared_by_pieces():
+    """12|34 and 1|2|3|4 of one text: the pieces are 12 and 34."""
+    teacher, student = torch.tensor([-1.0, -2.0]), torch.tensor([-0.1, -0.2, -0.3, -0.4])
+    tokens = TokenScores(torch.tensor([-1.0]), teacher, student, [1], [2, 4], [1, 2, 3, 4])
+    scored = tokens.compared(closed=True)
+    assert torch.equal(scored.teacher_logprobs, teacher)
+    assert torch.allclose(scored.student_logprobs, torch.tensor([-0.3, -0.7]))
 
 
 def test_same_formula_gives_the_same_rewards_and_no_change(tmp_path):

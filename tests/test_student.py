@@ -146,7 +146,7 @@ def test_kept_scores_are_those_of_the_whole_rollout_scored_ahead_or_not(model_di
         assert (ours.question, ours.explanation, ours.batch) == (theirs.question, theirs.explanation, theirs.batch)
         assert ours.reward == pytest.approx(theirs.reward, abs=1e-5)
         for name in TENSORS:
-            assert torch.allclose(getattr(ours.scored, name), getattr(theirs.scored, name), atol=1e-5)
+            assert torch.allclose(getattr(ours.tokens, name), getattr(theirs.tokens, name), atol=1e-5)
 
 
 def test_without_the_padding_the_kl_covers_what_was_sampled(model_dir, renderer):
@@ -185,7 +185,7 @@ def test_text_longer_than_the_student_reads_is_none_and_counted(model_dir, rende
     assert metrics["unscorable_fraction"] == 1.0
 
 
-def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_dir, renderer, tags):
+def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_dir, renderer, tags, tmp_path):
     from trainers.models import make_tokenizer
 
     other = make_tokenizer(["2+3=5 " * 5], tags.every_tag, 300)
@@ -196,6 +196,7 @@ def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_di
     completion = explanation + other(tags.explanation[1], add_special_tokens=False)["input_ids"]
     teacher = Renderer(other, tags, None, "model_name_or_path")
     reward = make_reward(student, teacher)
+    reward.scorer.keeper = ScoreKeeper(tmp_path, by_batch=True, formula=TeacherLogprobKL())
     assert not reward.scorer.same_tokenizer
     assert len(teacher.padding_ids) == 1  # one token
     assert len(renderer.padding_ids) == 2  # where the student has two
@@ -206,6 +207,14 @@ def test_teacher_with_another_tokenizer_is_compared_over_pieces_of_text(model_di
     solution = score.solution_logprobs
     expected = solution.mean() + 0.01 * solution.min() - 3 * kl.mean() - 0.03 * kl.max()
     assert total == pytest.approx(expected.item(), abs=1e-5)
+    (kept,) = load_kept(tmp_path)  # token by token, on both sides
+    assert kept.tokens.teacher_logprobs.tolist() == [-2.0, -0.5, -0.25, -0.125]
+    assert torch.equal(kept.tokens.student_logprobs, lp)
+    start = len(tags.padding)
+    assert kept.tokens.teacher_ends == [start, start + 3, start + 4, start + 5]
+    assert kept.tokens.student_ends == [1, start, *range(start + 1, start + 6)]
+    assert kept.tokens.solution_ends == [1] and kept.reward == total
+    assert TeacherLogprobKL()(kept.scored)[0] == total
 
 
 def test_student_is_frozen(model_dir, renderer):

@@ -12,11 +12,10 @@ from torch import Tensor
 from data.explanation import Explanation
 from data.offsets import encode_with_ends
 from data.render import Encoded, Renderer
-from rewards.alignment import piece_sums
-from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.plan.model_shapes import max_positions
 from trainers.scoring.frozen import FrozenModel
-from trainers.scoring.kept_scores import KeptRow, ScoreKeeper
+from trainers.scoring.kept_scores import KeptRow, ScoreKeeper, TokenScores
 from trainers.student import Student, StudentScore, explained_span
 from trainers.texts import show_sample
 
@@ -99,15 +98,16 @@ class ExplanationScorer:
         ]
         read = [i for i, reason in enumerate(results) if reason is None]
         for i, score in zip(read, self.student.score([texts[i] for i in read]), strict=True):
-            compared = self._compared(explanations[i], teacher_logprobs[i], score)
-            reward, parts = self.reward(compared)
+            tokens = self._tokens(explanations[i], solutions[i], teacher_logprobs[i], score)
+            reward, parts = self.reward(tokens.compared(explanations[i].closed))
             if bad := _not_finite(score, teacher_logprobs[i], parts | {"reward": reward}):
                 if stop:
                     _stop(bad, questions[i], explanations[i])
                 results[i] = f"{NOT_FINITE}: {', '.join(f'{name} {value}' for name, value in bad.items())}"
                 continue
             logger.debug("reward %.4f %s for %r", reward, parts, explanations[i].text)
-            row = KeptRow(questions[i], solutions[i], explanations[i].text, reward, compared) if self.keeper else None
+            texts_of = questions[i], solutions[i], explanations[i].text
+            row = KeptRow(*texts_of, reward, tokens, explanations[i].closed) if self.keeper is not None else None
             results[i] = Scored(reward, parts, score.solves, row)
         if keep:
             self.keep(results)
@@ -128,18 +128,22 @@ class ExplanationScorer:
         given = {"explanation": explanation.ids + tail} if self.same_tokenizer else None
         return self.student.renderer.encode(parts, given)
 
-    def _compared(self, explanation: Explanation, teacher: Tensor, score: StudentScore) -> ScoredExplanation:
+    def _tokens(self, explanation: Explanation, solution: str, teacher: Tensor, score: StudentScore) -> TokenScores:
+        """Where tokens end is found where it is needed: to compare two tokenizers, and for what is kept."""
         reader = self.student.renderer
         student = score.explanation_logprobs[0 if self.padding_in_kl else len(reader.padding_ids) :]
+        if self.same_tokenizer and explanation.tail:
+            student = student[: len(teacher)]  # the teacher wrote it in one token with its closing tag: without its own
+        logprobs = score.solution_logprobs, teacher, student
+        if self.same_tokenizer and self.keeper is None:
+            return TokenScores(*logprobs, [], [], [])
+        ends = reader_ends = explanation.ends
         if not self.same_tokenizer:
             _, reader_ends = encode_with_ends(reader.tokenizer, explanation.text)
-            ends = explanation.ends
-            if self.padding_in_kl:
-                ends, reader_ends = self.teacher.padded(ends), reader.padded(reader_ends)
-            teacher, student = piece_sums(teacher, ends, student, reader_ends)
-        elif explanation.tail:  # the teacher wrote it in one token with its closing tag: it has no log-prob of its own
-            student = student[: len(teacher)]
-        return ScoredExplanation(score.solution_logprobs, teacher, student, explanation.closed)
+        if self.padding_in_kl:
+            ends, reader_ends = self.teacher.padded(ends), reader.padded(reader_ends)
+        _, solution_ends = encode_with_ends(reader.tokenizer, solution)
+        return TokenScores(*logprobs, solution_ends, ends, reader_ends)
 
 
 def teacher_logprobs(
