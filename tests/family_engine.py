@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from families import COMMON, FAMILIES
+from families import COMMON, FAMILIES, LAID_OUT_OTHERWISE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.engine import Engine
@@ -42,11 +42,15 @@ def measure(
     dtype: torch.dtype = torch.float32,
     completions: int = 8,
     max_tokens: int = 16,
+    fresh: bool = False,
     **chosen: Any,
 ) -> dict[str, float]:
-    """Differences before and after three updates, and how far the least moved parameter went; `chosen` are options."""
+    """Differences before and after three updates, and how far the least moved parameter went; `chosen` are options.
+
+    With `fresh` also those of what is saved, read by a transformers model and a vLLM engine of their own.
+    """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **COMMON, **(FAMILIES | LAID_OUT_OTHERWISE)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():  # scores that are worth capping
         for name, parameter in model.named_parameters():
@@ -79,7 +83,7 @@ def measure(
     in_cache = sum(int(cache.count_nonzero()) for cache in engine._kv_caches())
     after = largest_difference(model, prompts, engine.generate(prompts, sampling, 1))
     found = {"before": before, "after": after, "least_moved": moved, "in_cache": in_cache}
-    if device == "cpu" and not use_peft:
+    if fresh:
         sampled = engine.generate(prompts, sampling, 2)
         engine.close()
         return found | fresh_differences(model, prompts, sampled)
@@ -112,7 +116,7 @@ def fresh_differences(model, prompts, sampled) -> dict[str, float]:
 
 def main(family: str) -> None:
     prepare_environment(torch.device("cpu"))
-    print(json.dumps({"all weights": measure(family, False), "adapters": measure(family, True)}))
+    print(json.dumps({"all weights": measure(family, False, fresh=True), "adapters": measure(family, True)}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainers.bridges import WeightBridge, make_bridge
 from trainers.errors import ConfigError
 from trainers.weights.shared_weights import engine_tensors, share_weights
 
@@ -102,6 +103,13 @@ def test_engine_weight_that_nobody_trains_is_named():
     engine.model.extra = nn.Linear(4, 4, bias=False)
     with pytest.raises(ConfigError, match=r"model\.extra\.weight"):
         share(trainer, engine)
+
+
+def test_no_bridge_is_a_kind_of_another():
+    bridges = [make_bridge(name, nn.Module()) for name in ("shared", "copy", "lora", "restart")]
+    assert all(type(bridge).__bases__ == (WeightBridge,) for bridge in bridges)
+    with pytest.raises(TypeError, match="abstract"):
+        WeightBridge(nn.Module())
 
 
 def test_other_shape_is_refused():

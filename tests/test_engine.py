@@ -11,11 +11,12 @@ from small_run import small_options
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers import rl
-from trainers.engine import Engine, next_token_params, request_seed
+from trainers.engine import Engine, next_token_params
 from trainers.engine_setup import check_architecture, engine_arguments, kept_process_state
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
+from trainers.rollout.rollouts import request_seed
 
 SAMPLING = {"temperature": 1.0, "max_tokens": 24}
 
@@ -199,7 +200,7 @@ def test_options_reach_the_engine(engine_and_model):
     assert config.model_config.max_model_len == 160
     assert config.model_config.seed == 7
     assert config.model_config.dtype == torch.float32
-    assert config.model_config.enforce_eager
+    assert config.model_config.enforce_eager  # not asked for: on a CPU it saves a compiler's run
     assert config.cache_config.enable_prefix_caching
     assert config.scheduler_config.max_num_seqs == 16
 
@@ -211,6 +212,13 @@ def test_cuda_graphs_are_an_option_on_a_gpu(eager):
     assert arguments["enforce_eager"] is eager
     assert arguments["dtype"] == "bfloat16"
     assert arguments["max_model_len"] == 16
+
+
+@pytest.mark.parametrize("half", [{"closing_tag": "</think>"}, {"closing_tag_ids": [5]}])
+def test_half_of_a_closing_tag_is_refused_before_anything_starts(model_dir, half):
+    options = options_class("rl")(max_prompt_length=8, max_completion_length=8)
+    with pytest.raises(ValueError, match="closing_tag and closing_tag_ids go together"):
+        Engine(torch.nn.Module(), str(model_dir), options, torch.device("cpu"), torch.float32, [2], **half)
 
 
 @pytest.mark.parametrize("family", ["smollm3", "helium"])  # vLLM lists the first as its own, and has no class for it

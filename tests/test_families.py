@@ -1,4 +1,7 @@
-"""Families that share weights with the engine, one process each. Run: ./run_tests.sh -m slow"""
+"""Families that share weights with the engine, and one that cannot. Run: ./run_tests.sh tests/test_families.py
+
+All of them, with adapters and saved checkpoints, one process each: ./run_tests.sh -m slow tests/test_families.py
+"""
 
 import json
 import os
@@ -7,10 +10,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from conftest import REPO
-from family_engine import FAMILIES
+from family_engine import FAMILIES, measure
 
-pytestmark = pytest.mark.slow  # two to three minutes
+from trainers.errors import ConfigError
 
 
 def run_family(family):
@@ -31,6 +35,7 @@ def runs():
         return dict(zip(FAMILIES, pool.map(run_family, FAMILIES), strict=True))
 
 
+@pytest.mark.slow  # two to three minutes
 @pytest.mark.parametrize("trained", ["all weights", "adapters"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_and_engine_agree_before_and_after_updates(runs, family, trained):
@@ -43,3 +48,22 @@ def test_trainer_and_engine_agree_before_and_after_updates(runs, family, trained
     if trained == "all weights":
         assert result["fresh transformers"] < 1e-5
         assert result["fresh vllm"] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma2"])
+def test_a_family_that_fuses_or_ties_otherwise_than_qwen2_shares_its_weights(family):
+    """Phi-3's checkpoints hold q/k/v fused; Gemma 2 has a tied head without a name, norms of 1 + w, capped scores."""
+    found = measure(family, use_peft=False)
+    assert found["least_moved"] > 1e-4
+    assert found["before"] < 1e-5
+    assert found["after"] < 1e-5
+
+
+def test_what_the_engine_holds_the_other_way_round_is_refused_to_be_shared_and_can_be_copied():
+    with pytest.raises(ConfigError, match=r"weight_bridge='shared'[\s\S]*c_attn[\s\S]*weight_bridge=copy"):
+        measure("gpt2", use_peft=False)
+    assert not torch.distributed.is_initialized()  # the engine that was refused is stopped
+    found = measure("gpt2", use_peft=False, weight_bridge="copy")
+    assert found["least_moved"] > 1e-4
+    assert found["before"] < 1e-5
+    assert found["after"] < 1e-5

@@ -6,6 +6,7 @@ vLLM allows one engine in a process at a time: each test closes its own.
 import shutil
 from contextlib import contextmanager
 
+import psutil
 import pytest
 import torch
 from conftest import ROWS
@@ -16,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trainers import teacher_grpo
-from trainers.bridges import CopyBridge, SharedBridge
+from trainers.bridges import LOAD_FORMAT, CopyBridge, SharedBridge
 from trainers.errors import ConfigError
 from trainers.models import make_model, make_tokenizer
 from trainers.weights.adapter_files import open_adapter
@@ -35,8 +36,8 @@ WAYS = {
 
 
 @contextmanager
-def running(renderer, model_dir, tmp_path, adapter=None, **chosen):
-    engine, model = make_engine(small_options(**chosen), renderer, model_dir, tmp_path, adapter=adapter)
+def running(renderer, model_dir, tmp_path, dtype=torch.float32, adapter=None, **chosen):
+    engine, model = make_engine(small_options(**chosen), renderer, model_dir, tmp_path, dtype, adapter)
     try:
         yield engine, model
     finally:
@@ -69,7 +70,7 @@ def test_engine_and_trainer_agree_before_and_after_updates(renderer, model_dir, 
 def test_an_engine_that_is_rebuilt_leaves_no_compiled_model_behind(renderer, model_dir, tmp_path, prompts):
     """Compiled as on a GPU, but for the compiler itself: a hook of torch's keeps each model that is not unhooked."""
     hooks = torch._dynamo.convert_frame._bytecode_hooks
-    compiled = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+    compiled = {"compilation_config": {"mode": 2, "backend": "eager"}}
     there = len(hooks)
     with running(renderer, model_dir, tmp_path, weight_bridge="restart", vllm_kwargs=compiled) as (engine, _):
         before = len(hooks)
@@ -149,10 +150,26 @@ def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(
     assert open_adapter("k", str(tmp_path / "saved")).base == str(model_dir)
 
 
+def test_asking_for_a_stale_adapter_moves_on_to_no_other_layer(renderer, model_dir, tmp_path):
+    with running(renderer, model_dir, tmp_path, use_peft=True) as (engine, _):
+        layers, named = engine.bridge._layers, []
+        for _ in layers:
+            engine.bridge.sync()
+            assert engine.bridge.stale() is None
+            for layer, _ in layers:
+                layer.lora_b_stacked[0].add_(1)
+            named.append(engine.bridge.stale())
+            assert engine.bridge.stale() == named[-1]
+        assert None not in named and len(set(named)) == len(layers)
+
+
 def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     once = sum(p.nbytes for p in model.parameters())
     with running(renderer, model_dir, tmp_path) as (engine, _):
+        from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+        assert LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER  # it would hold the trainer's model for good
         # vLLM rounds 512 rows of the vocabulary up to none more
         assert engine.bridge.weight_bytes() == once
     with running(renderer, model_dir, tmp_path, weight_bridge="copy") as (engine, _):
@@ -244,25 +261,41 @@ def test_groups_are_handed_on_while_others_are_still_written(renderer, model_dir
         assert logprobs == [sampled.logprobs[i] for i in places]
 
 
-def test_options_reach_the_engine(renderer, model_dir, tmp_path):
+@pytest.mark.parametrize(("eager", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_options_reach_the_engine(renderer, model_dir, tmp_path, eager, dtype):
     chosen = {
         "vllm_gpu_memory_utilization": 0.23,
         "vllm_max_model_length": 200,
         "enable_prefix_caching": False,
+        "enforce_eager": eager,
         "max_num_seqs": 5,
         "seed": 11,
-        "vllm_kwargs": {"max_num_batched_tokens": 8321, "max_logprobs": 17},
+        # Whether there are graphs is read on a CPU too where it is said how to compile, here not at all.
+        "vllm_kwargs": {"max_num_batched_tokens": 8321, "max_logprobs": 17, "compilation_config": {"mode": 0}},
     }
-    with running(renderer, model_dir, tmp_path, **chosen) as (engine, _):
+    with running(renderer, model_dir, tmp_path, dtype=dtype, **chosen) as (engine, _):
         config = engine.llm.llm_engine.vllm_config
         assert config.cache_config.gpu_memory_utilization == 0.23
+        assert config.model_config.enforce_eager is eager
+        assert config.model_config.dtype == dtype
+        assert {parameter.dtype for parameter in engine.engine_model.parameters()} == {dtype}
         assert config.model_config.max_model_len == 200
         assert config.cache_config.enable_prefix_caching is False
         assert config.scheduler_config.max_num_seqs == 5
         assert config.model_config.seed == 11
-        assert config.model_config.dtype == torch.float32
         assert config.scheduler_config.max_num_batched_tokens == 8321
         assert config.model_config.max_logprobs == 17
+
+
+def test_the_cache_is_cut_from_the_share_of_memory(renderer, model_dir, tmp_path):
+    """On a GPU the share decides where the plan has set no size. On a CPU a size goes before it, taken away here."""
+    import vllm  # noqa: F401 - what its import takes is no part of what is measured
+    from vllm.utils.cpu_resource_utils import get_memory_node_info
+
+    total, held = get_memory_node_info().total_memory, psutil.Process().memory_info().rss
+    chosen = {"vllm_gpu_memory_utilization": (held + 2**30) / total, "vllm_kwargs": {"kv_cache_memory_bytes": None}}
+    with running(renderer, model_dir, tmp_path, **chosen) as (engine, _):
+        assert 0.5 * 2**30 < engine.kv_cache_bytes() <= 2**30  # what starting the engine has taken is less
 
 
 def test_closing_tag_ends_a_completion(renderer, model_dir, tmp_path, prompts):

@@ -10,7 +10,12 @@ lora: the frozen base is shared; the adapters, trained in fp32, are written into
 restart: the weights are saved and a new engine is built from the checkpoint after each update.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -20,52 +25,63 @@ from torch import Tensor, nn
 from trainers.errors import ConfigError, Fault
 from trainers.plan.host_memory import SHARD
 from trainers.weights.adapters import ADAPTER, base_model
-from trainers.weights.shared_weights import base_parameters, fused_parts, held_bytes, share_weights
+from trainers.weights.shared_weights import SharedTensors, base_parameters, fused_parts, held_bytes
 
 LOAD_FORMAT = "trainer"
 
 
-class CopyBridge:
-    """The engine's own weights; also what the other bridges have in common.
+class WeightBridge(ABC):
+    """One way for the trainer's weights to reach the engine.
 
     Args:
         model: The trainer's model.
+
+    Attributes:
+        engine_model: vLLM's module, while there is an engine.
+        lora_request: What goes with every generation request.
+        keeps_engine: Whether the engine lives on through updates, so that its KV cache can be given back for them.
     """
 
-    rebuilds = False  # whether an update needs a new engine
-    lora_request: Any = None  # goes with every generation request
+    lora_request: Any = None
+    keeps_engine = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.engine_model: nn.Module | None = None  # while there is an engine
+        self.engine_model: nn.Module | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of vllm.LLM."""
-        return {"load_format": LOAD_FORMAT}
+        """Arguments of vllm.LLM that this way needs."""
+        return {}
 
-    def attach(self, runner: Any) -> None:
+    @abstractmethod
+    def loading(self, output_dir: Path) -> AbstractContextManager[dict[str, Any]]:
+        """A context in which an engine that starts finds the trainer's current weights.
+
+        Args:
+            output_dir: Where files may be written; none is left.
+
+        Returns:
+            A context that gives the arguments of vllm.LLM that say where the weights are.
+        """
+
+    def attach(self, runner: Any, rebuild: Callable[[], None]) -> None:
         """Connect with a new engine, which has loaded the trainer's weights.
 
         Args:
             runner: vLLM's model runner.
+            rebuild: Stops this engine and starts a new one, to which the bridge is attached again.
 
         Raises:
             ConfigError: If this bridge cannot serve this model.
         """
         self.engine_model = runner.model
 
-    def weights(self, engine_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """What the engine loads: the weights by their Hugging Face names, a tied head by its own too where the engine
-        has one: vLLM expects it if the checkpoint holds it."""
-        return _known_to(engine_model, self.model, merged_weights(self.model, every_name=True))
-
-    @torch.no_grad()
+    @abstractmethod
     def sync(self) -> None:
         """Make the engine see the trainer's current weights."""
-        self.engine_model.load_weights(self.weights(self.engine_model))
 
     def stale(self) -> str | None:
-        """A layer of the engine's that is known to have other weights than the trainer's, looked at one each time."""
+        """A layer of the engine's that is known to have other weights than the trainer's, of those looked at."""
         return None
 
     def weight_bytes(self) -> int:
@@ -73,17 +89,19 @@ class CopyBridge:
         return held_bytes(self.model.parameters(), self.engine_model.parameters())
 
 
-class SharedBridge(CopyBridge):
+class SharedBridge(WeightBridge):
     """The trainer's parameters are views of the engine's tensors."""
 
     def weights(self, engine_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        named = ((name, p.data) for name, p in base_parameters(self.model, every_name=True).items())
-        return _known_to(engine_model, self.model, named)
+        """What the engine loads, and what is its own from then on."""
+        return _base_weights(engine_model, self.model)
 
-    def attach(self, runner: Any) -> None:
-        super().attach(runner)
-        share_weights(self.model, self.engine_model)
-        self._shared = [*_places(base_model(self.model)), *_places(self.engine_model, "the engine's ")]
+    def loading(self, output_dir: Path) -> AbstractContextManager[dict[str, Any]]:
+        return _in_memory(self.weights)
+
+    def attach(self, runner: Any, rebuild: Callable[[], None]) -> None:
+        super().attach(runner, rebuild)
+        self._shared = SharedTensors(self.model, self.engine_model)
 
     def sync(self) -> None:
         """See that nothing has parted the trainer's parameters from the engine's weights.
@@ -91,16 +109,27 @@ class SharedBridge(CopyBridge):
         Raises:
             RuntimeError: If something has, with the name of what was moved.
         """
-        for name, holder, leaf, place in self._shared:
-            if (parameter := holder.get(leaf)) is None or parameter.data_ptr() != place:
-                raise RuntimeError(
-                    f"{name} was moved away from the memory that trainer and engine share, so the engine sees no more "
-                    "updates of it. Whatever replaced its data (an optimizer, a callback, model.to) must write in "
-                    "place (copy_, add_); weight_bridge=copy works without that"
-                )
+        self._shared.check()
 
 
-class LoraBridge(SharedBridge):
+class CopyBridge(WeightBridge):
+    """The engine's own weights, written anew after each update."""
+
+    def weights(self, engine_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What the engine loads: the weights by their Hugging Face names, a tied head by its own too where the engine
+        has one: vLLM expects it if the checkpoint holds it."""
+        return _known_to(engine_model, self.model, merged_weights(self.model, every_name=True))
+
+    def loading(self, output_dir: Path) -> AbstractContextManager[dict[str, Any]]:
+        return _in_memory(self.weights)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Copy all weights, adapters merged."""
+        self.engine_model.load_weights(self.weights(self.engine_model))
+
+
+class LoraBridge(WeightBridge):
     """The frozen base is shared, the adapters are written into the engine's buffers.
 
     vLLM has no call that takes an adapter from memory. One of zeros is registered under the id that the requests name,
@@ -112,14 +141,17 @@ class LoraBridge(SharedBridge):
         config = self.model.peft_config[ADAPTER]
         leaves = sorted({name.rpartition(".")[2] for name in self._adapters()})
         rank = next(r for r in lora_ranks() if r >= config.r)
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, "lora_target_modules": leaves}
-        return super().arguments() | lora
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, "lora_target_modules": leaves}
 
-    def attach(self, runner: Any) -> None:
+    def loading(self, output_dir: Path) -> AbstractContextManager[dict[str, Any]]:
+        return _in_memory(lambda engine_model: _base_weights(engine_model, self.model))
+
+    def attach(self, runner: Any, rebuild: Callable[[], None]) -> None:
         from vllm.lora.request import LoRARequest
 
-        super().attach(runner)
-        self._layers, self._checked = adapted_layers(self.engine_model, self._adapters()), 0
+        super().attach(runner, rebuild)
+        self._shared = SharedTensors(self.model, self.engine_model)
+        self._layers, self._syncs = adapted_layers(self.engine_model, self._adapters()), 0
         self.lora_request = LoRARequest("teacher", 1, "in-memory")
         runner.lora_manager.add_dummy_lora(self.lora_request, self.model.peft_config[ADAPTER].r)
         runner.lora_manager.add_adapter(self.lora_request)  # known by now, so nothing is read: it gets its buffers
@@ -131,8 +163,13 @@ class LoraBridge(SharedBridge):
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Write the adapters, the scaling folded into B as vLLM does."""
-        super().sync()
+        """Write the adapters, the scaling folded into B as vLLM does.
+
+        Raises:
+            RuntimeError: If the base is no longer shared, with the name of what was moved.
+        """
+        self._shared.check()
+        self._syncs += 1
         for layer, parts in self._layers:
             a = [p and p.lora_A[ADAPTER].weight for p in parts]
             b = [p and p.lora_B[ADAPTER].weight * p.scaling[ADAPTER] for p in parts]
@@ -140,9 +177,9 @@ class LoraBridge(SharedBridge):
 
     @torch.no_grad()
     def stale(self) -> str | None:
-        """In half precision an adapter's steps are less than the rounding that probabilities may differ by."""
-        layer, parts = self._layers[self._checked % len(self._layers)]
-        self._checked += 1
+        """One layer is looked at, after each `sync` the next. In half precision an adapter's steps are less than the
+        rounding that probabilities may differ by."""
+        layer, parts = self._layers[self._syncs % len(self._layers)]
         buffers = [buffer[0, 0] for buffer in layer.lora_b_stacked]
         ours = [p and p.lora_B[ADAPTER].weight * p.scaling[ADAPTER] for p in parts]
         if len(ours) < len(buffers):  # one layer of the trainer's, several of the engine's (Phi-3)
@@ -157,16 +194,34 @@ class LoraBridge(SharedBridge):
         return held_bytes(self.model.parameters(), self.engine_model.parameters(), buffers)
 
 
-class RestartBridge(CopyBridge):
+class RestartBridge(WeightBridge):
     """A new engine from a checkpoint; slow, and independent of everything the other bridges rely on."""
 
-    rebuilds = True
+    keeps_engine = False
 
-    def arguments(self) -> dict[str, Any]:
-        return {}
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._folder: Path | None = None
+
+    @contextmanager
+    def loading(self, output_dir: Path) -> Iterator[dict[str, Any]]:
+        """The checkpoint is there within the context only."""
+        if self._folder is None:  # of one engine after the other: vLLM keeps what it compiles under the model's path
+            self._folder = Path(mkdtemp(prefix="engine-weights-", dir=output_dir))
+        self._folder.mkdir(exist_ok=True)
+        try:
+            self.save(str(self._folder))
+            yield {"model": str(self._folder)}
+        finally:
+            rmtree(self._folder)
+
+    def attach(self, runner: Any, rebuild: Callable[[], None]) -> None:
+        super().attach(runner, rebuild)
+        self._rebuild = rebuild
 
     def sync(self) -> None:
-        raise AssertionError("the engine is rebuilt instead")
+        """Start a new engine from a new checkpoint."""
+        self._rebuild()
 
     def save(self, folder: str) -> None:
         """Write the weights, adapters merged, as a checkpoint without a tokenizer."""
@@ -175,7 +230,7 @@ class RestartBridge(CopyBridge):
             base_model(self.model).save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
 
 
-def make_bridge(name: str, model: nn.Module) -> CopyBridge:
+def make_bridge(name: str, model: nn.Module) -> WeightBridge:
     """The bridge that `weight_bridge` names."""
     return {"shared": SharedBridge, "copy": CopyBridge, "lora": LoraBridge, "restart": RestartBridge}[name](model)
 
@@ -185,6 +240,12 @@ def lora_ranks() -> tuple[int, ...]:
     from vllm.config.lora import MaxLoRARanks
 
     return MaxLoRARanks.__args__
+
+
+def _base_weights(engine_model: nn.Module, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model, its adapters aside, as far as the engine has a place for their names."""
+    named = ((name, p.data) for name, p in base_parameters(model, every_name=True).items())
+    return _known_to(engine_model, model, named)
 
 
 def _known_to(
@@ -236,17 +297,9 @@ def adapted_layers(
     return layers
 
 
-def _places(model: nn.Module, whose: str = "") -> Iterator[tuple[str, dict[str, Any], str, int]]:
-    """Each parameter that is no adapter's: its name, what holds it under which name there, and its place in memory."""
-    for path, module in model.named_modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and ".lora_" not in path:
-                name = f"{path}.{leaf}".replace(".base_layer.", ".")
-                yield f"{whose}{name}", module._parameters, leaf, parameter.data_ptr()
-
-
-def register_loader(weights: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> None:
-    """Let vLLM's `load_format="trainer"` read the trainer's weights, in memory.
+@contextmanager
+def _in_memory(weights: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> Iterator[dict[str, Any]]:
+    """Let an engine that starts within the context load what `weights` gives for its module, from memory.
 
     vLLM loads before it wraps layers for LoRA and before it processes weights, so this is where they come in.
     """
@@ -261,5 +314,8 @@ def register_loader(weights: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
         def load_weights(self, engine_model: nn.Module, model_config: Any) -> None:
             engine_model.load_weights(weights(engine_model))
 
-    _LOAD_FORMAT_TO_MODEL_LOADER.pop(LOAD_FORMAT, None)  # an earlier engine's in this process
     register_model_loader(LOAD_FORMAT)(TrainerLoader)
+    try:
+        yield {"load_format": LOAD_FORMAT}
+    finally:
+        del _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT]  # it holds the trainer's model

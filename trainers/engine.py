@@ -1,23 +1,20 @@
 """vLLM inside the trainer's process."""
 
 import gc
-import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainers.bridges import RestartBridge, make_bridge, register_loader
+from trainers.bridges import make_bridge
 from trainers.engine_setup import engine_arguments, kept_process_state, prepare_environment, refused_arguments
 from trainers.options import RLOptions
 from trainers.plan.hardware import vllm_releases_cache
-from trainers.rollout.rollouts import Ended, Rollout
+from trainers.rollout.rollouts import Ended, Rollout, request_seed
 from trainers.settings.engine_specs import bridge_name
 from trainers.weights.shared_weights import held_bytes
 
@@ -39,9 +36,13 @@ class Engine:
         dtype: Type of the weights.
         end_ids: Tokens that end a completion.
         closing_tag: A text that ends a completion too, if any.
-        closing_tag_ids: Its tokens.
+        closing_tag_ids: Its tokens; they come with the tag, or both are left out.
         output_dir: Where the restart bridge may write.
         tokenizer_path: Folder or hub id of the tokenizer, if not the model's.
+
+    Raises:
+        ValueError: If one of `closing_tag` and `closing_tag_ids` is given without the other.
+        ConfigError: If vLLM refuses `vllm_kwargs`, or the bridge cannot serve this model.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Engine:
         output_dir: Path = Path(),
         tokenizer_path: str | None = None,
     ) -> None:
+        if (closing_tag is None) != (closing_tag_ids is None):
+            raise ValueError("closing_tag and closing_tag_ids go together: neither ends a completion alone")
         prepare_environment(device)
         if device.type == "cpu":
             from trainers.weights.cpu_kernels import adapt_vllm
@@ -75,15 +78,13 @@ class Engine:
         self._arguments = engine_arguments(options, model_path, device, dtype) | self.bridge.arguments()
         self._asked = options.vllm_kwargs
         self._arguments |= {"tokenizer": tokenizer_path or model_path} | self._asked
-        self.can_release = device.type == "cuda" and not self.bridge.rebuilds and vllm_releases_cache()
+        self.can_release = device.type == "cuda" and self.bridge.keeps_engine and vllm_releases_cache()
         if device.type == "cuda" and not vllm_releases_cache():
             logger.warning("this vLLM cannot give its KV cache back (0.31 can): it stays on the GPU during the update")
         if self.can_release:
             self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
         self._released = False
-        # Of one engine after the other: vLLM keeps what it compiles under the model's path.
-        if self.bridge.rebuilds:
-            self._checkpoint = Path(mkdtemp(prefix="engine-weights-", dir=output_dir))
+        self._output_dir = output_dir
         self._along: list[tuple[tuple[tuple[int, ...], Any], list[int], OnAnswer]] = []  # asked with the next requests
         self._build()
         held = self.bridge.weight_bytes() / 2**20
@@ -91,19 +92,17 @@ class Engine:
 
     def _build(self) -> None:
         """Start vLLM on the trainer's current weights."""
-        with kept_process_state():
-            if isinstance(self.bridge, RestartBridge):
-                folder = self._checkpoint
-                folder.mkdir(exist_ok=True)
-                try:
-                    self.bridge.save(str(folder))
-                    self.llm = self._start(self._arguments | {"model": str(folder)})
-                finally:
-                    rmtree(folder)
-            else:
-                register_loader(self.bridge.weights)
-                self.llm = self._start(self._arguments)
-        self.bridge.attach(self.llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+        with kept_process_state(), self.bridge.loading(self._output_dir) as source:
+            self.llm = self._start(self._arguments | source)
+        try:
+            self.bridge.attach(self.llm.llm_engine.model_executor.driver_worker.worker.model_runner, self._rebuild)
+        except BaseException:
+            self.close()  # nobody else has this engine yet
+            raise
+
+    def _rebuild(self) -> None:
+        self.close()
+        self._build()
 
     def _start(self, arguments: dict[str, Any]) -> Any:
         from vllm import LLM
@@ -154,10 +153,6 @@ class Engine:
         """
         self.restore_cache()
         self._along.clear()
-        if self.bridge.rebuilds:
-            self.close()
-            self._build()
-            return
         self.bridge.sync()
         # vLLM's reset walks through every block there is. A pool without running requests has all but its null block.
         is_idle = all(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 for pool in self._pools())
@@ -345,9 +340,3 @@ def next_token_answer(output: Any, tokens: list[int]) -> list[float]:
     """What vLLM answered to that."""
     first = output.outputs[0].logprobs[0]
     return [first[token].logprob for token in tokens]
-
-
-def request_seed(run_seed: int, step: int, prompt_ids: tuple[int, ...]) -> int:
-    """Return the seed of a prompt's first completion, a number below 2^62; the n-th after it has this plus n."""
-    text = f"{run_seed},{step}:{','.join(map(str, prompt_ids))}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2

@@ -40,7 +40,7 @@ def engine_arguments(options: RLOptions, model_path: str, device: torch.device, 
         "dtype": str(dtype).removeprefix("torch."),
         "seed": options.seed,
         "max_model_len": model_length(options),
-        "enforce_eager": options.enforce_eager or device.type == "cpu",
+        "enforce_eager": options.enforce_eager or is_slow_to_compile(options, device),
         "enable_prefix_caching": options.enable_prefix_caching,
         "logprobs_mode": "processed_logprobs",
         "trust_remote_code": options.trust_remote_code,
@@ -62,6 +62,12 @@ def engine_arguments(options: RLOptions, model_path: str, device: torch.device, 
         arguments["block_size"] = 32  # of its own accord 128 tokens, and a prompt is cached by whole blocks
         arguments["max_num_batched_tokens"] = max(8192, arguments["max_model_len"])
     return arguments
+
+
+def is_slow_to_compile(options: RLOptions, device: torch.device) -> bool:
+    """Whether vLLM would call a C++ compiler at every start, which a run on a CPU never earns back. Whoever says how
+    to compile (compilation_config) is taken at his word."""
+    return device.type == "cpu" and "compilation_config" not in options.vllm_kwargs
 
 
 def check_architecture(options: RLOptions, model_path: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -8,9 +8,8 @@ from trl.trainer.utils import pad
 
 from data.explanation import read_explanation
 from data.render import Renderer
-from trainers.engine import request_seed
 from trainers.models import evaluating
-from trainers.rollout.rollouts import Ended, Rollout
+from trainers.rollout.rollouts import Ended, Rollout, request_seed
 
 
 def generate_with_transformers(

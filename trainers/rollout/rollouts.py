@@ -1,5 +1,6 @@
-"""What was sampled: its type, and keeping it on disk to train on it again."""
+"""What was sampled: its type, its seeds, and keeping it on disk to train on it again."""
 
+import hashlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,12 @@ class Rollout:
     logprobs: list[list[float]]
     given_logprobs: list[list[float]]
     ended: list[Ended]
+
+
+def request_seed(run_seed: int, step: int, prompt_ids: tuple[int, ...]) -> int:
+    """Return the seed of a prompt's first completion, a number below 2^62; the n-th after it has this plus n."""
+    text = f"{run_seed},{step}:{','.join(map(str, prompt_ids))}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
 class RolloutFiles:

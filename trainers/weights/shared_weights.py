@@ -6,6 +6,7 @@ optimizer step in place is then also the engine's update.
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,45 @@ def share_weights(model: nn.Module, engine_model: nn.Module) -> None:
     for name, tensor in engine_model.named_parameters():
         if covered.get(tensor.untyped_storage().data_ptr(), 0) != tensor.nbytes:
             raise _unshareable(f"the engine's weight {name} is not covered by the trainer's parameters")
+
+
+class SharedTensors:
+    """Parameters that are views of an engine's tensors, and where in memory both were when they became that.
+
+    Args:
+        model: The trainer's model, whose parameters `share_weights` makes views.
+        engine_model: vLLM's module.
+
+    Raises:
+        ConfigError: As `share_weights`.
+    """
+
+    def __init__(self, model: nn.Module, engine_model: nn.Module) -> None:
+        share_weights(model, engine_model)
+        self._places = [*_places(base_model(model)), *_places(engine_model, "the engine's ")]
+
+    def check(self) -> None:
+        """See that all are still there.
+
+        Raises:
+            RuntimeError: If one is not, with its name.
+        """
+        for name, holder, leaf, place in self._places:
+            if (parameter := holder.get(leaf)) is None or parameter.data_ptr() != place:
+                raise RuntimeError(
+                    f"{name} was moved away from the memory that trainer and engine share, so the engine sees no more "
+                    "updates of it. Whatever replaced its data (an optimizer, a callback, model.to) must write in "
+                    "place (copy_, add_); weight_bridge=copy works without that"
+                )
+
+
+def _places(model: nn.Module, whose: str = "") -> Iterator[tuple[str, dict[str, Any], str, int]]:
+    """Each parameter that is no adapter's: its name, what holds it under which name there, and its place in memory."""
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and ".lora_" not in path:
+                name = f"{path}.{leaf}".replace(".base_layer.", ".")
+                yield f"{whose}{name}", module._parameters, leaf, parameter.data_ptr()
 
 
 def _unshareable(cause: str) -> ConfigError:
