@@ -74,6 +74,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     use_tensorboard_dir(output_dir)
     if named_run(options.model_name_or_path):
         refuse_architecture(options, start.path, device, dtype)
+    timer = PhaseTimer(MemoryWatch(device))  # before anything is on the device
     model = load_teacher(options, start.path, dtype, start.adapter)
     engine = sentinel = student_reward = None
     if has_engine(options):
@@ -86,7 +87,6 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
     else:
         scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
         student_reward = make_student_reward(options, scorer, device)
-    timer = PhaseTimer(MemoryWatch(device))
     ahead = None if student_reward is None else student_reward.ahead
     trainer = TeacherGRPOTrainer(
         options=options,
@@ -103,6 +103,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> Path:
         processing_class=teacher.tokenizer,
         callbacks=[MetricsWriter(output_dir, timer), Progress(), HealthWatch(options)],
     )
+    timer.memory.note("load")
     train_and_report(trainer, options, output_dir)
     return output_dir
 
