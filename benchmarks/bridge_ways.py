@@ -22,6 +22,7 @@ from data.render import Renderer
 OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
 THEIRS = ("trl", "trl-fastest", "trl-lora")
 READY = "ready for a step"
+STEP = "step "  # a line of this begin tells what one took
 ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
 
 
@@ -107,6 +108,8 @@ class Clock:
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 total = clock.now() - clock.start
                 clock.steps.append({**clock.seconds, "step": total, "rest": total - sum(clock.seconds.values())})
+                told = ", ".join(f"{phase} {seconds:.4g} s" for phase, seconds in clock.steps[-1].items())
+                print(f"{STEP}{len(clock.steps) - 1}: {told}", flush=True)
 
         return Steps()
 
@@ -126,7 +129,7 @@ def work(way: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]
         with peak:
             trainer.train()
         held = {"weight_bytes": bytes_held(), "peak_bytes": peak.bytes}
-        return {"steps": clock.steps[1:]} | held | freed_by_release(trainer, device)
+        return {"steps": clock.steps[1:]} | held | (freed_by_release(trainer) if way in OURS else {})
 
 
 class Peak:
@@ -159,10 +162,10 @@ class Peak:
             self._thread.join()
 
 
-def freed_by_release(trainer: Any, device: torch.device) -> dict[str, int]:
-    """Free bytes of the GPU with the KV cache in place and after its release."""
-    engine = getattr(trainer, "engine", None)
-    if engine is None or device.type != "cuda":
+def freed_by_release(trainer: Any) -> dict[str, int]:
+    """Free bytes of the GPU with the KV cache of our trainer's engine in place, and after its release where it can."""
+    engine = trainer.sampler.engine
+    if not engine.can_release:
         return {}
     engine.restore_cache()
     before = torch.cuda.mem_get_info()[0]

@@ -1,7 +1,13 @@
 """A GRPO step with each weight bridge, and with stock `trl.GRPOTrainer` on the same engine, in one run.
 
     python benchmarks/bridges.py                    on a CPU: 34M random parameters, 16 completions of 48 tokens a step
-    python benchmarks/bridges.py --model 7b         on a GPU: the shape of Qwen2.5-7B, 64 completions of 256 tokens
+    python benchmarks/bridges.py                    on a GPU: the shape of Qwen2.5-1.5B, 64 completions of 256 tokens
+    python benchmarks/bridges.py --model 7b --ways shared lora trl trl-lora --optim adamw_8bit --utilization 0.3
+        --micro-batch 2                             on a GPU of 80 GB: the shape of Qwen2.5-7B
+
+7B must be asked for: with torch's AdamW in bf16 weights, gradients and states take 57 GiB and the second copy of the
+weights, in TRL's engine, 14 more, which leaves an 80 GB card no room for activations and a KV cache; and a student of
+that shape would take the CPU minutes.
 
 Ways:
     shared, copy, restart       this project's bridges, all weights trained
@@ -21,8 +27,9 @@ the engine's is in `generate`.
 
 Each way runs in a process of its own: one step that is not counted, then `--steps` that are. The ways take turns step
 by step, so that what else happens on the machine meets them alike; with `--one-by-one` (always on a GPU, which would
-not hold them all) one ends before the next begins. Medians are printed, `rest` is the update; the ratios are medians
-over the rounds. The last line is JSON.
+not hold them all) one ends before the next begins. Medians are printed, `rest` is the update, and what each
+step took as it ends, so that a way that is cut off has told of its steps; the ratios are medians over the rounds. The
+last line is JSON.
 """
 
 import argparse
@@ -42,7 +49,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 
-from benchmarks.bridge_ways import OURS, READY, THEIRS, work
+from benchmarks.bridge_ways import OURS, READY, STEP, THEIRS, work
+from benchmarks.commands import tell
 from benchmarks.shapes import SHAPES
 from benchmarks.small_data import made_model
 
@@ -72,8 +80,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.way:
-        print(json.dumps(work(arguments.way, arguments.folder, arguments)), flush=True)
-        return
+        tell(work(arguments.way, arguments.folder, arguments))
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers end too
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(made_model(arguments.models or Path(temporary), arguments.model))
@@ -107,6 +114,8 @@ class Worker:
     def _read(self) -> str:
         """What it says next: that it is ready, or its result."""
         for line in self.process.stdout:
+            if line.startswith(STEP):
+                print(f"{self.way}, {line.strip()}", flush=True)
             if line.strip() == READY or line.startswith('{"steps"'):
                 return line.strip()
         self.errors.seek(0)
@@ -130,6 +139,7 @@ def report(runs: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
     for way, run in runs.items():
         steps = run["steps"]
         result[way] = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in phases}
+        result[way]["sentinel_share"] = statistics.median(s.get("sentinel", 0.0) / s["step"] for s in steps)
         result[way]["tokens_per_second"] = tokens / result[way]["generate"]
         result[way]["weight_mib"] = run["weight_bytes"] / 2**20
         if run["peak_bytes"] is not None:
@@ -137,12 +147,18 @@ def report(runs: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
         for name in ("free_before_release", "free_after_release"):
             if name in run:
                 result[way][f"{name}_gib"] = run[name] / 2**30
-    columns = {"kv cache ms": 1e3, "sync ms": 1e3, "sentinel ms": 1e3, "generate s": 1, "score s": 1, "rest s": 1}
-    columns |= {"step s": 1, "tokens_per_second": 1, "weight_mib": 1}
-    print(f"{'':14}" + "".join(f"{head.replace('_per_second', '/s').replace('_', ' '):>12}" for head in columns))
+    columns = {f"{phase} ms": (phase, 1e3) for phase in ("kv cache", "sync", "sentinel")}
+    columns |= {"sentinel %": ("sentinel_share", 100)}  # of the step
+    columns |= {f"{phase} s": (phase, 1) for phase in ("generate", "score", "rest", "step")}
+    columns |= {"tokens/s": ("tokens_per_second", 1), "weight mib": ("weight_mib", 1)}
+    print(f"{'':14}" + "".join(f"{head:>12}" for head in columns))
     for way, row in result.items():
-        values = [row[head.removesuffix(" ms").removesuffix(" s")] * factor for head, factor in columns.items()]
-        print(f"{way:14}" + "".join(f"{value:12.2f}" for value in values))
+        print(f"{way:14}" + "".join(f"{row[name] * factor:12.2f}" for name, factor in columns.values()))
+    for way, row in result.items():
+        if (before := row.get("free_before_release_gib")) is not None:
+            print(
+                f"{way}: {before:.2f} GiB free with the KV cache, {row['free_after_release_gib']:.2f} after its release"
+            )
     for way in ("shared", "copy", "lora"):
         for other in THEIRS:
             if way in result and other in result and (way == "lora") == (other == "trl-lora"):

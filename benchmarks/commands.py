@@ -17,16 +17,17 @@ _running: list[subprocess.Popen] = []
 _ends: list[int] = []  # the signals that said so
 
 
-def run(command: list[str], log: Path | None = None) -> dict[str, Any] | str:
+def run(command: list[str], log: Path | None = None, **variables: str) -> dict[str, Any] | str:
     """The last line of JSON that a command prints, or its last error if it failed.
 
     Args:
         log: Where to keep all that it says, as it says it.
+        variables: Of its environment, beside those of this process.
     """
     if _ends:
         sys.exit(128 + _ends[0])
     with log.open("w+", encoding="utf-8") if log else tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
         pipes = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
         with subprocess.Popen(command, cwd=REPO, env=environment, **pipes) as process:
             _running.append(process)

@@ -13,8 +13,6 @@ peak. The last line is JSON.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.commands import run, tell
 from benchmarks.shapes import SHAPES
 from benchmarks.small_data import write_model, write_rows
 
@@ -130,13 +129,16 @@ def state_bytes(optimizer: Any) -> int:
     return sum(size(v) for v in states if isinstance(v, torch.Tensor)) + (staging.bytes() if staging else 0)
 
 
-def run(case: str, folder: Path) -> dict[str, dict[str, float]]:
-    command = [sys.executable, __file__, "--measure", case, "--folder", str(folder)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{case} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(case: str) -> dict[str, dict[str, float]]:
+    """Run a case in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "model", SHAPES[CASES[case][0]])
+        write_rows(Path(folder) / "rows.jsonl", words=84)
+        command = [sys.executable, __file__, "--measure", case, "--folder", folder]
+        found = run(command, MALLOC_MMAP_THRESHOLD_=str(2**17))
+    if isinstance(found, str):
+        sys.exit(f"{case} failed: {found}")
+    return found
 
 
 def main() -> None:
@@ -146,15 +148,11 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, Path(arguments.folder))))
-        return
+        tell(measure(arguments.measure, Path(arguments.folder)))
     results, off = {}, []
     print(f"{'case':22} {'item':10} {'planned MiB':>12} {'measured MiB':>13} {'off':>7}")
     for case in arguments.cases:
-        with tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder) / "model", SHAPES[CASES[case][0]])
-            write_rows(Path(folder) / "rows.jsonl", words=84)
-            results[case] = run(case, Path(folder))
+        results[case] = measured(case)
         for name, row in results[case].items():
             error = row["planned"] / row["measured"] - 1 if row["measured"] else float(bool(row["planned"]))
             print(f"{case:22} {name:10} {row['planned'] / 2**20:12.1f} {row['measured'] / 2**20:13.1f} {error:+7.1%}")

@@ -25,7 +25,8 @@ from trainers.plan.planning import problem_of
 from trainers.plan.solve import Solved, device_of, solve
 from trainers.plan.workload import GIB
 
-PEAKS = {"generate": "generate_peak", "score": "score_peak", "update": "step_peak"}
+PEAKS = {"load": "load_peak", "generate": "generate_peak", "score": "score_peak", "update": "step_peak"}
+PEAKS |= {"save": "save_peak"}
 SECONDS = ("generate", "score", "update", "sync", "sentinel", "kv_cache")
 PLAN, METRICS = "plan.json", "out/metrics.jsonl"  # of a run's folder
 
@@ -62,7 +63,12 @@ class PresetRun:
 
 
 def run_preset(
-    config: str, overrides: list[str], models: Path | None = None, shape: str | None = None, log: Path | None = None
+    config: str,
+    overrides: list[str],
+    models: Path | None = None,
+    shape: str | None = None,
+    log: Path | None = None,
+    saves: bool = False,
 ) -> PresetRun:
     """Run a preset in a process of its own.
 
@@ -72,13 +78,14 @@ def run_preset(
         models: Folder of made checkpoints, to use again; None for one that is removed.
         shape: Of benchmarks/shapes.py, for teacher and student; None for those of the models that the preset names.
         log: Where to keep what the run prints, and, in the folder of that name without its suffix, what it writes.
+        saves: Write the trained model too, for what that takes, and remove it.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = log.with_suffix("") if log else Path(temporary) / "run"
         folder.mkdir(parents=True, exist_ok=True)
         for name in (PLAN, METRICS):  # an earlier run's
             (folder / name).unlink(missing_ok=True)
-        order = {"config": config, "overrides": overrides, "folder": str(folder), "shape": shape}
+        order = {"config": config, "overrides": overrides, "folder": str(folder), "shape": shape, "saves": saves}
         order["models"] = str(models or Path(temporary) / "models")
         said = run([sys.executable, __file__, json.dumps(order)], log)
         return read_run(folder, said if isinstance(said, str) else None)
@@ -175,7 +182,8 @@ def measure(order: dict[str, Any]) -> None:
     work = solved.plan.work
     chosen = {"optim": work.optimizer, "micro_batch": work.micro_batch, "student_mode": work.student_mode}
     chosen |= {"host memory": host} if host else {}
-    phases = {phase: solved.plan.total(phase) / GIB for phase in PEAKS if phase in solved.plan.phases}
+    wanted = [phase for phase in PEAKS if phase != "save" or order["saves"]]
+    phases = {phase: solved.plan.total(phase) / GIB for phase in wanted if phase in solved.plan.phases}
     begin = {"planned": phases, "plan": chosen, "used_before": before / GIB}
     (folder / PLAN).write_text(json.dumps(begin), encoding="utf-8")
     import torch
@@ -185,11 +193,22 @@ def measure(order: dict[str, Any]) -> None:
     # As every run with an engine, a student or a reference has it, also for one without.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
-    class Unsaved(rl.TeacherGRPOTrainer):
+    class Watched(rl.TeacherGRPOTrainer):
         def save_model(self, *args: Any, **kwargs: Any) -> None:
-            """Nobody wants these weights, and writing those of 7B takes a minute."""
+            """Nobody wants these weights, and writing those of 7B takes a minute: only where that is measured."""
+            if not order["saves"]:
+                return
+            memory = self.timer.memory
+            torch.cuda.empty_cache()  # what torch has kept of the update is no need of the save's
+            memory.take()
+            memory.peak()
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                super().save_model(out)
+            memory.note("save")
+            with (folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(memory.take()) + "\n")
 
-    rl.TeacherGRPOTrainer = Unsaved
+    rl.TeacherGRPOTrainer = Watched
     rl.run_rl(solved.options, folder / "out")
 
 

@@ -1,8 +1,7 @@
 """Scoring a batch with a student that does not stay on the device: streamed, against two other ways, in one run.
 
     python benchmarks/score.py                      on a CPU: 0.16B random parameters kept on disk, 64 completions
-    python benchmarks/score.py --model 7b --mean-tokens 256
-                                                    on a GPU: the shape of Qwen2.5-7B, 16k tokens, 8 completions by (a)
+    python benchmarks/score.py                      on a GPU: the shape of Qwen2.5-7B, 16k tokens, 8 completions by (a)
 
 (a) the way of the original implementation: one completion per forward, `accelerate.cpu_offload`, log-softmax over all
     logits;
@@ -21,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
 import torch
 from accelerate import cpu_offload
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,6 +36,7 @@ from benchmarks.shapes import SHAPES
 from data.render import Encoded
 from trainers.scoring.frozen import MICRO_TOKENS, FrozenModel, ResidentBackbone, passes
 from trainers.scoring.streaming import StreamedBackbone
+from trainers.watch.memory_watch import forget_resident_peak, resident_peak
 from trainers.weights.weight_files import HostWeights, WeightFiles
 
 Score = Callable[[list[Encoded]], list[torch.Tensor]]
@@ -68,19 +70,14 @@ class Memory:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        if (forget := Path("/proc/self/clear_refs")).exists():  # not in every sandbox
-            forget.write_text("5")  # the kernel forgets the peak of the resident set
-        self.before = _status("VmRSS")
+        with suppress(OSError):  # not in every sandbox
+            forget_resident_peak()
+        self.before = psutil.Process().memory_info().rss
 
     def peak(self) -> tuple[int, int]:
         """Peak of the device and of the process."""
-        resident = _status("VmHWM") - self.before
+        resident = resident_peak() - self.before
         return (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident), resident
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def make_texts(count: int, vocab_size: int, mean: int, seed: int = 0) -> list[Encoded]:
@@ -146,26 +143,38 @@ def copy_ceiling(source: Any, device: torch.device) -> float:
     return pinned_copy(device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="0.16b")
-    parser.add_argument("--completions", type=int, default=64)
-    parser.add_argument("--mean-tokens", type=int, default=96, help="mean length of a text")
-    parser.add_argument("--tokens-per-pass", type=int, default=16384)
-    parser.add_argument(
+def parse() -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", choices=SHAPES, help="default: 0.16b, 7b on a GPU")
+    made.add_argument("--completions", type=int, default=64)
+    made.add_argument("--mean-tokens", type=int, help="mean length of a text; default: 96, 256 on a GPU")
+    made.add_argument("--tokens-per-pass", type=int, default=16384)
+    made.add_argument(
         "--slow-completions", type=int, help="completions for (a), its time scaled up; default: all, 8 on a GPU"
     )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = made.parse_args()
+    gpu = torch.device(args.device).type == "cuda"
+    args.model = args.model or ("7b" if gpu else "0.16b")
+    args.mean_tokens = args.mean_tokens or (256 if gpu else 96)
+    args.slow_completions = args.slow_completions or (8 if gpu else args.completions)
+    return args
+
+
+def main() -> None:
+    args = parse()
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     texts = make_texts(args.completions, SHAPES[args.model]["vocab_size"], args.mean_tokens)
-    few = texts[: args.slow_completions or (8 if device.type == "cuda" else len(texts))]
+    few = texts[: args.slow_completions]
     config = AutoConfig.for_model("qwen2", **SHAPES[args.model], max_position_embeddings=32768)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        with device:  # a GPU draws the numbers of 7B in seconds, a CPU in minutes
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.save_pretrained(folder)
+        del model
         gc.collect()
         report = measure(folder, config, device, dtype, texts, few, args)
     show(report, args)

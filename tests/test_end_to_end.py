@@ -96,6 +96,12 @@ def test_metrics_have_trl_s_names_and_the_seconds_of_each_phase(first_run):
         assert line["seconds/generate"] > 0 and line["seconds/score"] > 0 and line["seconds/update"] > 0
 
 
+def test_what_loading_takes_is_told_with_the_first_step(first_run):
+    out, _ = first_run
+    told = ["memory/load_peak" in line for line in lines(out) if "reward" in line]
+    assert told == [True, False, False]
+
+
 def test_trainer_and_engine_agree_after_training_steps(first_run):
     out, _ = first_run
     differences = [line["sampling/sampling_logp_difference/max"] for line in lines(out) if "reward" in line]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import REPO
 
-from benchmarks import bridge_ways, preset_run
+from benchmarks import bridge_ways, gpu_memory, preset_run
 from benchmarks.commands import last_error, run
 from benchmarks.gpu import report
 from benchmarks.preset_run import PresetRun, compose, read_run
@@ -67,6 +67,28 @@ def test_without_a_gpu_they_say_so_and_claim_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_memory_of_a_preset_is_not_claimed_without_a_gpu(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_memory.py", "--out", str(tmp_path / "out"), "--whole"],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    (said,) = done.stdout.splitlines()
+    assert said.startswith("gpu_memory-teacher_rlt_mono_80gb: ") and "nothing was measured" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_whole_step_of_a_preset_is_its_own(whole):
+    asked = Namespace(device="cpu", config="teacher_rlt_mono_80gb", group=4, completion=16, whole=whole, overrides=[])
+    options = load_options(compose_run(asked.config, gpu_memory.chosen(asked)), needs_device=False)
+    told = options.train_batch_size, options.num_generations, options.max_completion_length
+    assert told == ((64, 16, 8192) if whole else (4, 4, 16))
+
+
 @pytest.mark.parametrize(("script", "package"), [("student", "trl"), ("update", "torchao"), ("engine", "vllm")])
 def test_a_missing_package_is_named(script, package, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
@@ -109,6 +131,7 @@ def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(begin))
     (tmp_path / "out").mkdir()
     first = {"step": 1, "num_tokens": 300.0, "seconds/update": 3.0, "memory/step_peak": 5.0, "memory/generate_peak": 4}
+    first["memory/load_peak"] = 2.5
     second = {"step": 2, "num_tokens": 500.0, "seconds/update": 2.0, "memory/step_peak": 5.5}
     lines = [json.dumps(row) + "\n" for row in (first, {"step": 1, "train_runtime": 9.0}, second)]
     (tmp_path / "out/metrics.jsonl").write_text(lines[0] + lines[1][:9])
@@ -118,7 +141,7 @@ def test_what_a_preset_measured_before_it_was_cut_off_is_told(tmp_path):
     (tmp_path / "out/metrics.jsonl").write_text("".join(lines))
     run = read_run(tmp_path, None)
     assert (run.steps, run.tokens, run.seconds, run.error) == (2, 200, {"update": 2.0}, None)
-    assert run.measured == {"generate": 3.5, "update": 5.0}
+    assert run.measured == {"load": 2.0, "generate": 3.5, "update": 5.0}
     assert run.phase("update") == {"planned_gib": 6.0, "measured_gib": 5.0, "plan_off": pytest.approx(0.2)}
     assert run.phase("generate") == {"measured_gib": 3.5} and run.phase("score") == {}
 
@@ -137,7 +160,8 @@ def test_all_of_them_end_within_25_minutes():
 
 
 def test_a_way_is_told_with_the_free_memory_about_a_release(monkeypatch, tmp_path):
-    times = dict.fromkeys(("step", "sync", "sentinel", "generate", "rest", "tokens_per_second", "weight_mib"), 1.0)
+    told = ("step", "sync", "sentinel", "sentinel_share", "generate", "rest", "tokens_per_second", "weight_mib")
+    times = dict.fromkeys(told, 1.0)
     free = {"free_before_release_gib": 10.0, "free_after_release_gib": 30.0}
     monkeypatch.setattr(report, "run", lambda *_: {"ways": {"shared": times | free}})
     assert report.bridge_way("shared", tmp_path / "log").items() >= free.items()
@@ -188,8 +212,9 @@ def test_engine(tmp_path):
 @pytest.mark.slow
 def test_step(tmp_path):
     rows = rehearse("step", tmp_path)["rows"]
-    assert [row["phase"] for row in rows[:3]] == ["generate", "score", "update"]
-    assert all(row["seconds"] > 0 and row["planned_gib"] > 0 and row["measured_gib"] > 0 for row in rows[:3])
+    assert [row["phase"] for row in rows[:4]] == ["load", "generate", "score", "update"]
+    assert all(row["planned_gib"] > 0 and row["measured_gib"] > 0 for row in rows[:4])
+    assert all(row["seconds"] > 0 for row in rows[1:4])
 
 
 @pytest.mark.slow
@@ -198,9 +223,10 @@ def test_the_memory_of_a_preset_is_told_in_a_file(tmp_path):
     command = [sys.executable, "benchmarks/gpu_memory.py", "--out", str(tmp_path), *small]
     subprocess.run(command, cwd=REPO)  # of so small a run the plan is off
     found = json.loads((tmp_path / "gpu_memory-teacher_rlt_mono_80gb.json").read_text())
-    assert [row["phase"] for row in found["rows"]] == ["generate", "score", "update"]
+    assert [row["phase"] for row in found["rows"]] == ["load", "generate", "score", "update", "save"]
     assert all(row["planned_gib"] > 0 and row["measured_gib"] > 0 for row in found["rows"])
     assert found["notes"][0].startswith("2 steps measured")
+    assert not list(tmp_path.rglob("*.safetensors")), "what was written to measure saving is left"
 
 
 @pytest.mark.slow

@@ -69,9 +69,10 @@ def run_rl(options: RLOptions, output_dir: Path) -> None:
     use_tensorboard_dir(output_dir)
     if named_run(options.model_name_or_path):
         refuse_architecture(options, start.path, device, dtype)
+    timer = PhaseTimer(MemoryWatch(device))  # before anything is on the device
     model = load_teacher(options, start.path, dtype, start.adapter)
     # First on the device: the weights go straight to where the engine keeps them.
-    sampler = make_sampler(options, model, teacher, start.path, train_set[0]["prompt"], device, dtype, output_dir)
+    sampler = make_sampler(options, model, teacher, start.path, train_set[0]["prompt"], dtype, output_dir, timer)
     with sampler.stopped_at_the_end():
         if student is None:
             student_reward = None
@@ -83,7 +84,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> None:
         trainer = TeacherGRPOTrainer(
             options=options,
             sampler=sampler,
-            timer=sampler.timer,
+            timer=timer,
             model=model,
             reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
             args=arguments,
@@ -93,8 +94,9 @@ def run_rl(options: RLOptions, output_dir: Path) -> None:
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=teacher.tokenizer,
-            callbacks=[MetricsWriter(output_dir, sampler.timer), Progress(), HealthWatch(options)],
+            callbacks=[MetricsWriter(output_dir, timer), Progress(), HealthWatch(options)],
         )
+        timer.memory.note("load")
         train_and_report(trainer, options, output_dir)
 
 
@@ -169,20 +171,20 @@ def make_sampler(
     teacher: Renderer,
     path: str,
     prompt: str,
-    device: torch.device,
     dtype: torch.dtype,
     output_dir: Path,
+    timer: PhaseTimer,
 ) -> RolloutSampler:
     """What samples, with the engine and its watch where there is one.
 
     Args:
         path: Of the teacher's weights.
         prompt: Whose beginning engine and trainer are compared on.
+        timer: With a watch of the memory of the device that is trained on.
     """
-    timer = PhaseTimer(MemoryWatch(device))
     if not has_engine(options):
         return RolloutSampler(options, teacher, timer)
-    engine = start_engine(options, model, teacher, path, device, dtype, output_dir)
+    engine = start_engine(options, model, teacher, path, timer.memory.device, dtype, output_dir)
     sentinel = Sentinel(engine, model, teacher.encode_prompt(prompt), dtype, options.sentinel_tolerance)
     return RolloutSampler(options, teacher, timer, engine, sentinel)
 

@@ -102,6 +102,7 @@ def bridge_way(way: str, log: Path, **sizes: Any) -> dict[str, Any]:
         return {"error": found}
     row = found["ways"][way]
     cells = {"step_s": row["step"], "sync_ms": 1e3 * row["sync"], "sentinel_ms": 1e3 * row["sentinel"]}
+    cells |= {"sentinel_share": row["sentinel_share"]}
     cells |= {"generate_s": row["generate"], "tokens_per_s": row["tokens_per_second"], "update_s": row["rest"]}
     cells |= {"weights_gib": row["weight_mib"] / 1024, "peak_gib": row.get("peak_gib")}
     return cells | {name: row[name] for name in FREE if name in row}

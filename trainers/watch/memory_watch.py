@@ -22,6 +22,11 @@ def resident_peak() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
+def forget_resident_peak() -> None:
+    """Have the kernel look for the largest resident set from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 class MemoryWatch:
     """Notes the memory in use at the end of each phase: of the GPU, or, without one, the resident set of the process.
 
@@ -61,7 +66,7 @@ class MemoryWatch:
             rest = min(used - of_torch for used, of_torch in (then, now))
             return max(then[0], now[0], rest + reserved)
         most = resident_peak()
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak
+        forget_resident_peak()
         return most
 
     def _mark(self) -> tuple[int, int]:
