@@ -273,6 +273,8 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     clock.wrap(sentinel, "check", "sentinel")
     clock.wrap(engine, "generate", "generate")
     clock.wrap(trainer, "_calculate_rewards", "score")
+    if trainer.sampler.ahead is not None:
+        clock.wrap(trainer.sampler.ahead, "wait", "score")
     return trainer, engine.bridge.weight_bytes
 
 

@@ -80,14 +80,14 @@ def test_sharing_keeps_the_weights_and_holds_them_once(engine_and_model):
 def test_engine_and_trainer_agree_before_and_after_training(engine_and_model, prompts, temperature):
     engine, model, _ = engine_and_model
     sampling = {**SAMPLING, "temperature": temperature}
-    before = engine.generate(prompts, sampling, step=0)
+    before = engine.generate(prompts, sampling, number=0)
     expected = trainer_logprobs(model, prompts, before.completion_ids, temperature)
     assert largest_difference(before.logprobs, expected) < 1e-5
     train_some(model, prompts)
     stale = largest_difference(before.logprobs, trainer_logprobs(model, prompts, before.completion_ids, temperature))
     assert stale > 0.01  # the training did change the model
     engine.sync_weights()
-    after = engine.generate(prompts, sampling, step=1)
+    after = engine.generate(prompts, sampling, number=1)
     expected = trainer_logprobs(model, prompts, after.completion_ids, temperature)
     assert largest_difference(after.logprobs, expected) < 1e-5
 
@@ -107,15 +107,15 @@ def test_padding_is_as_likely_as_the_trainer_says(engine_and_model, prompts, ren
 
 def test_same_seed_samples_the_same_tokens_and_another_seed_does_not(engine_and_model, prompts):
     engine, _, _ = engine_and_model
-    first = engine.generate(prompts, SAMPLING, step=3)
+    first = engine.generate(prompts, SAMPLING, number=3)
     engine.llm.reset_prefix_cache()
-    again = engine.generate(prompts, SAMPLING, step=3)
+    again = engine.generate(prompts, SAMPLING, number=3)
     assert first.completion_ids == again.completion_ids
     # alone in its batch, a completion is the same: its seed depends on nothing else
-    assert engine.generate(prompts[:1], SAMPLING, step=3).completion_ids == first.completion_ids[:1]
-    assert engine.generate(prompts, SAMPLING, step=4).completion_ids != first.completion_ids
+    assert engine.generate(prompts[:1], SAMPLING, number=3).completion_ids == first.completion_ids[:1]
+    assert engine.generate(prompts, SAMPLING, number=4).completion_ids != first.completion_ids
     engine.seed += 1
-    other = engine.generate(prompts, SAMPLING, step=3)
+    other = engine.generate(prompts, SAMPLING, number=3)
     engine.seed -= 1
     assert other.completion_ids != first.completion_ids
 
@@ -182,13 +182,13 @@ def test_a_sync_amid_running_requests_is_refused_though_nothing_is_cached(engine
 
 def test_completions_of_one_prompt_differ(engine_and_model, prompts):
     engine, _, _ = engine_and_model
-    completions = engine.generate(prompts[:4], SAMPLING, step=0).completion_ids
+    completions = engine.generate(prompts[:4], SAMPLING, number=0).completion_ids
     assert len({tuple(c) for c in completions}) > 1
 
 
 def test_limits_are_kept(engine_and_model, prompts, renderer):
     engine, _, _ = engine_and_model
-    rollout = engine.generate(prompts, {**SAMPLING, "max_tokens": 5}, step=0)
+    rollout = engine.generate(prompts, {**SAMPLING, "max_tokens": 5}, number=0)
     assert max(map(len, rollout.completion_ids)) <= 5
     eos = renderer.tokenizer.eos_token_id
     assert all(eos not in completion[:-1] for completion in rollout.completion_ids)
@@ -280,9 +280,9 @@ def test_a_cache_that_finds_no_room_again_is_told_with_what_to_do(engine_and_mod
         patched.setattr(engine.llm, "wake_up", no_room)
         patched.setattr(engine, "kv_cache_bytes", lambda: 5 * 2**30)
         with pytest.raises(RuntimeError, match=r"5.0 GiB, given back .* kv_cache_gib=4.0"):
-            engine.generate(prompts, SAMPLING, step=0)
+            engine.generate(prompts, SAMPLING, number=0)
     engine.restore_cache()
-    assert engine.generate(prompts, SAMPLING, step=0).completion_ids
+    assert engine.generate(prompts, SAMPLING, number=0).completion_ids
 
 
 def test_request_seed_depends_on_every_part():

@@ -15,7 +15,7 @@ def test_what_is_sampled_and_its_log_probabilities_know_no_dropout(renderer, mod
             torch.nn.init.normal_(parameter, std=0.5)
     prompts = [renderer.encode_text(text) for text in ("What is 2+3?", "What is 4+5?")]
     trainer.model.train()
-    rollout = generate_with_transformers(trainer, renderer, prompts, step=0, given=0)
+    rollout = generate_with_transformers(trainer, renderer, prompts, number=0, given=0)
     assert trainer.model.training
     trainer.model.eval()
     for prompt, completion, found in zip(prompts, rollout.completion_ids, rollout.logprobs, strict=True):

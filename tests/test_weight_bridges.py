@@ -54,13 +54,13 @@ def prompts(renderer):
 @pytest.mark.parametrize("way", WAYS)
 def test_engine_and_trainer_agree_before_and_after_updates(renderer, model_dir, tmp_path, prompts, way):
     with running(renderer, model_dir, tmp_path, **WAYS[way]) as (engine, model):
-        before = engine.generate(prompts, SAMPLING, step=0)
+        before = engine.generate(prompts, SAMPLING, number=0)
         expected = trainer_logprobs(model, prompts, before.completion_ids)
         assert largest_difference(before.logprobs, expected) < 1e-5
         for round in range(2):  # a second update finds what the first left behind
             train_some(model, prompts)
             engine.sync_weights()
-            after = engine.generate(prompts, SAMPLING, step=1 + round)
+            after = engine.generate(prompts, SAMPLING, number=1 + round)
             expected = trainer_logprobs(model, prompts, after.completion_ids)
             assert largest_difference(after.logprobs, expected) < 1e-5
         assert largest_difference(trainer_logprobs(model, prompts, before.completion_ids), before.logprobs) > 0.01
@@ -85,14 +85,14 @@ def test_adapter_of_an_earlier_run_is_the_engine_s_too(renderer, model_dir, adap
     chosen = {"adapter": open_adapter("k", str(adapter_dir)), "use_peft": True, "weight_bridge": bridge, "beta": 0.1}
     with running(renderer, model_dir, tmp_path, **chosen) as (engine, model):
         assert set(model.peft_config) == {ADAPTER, REFERENCE}
-        before = engine.generate(prompts, SAMPLING, step=0)
+        before = engine.generate(prompts, SAMPLING, number=0)
         assert largest_difference(before.logprobs, trainer_logprobs(model, prompts, before.completion_ids)) < 1e-5
         with model.disable_adapter():
             base = trainer_logprobs(model, prompts, before.completion_ids)
         assert largest_difference(before.logprobs, base) > 0.1
         train_some(model, prompts)
         engine.sync_weights()
-        after = engine.generate(prompts, SAMPLING, step=1)
+        after = engine.generate(prompts, SAMPLING, number=1)
         assert largest_difference(after.logprobs, trainer_logprobs(model, prompts, after.completion_ids)) < 1e-5
         assert largest_difference(trainer_logprobs(model, prompts, before.completion_ids), before.logprobs) > 0.01
 
@@ -190,7 +190,7 @@ def test_checkpoint_is_a_normal_one_for_fresh_transformers_and_fresh_vllm(render
     with running(renderer, model_dir, tmp_path, **WAYS[way]) as (engine, model):
         train_some(model, prompts)
         engine.sync_weights()
-        ours = engine.generate(prompts, SAMPLING, step=0)
+        ours = engine.generate(prompts, SAMPLING, number=0)
         saved = tmp_path / "saved"
         (model.merge_and_unload() if way != "shared" else model).save_pretrained(saved)
         renderer.tokenizer.save_pretrained(saved)
@@ -216,17 +216,17 @@ def test_checkpoint_is_a_normal_one_for_fresh_transformers_and_fresh_vllm(render
 @pytest.mark.parametrize("released", [False, True])
 def test_cache_is_released_and_taken_again_by_itself(renderer, model_dir, tmp_path, prompts, released):
     with running(renderer, model_dir, tmp_path) as (engine, model):
-        first = engine.generate(prompts, SAMPLING, step=0)
+        first = engine.generate(prompts, SAMPLING, number=0)
         for _ in range(3):
             if released:
                 engine.release_cache()
                 engine.release_cache()  # twice is once
-            assert engine.generate(prompts, SAMPLING, step=0) == first
+            assert engine.generate(prompts, SAMPLING, number=0) == first
         if released:
             engine.release_cache()
         train_some(model, prompts)
         engine.sync_weights()
-        after = engine.generate(prompts, SAMPLING, step=0)
+        after = engine.generate(prompts, SAMPLING, number=0)
         assert largest_difference(after.logprobs, trainer_logprobs(model, prompts, after.completion_ids)) < 1e-5
         assert 0.9 * 2**30 < engine.kv_cache_bytes() <= 2**30  # what prepare_environment asks for
 
@@ -237,13 +237,13 @@ def test_release_as_on_a_gpu_follows_vllm_s_rules(renderer, model_dir, tmp_path,
         executor = engine.llm.llm_engine.model_executor
         monkeypatch.setattr(executor, "discard", lambda tags: executor.sleeping_tags.update(tags))
         engine.can_release = True
-        first = engine.generate(prompts, SAMPLING, step=0)
+        first = engine.generate(prompts, SAMPLING, number=0)
         for _ in range(5):
             engine.release_cache()
             assert executor.sleeping_tags == {"kv_cache"}
             engine.sync_weights()
             assert not executor.sleeping_tags
-            assert engine.generate(prompts, SAMPLING, step=0) == first
+            assert engine.generate(prompts, SAMPLING, number=0) == first
 
 
 def test_groups_are_handed_on_while_others_are_still_written(renderer, model_dir, tmp_path, prompts):
@@ -302,10 +302,10 @@ def test_closing_tag_ends_a_completion(renderer, model_dir, tmp_path, prompts):
     """The random model writes any token now and then: one stands for the tag."""
     engine, _ = make_engine(small_options(), renderer, model_dir, tmp_path)
     try:
-        plain = engine.generate(prompts, SAMPLING, step=0)
+        plain = engine.generate(prompts, SAMPLING, number=0)
         tag = plain.completion_ids[0][5]
         engine._stop, engine.closing_tag = engine._stop | {"stop_token_ids": [*engine.end_ids, tag]}, tag
-        cut = engine.generate(prompts, SAMPLING, step=0)
+        cut = engine.generate(prompts, SAMPLING, number=0)
     finally:
         engine.close()
     stopped = 0
@@ -349,7 +349,7 @@ def test_closing_tag_of_several_tokens_ends_a_completion(tags, tmp_path, special
     engine, _ = make_engine(small_options(max_completion_length=64), renderer, folder, tmp_path)
     try:
         greedy = {"temperature": 0.0, "max_tokens": len(sequence) - 1}
-        sampled = engine.generate([renderer.encode_text("a")], greedy, step=0)
+        sampled = engine.generate([renderer.encode_text("a")], greedy, number=0)
     finally:
         engine.close()
     assert sampled.completion_ids[0] == tag_ids
@@ -373,7 +373,7 @@ def test_a_tied_head_that_the_checkpoint_holds_too(renderer, model_dir, tmp_path
     save_file(weights | head, folder / "model.safetensors", {"format": "pt"})
     with running(renderer, folder, tmp_path, weight_bridge=bridge) as (engine, model):
         for round in range(2):
-            sampled = engine.generate(prompts, SAMPLING, step=round)
+            sampled = engine.generate(prompts, SAMPLING, number=round)
             expected = trainer_logprobs(model, prompts, sampled.completion_ids)
             assert largest_difference(sampled.logprobs, expected) < 1e-5
             train_some(model, prompts)

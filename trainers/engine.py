@@ -220,18 +220,18 @@ class Engine:
         return held_bytes(self._kv_caches())
 
     def generate(
-        self, prompt_ids: list[list[int]], sampling: dict[str, Any], step: int, on_group: OnGroup | None = None
+        self, prompt_ids: list[list[int]], sampling: dict[str, Any], number: int, on_group: OnGroup | None = None
     ) -> Rollout:
         """Sample one completion for each prompt.
 
-        The completions of one prompt are one request. Each has its own seed: a hash of (run seed, step, prompt), plus
+        The completions of one prompt are one request. Each has its own seed: a hash of (run seed, number, prompt), plus
         how often the prompt came before in this call. On a CPU the same run samples the same tokens whatever else is
         in the batch; on a GPU vLLM's kernels may round differently in another batch.
 
         Args:
             prompt_ids: Token ids, with a prompt repeated for each completion wanted of it.
             sampling: Arguments of `vllm.SamplingParams`.
-            step: Training step; evaluations use a step of their own.
+            number: Of the rollout; evaluations have one of their own.
             on_group: Called when all completions of one prompt are there, while others are still written, with their
                 places in `prompt_ids`, their tokens and their log-probabilities.
         """
@@ -240,11 +240,9 @@ class Engine:
         places: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place, ids in enumerate(prompt_ids):
             places[tuple(ids)].append(place)
+        seeds = {ids: request_seed(self.seed, number, ids) for ids in places}
         requests = [
-            (
-                ids,
-                SamplingParams(**self._stop | sampling, n=len(at), seed=request_seed(self.seed, step, ids), logprobs=0),
-            )
+            (ids, SamplingParams(**self._stop | sampling, n=len(at), seed=seeds[ids], logprobs=0))
             for ids, at in places.items()
         ]
         groups = list(places.values())

@@ -13,7 +13,7 @@ from trainers.rollout.rollouts import Ended, Rollout, request_seed
 
 
 def generate_with_transformers(
-    trainer: Any, renderer: Renderer, prompt_ids: list[list[int]], step: int, given: int
+    trainer: Any, renderer: Renderer, prompt_ids: list[list[int]], number: int, given: int
 ) -> Rollout:
     """Sample one completion for each prompt with TRL's call of `model.generate`.
 
@@ -23,7 +23,7 @@ def generate_with_transformers(
         trainer: A `TeacherGRPOTrainer` with `use_vllm=false`.
         renderer: The teacher's template and tokenizer.
         prompt_ids: Token ids, with a prompt repeated for each completion wanted of it.
-        step: Training step, for the seed.
+        number: Of the rollout, for the seed.
         given: How many tokens at the end of each prompt to give the log-probabilities of, too.
     """
     end_ids, tag = set(renderer.end_ids), renderer.tags.explanation[1]
@@ -34,7 +34,7 @@ def generate_with_transformers(
     # As an engine samples, which knows no dropout: TRL would sample from one random policy and score by another.
     with evaluating(trainer.model):
         with torch.random.fork_rng():
-            torch.manual_seed(request_seed(trainer.options.seed, step, tuple(chain(*prompt_ids))))
+            torch.manual_seed(request_seed(trainer.options.seed, number, tuple(chain(*prompt_ids))))
             sampled, _ = trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
         cut = [_cut(renderer, ids, tag if stop else None, end_ids) for ids in sampled]
         completions, ended = [ids for ids, _ in cut], [end for _, end in cut]

@@ -31,9 +31,9 @@ class Rollout:
     ended: list[Ended]
 
 
-def request_seed(run_seed: int, step: int, prompt_ids: tuple[int, ...]) -> int:
+def request_seed(run_seed: int, number: int, prompt_ids: tuple[int, ...]) -> int:
     """Return the seed of a prompt's first completion, a number below 2^62; the n-th after it has this plus n."""
-    text = f"{run_seed},{step}:{','.join(map(str, prompt_ids))}"
+    text = f"{run_seed},{number}:{','.join(map(str, prompt_ids))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
