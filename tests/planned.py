@@ -1,5 +1,7 @@
 """Plans of runs for machines that are made up."""
 
+import math
+
 from conftest import REPO
 
 from trainers.checks import load_options
@@ -27,3 +29,8 @@ def planned(run, *overrides, gb=None):
 def nearest(run, *overrides, gb):
     options = load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
     return nearest_fit(problem(options, machine(gb)))
+
+
+def host_and_disk(plan):
+    """Whole GiB, as presets and README_MONO_GPU.md tell them: a disk is never said to need less than it does."""
+    return round(plan.host_need / GIB), math.ceil(sum(plan.disk.values()) / GIB)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -44,14 +45,18 @@ def faults(run, *overrides):
     return {fault.key: fault for fault in error.value.faults}
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_every_run_composes_and_is_valid_where_a_gpu_is(run, monkeypatch):
+@pytest.mark.parametrize("run", ALL_RUNS)
+def test_every_run_composes_and_is_valid_where_a_gpu_is(run, monkeypatch, tmp_path, request):
     monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
-    missing = (
-        ["dataset_id_or_path=hub/id", "model_name_or_path=hub/id", "student_model=hub/id"] if run == "score" else []
-    )
-    options = load_options(compose_run(run, missing), repo=REPO)
-    assert options.stage in ("sft", "rl", "score")
+    given = dict.fromkeys(NAMED_BY_THE_USER.get(run, ()), "hub/id")
+    if run == "rescore":
+        (tmp_path / "batch.safetensors").touch()
+        (tmp_path / "formula.json").write_text(json.dumps(dataclasses.asdict(TeacherLogprobKL())))
+        given["scores"] = tmp_path
+    if run == "merge":
+        given["model_name_or_path"] = request.getfixturevalue("adapter_dir")
+    options = load_options(compose_run(run, [f"{key}={value}" for key, value in given.items()]), repo=REPO)
+    assert options.stage == (run if run in NAMED_BY_THE_USER else "sft" if "sft" in run else "rl")
 
 
 @pytest.mark.parametrize(("run", "keys"), NAMED_BY_THE_USER.items())
@@ -67,21 +72,26 @@ def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
     assert "needs an NVIDIA GPU" in found["device"].cause
 
 
-def test_founding_presets_keep_their_values():
-    mono = compose_run("teacher_rlt_mono")
-    assert (mono["train_batch_size"], mono["num_generations"], mono["max_completion_length"]) == (32, 8, 4096)
-    assert (mono["max_prompt_length"], mono["offload_untrained_models"]) == (2048, True)
-    assert (mono["model_name_or_path"], mono["student_model"]) == (
+@pytest.mark.parametrize(
+    ("run", "batch", "generations", "prompt", "completion", "per_device"),
+    [
+        ("teacher_rlt_mono", 32, 8, 2048, 4096, "auto"),  # solved for the card, see README_MONO_GPU.md
+        ("teacher_rlt_mono_85gb", 96, 24, 6144, 6144, 3),
+        ("teacher_rlt_mono_96gb", 128, 32, 8192, 8192, 4),
+    ],
+)
+def test_founding_presets_keep_their_values(run, batch, generations, prompt, completion, per_device):
+    kept = compose_run(run)
+    assert (kept["model_name_or_path"], kept["student_model"]) == (
         "Qwen/Qwen2.5-7B-Instruct",
         "bespokelabs/Bespoke-Stratos-7B",
     )
-    big = compose_run("teacher_rlt_mono_85gb")
-    assert (big["train_batch_size"], big["per_device_train_batch_size"], big["num_generations"]) == (96, 3, 24)
-    assert (big["max_prompt_length"], big["max_completion_length"]) == (6144, 6144)
-    assert big["student_model"] == "bespokelabs/Bespoke-Stratos-7B"
-    biggest = compose_run("teacher_rlt_mono_96gb")
-    assert (biggest["train_batch_size"], biggest["num_generations"]) == (128, 32)
-    assert (biggest["max_prompt_length"], biggest["max_completion_length"]) == (8192, 8192)
+    assert (kept["train_batch_size"], kept["num_generations"]) == (batch, generations)
+    assert (kept["max_prompt_length"], kept["max_completion_length"]) == (prompt, completion)
+    assert kept["per_device_train_batch_size"] == per_device
+    assert kept["offload_untrained_models"] is True and kept["beta"] == 0.04  # the reference is the model RL began with
+    assert (kept["use_vllm_server"], kept["use_ray"]) == (False, False)
+    assert kept.get("use_peft", False) is False
 
 
 def test_all_faults_are_told_at_once_with_remedies():

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -370,3 +371,27 @@ def test_scaled_gradients_take_adam_s_steps_and_come_back_as_they_were():
         assert torch.allclose(p, q, rtol=1e-6, atol=0)
     moments = [state["exp_avg_sq"].sqrt().max() for state in second.state.values()]
     assert all(moment > 6e-8 for moment in moments) and first.state[plain.up]["exp_avg_sq"].sqrt().max() < 6e-8
+
+
+@pytest.mark.parametrize(("max_grad_norm", "scale"), [(1.0, optimizers.GRADIENT_SCALE), (0.0, 1)])
+def test_flash_adamw_is_given_bits_by_shape_and_an_eps_for_its_gradients(max_grad_norm, scale, monkeypatch):
+    """Its package and its kernels are for a GPU: what it is made with is looked at."""
+    made = {}
+
+    class FlashAdamW(torch.optim.SGD):
+        def __init__(self, groups, **given):
+            made.update(given)
+            super().__init__(groups, lr=given["lr"])
+
+    monkeypatch.setitem(sys.modules, "flashoptim", SimpleNamespace(FlashAdamW=FlashAdamW))
+    model = Model()
+    chosen = arguments(weight_decay=0.1, adam_epsilon=1e-8, max_grad_norm=max_grad_norm)
+    groups = make_optimizer(model, "flash_adamw", chosen).param_groups
+    assert made["master_weight_bits"] == 24 and made["eps"] == 1e-8 * scale
+    assert [len(group["params"]) for group in groups] == [3, 1]
+    matrices, vectors = groups
+    assert {id(p) for p in matrices["params"]} == {id(p) for p in (model.up, model.down, model.gate)}
+    assert matrices["weight_decay"] == 0.1 and "master_bytewidth" not in matrices
+    assert vectors["params"][0] is model.norm.weight
+    assert vectors["weight_decay"] == 0 and vectors["master_bytewidth"] == 4
+    assert [group["gradient_scale"] for group in groups] == [scale] * 2

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import REPO
@@ -142,12 +141,14 @@ def test_faults_of_the_configuration_are_findings_beside_the_others():
 
 
 def test_neither_torch_nor_vllm_is_imported():
-    code = (
-        "import sys; from trainers.plan.preflight import preflight; preflight('teacher_rlt_mono_24gb', [], 24); "
-        "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    """Not by the processes either that it looks at presets and packages with: that is what keeps it under 3 s."""
+    script = [sys.executable, "-X", "importtime", *SCRIPT[1:]]
+    done = subprocess.run(
+        [*script, "--config", "teacher_rlt_mono_24gb", "--vram-gb", "24"], capture_output=True, text=True
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-    assert done.stdout.strip() == "[]", done.stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "GPU: planned for a card of 24 GB" in done.stdout and "hydra" in imported
+    assert not imported & {"torch", "vllm", "transformers", "trl", "datasets", "peft", "accelerate"}
 
 
 def test_card_that_others_use_is_told_and_planned_with_what_is_free(card):
@@ -332,16 +333,13 @@ def test_what_needs_no_config_is_told_where_two_cannot_be_had_and_nobody_waits()
     """Neither model is known, and the hub's name cannot be resolved (that is what .invalid is for, RFC 6761)."""
     models = ["model_name_or_path=nobody/nothing", "student_model=nobody/none"]
     network = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "https://hub.invalid"}
-    started = time.monotonic()
     done = run("--config", "teacher_rlt_mono_24gb", "--json", "--vram-gb", "24", "report_to=wandb", *models, **network)
-    seconds = time.monotonic() - started
     found = json.loads(done.stdout)["findings"]
     assert done.returncode == 1 and "retry" not in done.stderr.lower()
     levels = {finding["check"]: finding["level"] for finding in found if finding["check"] != "configuration"}
     assert {"GPU", "memory", "host memory", "disk", "wandb", "model_name_or_path", "student_model"} <= levels.keys()
     named = [f["message"].split(":")[0] for f in found if f["check"] == "configuration"]
     assert named == ["model_name_or_path", "student_model"]
-    assert seconds < 15  # five tries of the library take 24; on a quiet machine it is under 3
 
 
 def test_the_hub_is_asked_once_for_each_model(monkeypatch):

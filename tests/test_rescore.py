@@ -141,3 +141,14 @@ def test_scores_that_tell_no_formula_are_refused(tmp_path):
 def test_options_of_models_are_not_taken():
     with pytest.raises(ConfigError, match=r"student_temperature=0\.5: used by stage=rl and stage=score only, this run"):
         load_options(compose_run("rescore", ["scores=x", "student_temperature=0.5"]))
+
+
+@pytest.mark.parametrize("run", ["score", "teacher_rlt_tiny"])
+def test_scores_of_an_earlier_run_are_not_added_to(run, tmp_path):
+    words = [f"output_dir={tmp_path}", "student_model=a/b", "model_name_or_path=a/b"]
+    words += ["dataset_id_or_path=a/b"] if run == "score" else []
+    load_options(compose_run(run, [*words, "keep_scores=true"]))  # nothing there yet
+    ScoreKeeper(tmp_path / "scores", by_batch=False, formula=TeacherLogprobKL()).keep(ROWS)
+    with pytest.raises(ConfigError, match=r"holds scores of an earlier run\s+-> name another output_dir"):
+        load_options(compose_run(run, [*words, "keep_scores=true"]))
+    load_options(compose_run(run, words))  # none are kept this time

@@ -108,7 +108,7 @@ def test_streamed_scores_equal_the_plain_forward(family, tokens_per_pass, tmp_pa
     scores = FrozenModel(stream(tmp_path), 0.7, tokens_per_pass).score(texts, first, rest)
     for (logprobs, _), expected, spans in zip(scores, plain(model, texts, 0.7), parts, strict=True):
         for start, end in spans:
-            assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+            assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], rtol=0, atol=1e-5)
     resident = FrozenModel(ResidentBackbone(model, CPU), 0.7, tokens_per_pass).score(texts, first, rest)
     for (_, streamed), (_, whole), greedy in zip(scores, resident, likeliest, strict=True):
         assert torch.equal(streamed, greedy) and torch.equal(whole, greedy)
@@ -140,7 +140,7 @@ def test_sliding_windows_and_long_texts(tmp_path):
     scores = FrozenModel(stream(tmp_path), 1.0, 10_000).score(texts, parts)
     for (logprobs, _), expected, spans in zip(scores, plain(model, texts, 1.0), parts, strict=True):
         start, end = spans[1]
-        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], rtol=0, atol=1e-5)
 
 
 def test_weights_are_read_once_for_a_pass(tmp_path):
@@ -180,7 +180,7 @@ def test_files_in_shards_and_in_bf16(tmp_path):
     texts, parts = make_texts()
     scores = FrozenModel(stream(tmp_path), 1.0, 10_000).score(texts, parts)
     for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(model, texts, 1.0), parts, strict=True):
-        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -197,7 +197,7 @@ def test_blend_moves_the_weights_the_next_pass_reads(in_memory, tmp_path):
     texts, parts = make_texts()
     scores = FrozenModel(backbone, 1.0, 10_000).score(texts, parts)
     for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(mixed, texts, 1.0), parts, strict=True):
-        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], rtol=0, atol=1e-5)
 
 
 def test_blend_moves_a_tied_head_that_the_files_hold_as_well(tmp_path):
@@ -213,7 +213,7 @@ def test_blend_moves_a_tied_head_that_the_files_hold_as_well(tmp_path):
     texts, parts = make_texts()
     scores = FrozenModel(backbone, 1.0, 10_000).score(texts, parts)
     for (logprobs, _), expected, (_, (start, end)) in zip(scores, plain(new, texts, 1.0), parts, strict=True):
-        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], atol=1e-5)
+        assert torch.allclose(logprobs[start:end], expected[start - 1 : end - 1], rtol=0, atol=1e-5)
 
 
 def test_completions_of_a_padded_batch(tmp_path):
@@ -224,8 +224,8 @@ def test_completions_of_a_padded_batch(tmp_path):
     logps = completion_logps(FrozenModel(stream(tmp_path), 0.9, 1000), ids, mask, 3)
     texts = [Encoded(t, {}, []) for t in ([11, 12, 21, 22, 23], [13, 14, 15, 16, 24])]
     first, second = plain(model, texts, 0.9)
-    assert torch.allclose(logps[0], first[-3:], atol=1e-5)
-    assert torch.allclose(logps[1], torch.tensor([second[-1], 0, 0]), atol=1e-5)
+    assert torch.allclose(logps[0], first[-3:], rtol=0, atol=1e-5)
+    assert torch.allclose(logps[1], torch.tensor([second[-1], 0, 0]), rtol=0, atol=1e-5)
     assert logps[2].tolist() == [0, 0, 0]
 
 
@@ -324,7 +324,7 @@ def test_the_head_on_tensor_cores_is_exact(tmp_path, monkeypatch):
     fast = student.score(texts, parts)
     monkeypatch.setattr("trainers.scoring.frozen._exact_on_tensor_cores", lambda states: nullcontext())
     for (a, _), (b, _) in zip(fast, student.score(texts, parts), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+        assert torch.allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_model_whose_layers_cannot_be_taken_out_is_refused(tmp_path):

@@ -15,8 +15,6 @@ from trainers.errors import ConfigError, Fault
 from trainers.options import (
     BaseOptions,
     CommonOptions,
-    MergeOptions,
-    RLOptions,
     ScoringOptions,
     TrainOptions,
     admits_none,
@@ -25,7 +23,7 @@ from trainers.options import (
 from trainers.plan.hardware import num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, iteration_faults, micro_batch_choices
 from trainers.settings.config_faults import STAGES, invalid_faults, unknown_fault
-from trainers.settings.engine_specs import ENGINE_FAULTS
+from trainers.settings.engine_specs import ENGINE_FAULTS, process_faults
 from trainers.settings.evaluation import evaluates, held_out_faults
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reporting import hub_faults, report_faults
@@ -41,32 +39,7 @@ from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_loc
 
 WITH_MODELS = ("sft", "rl", "score")
 TRAINING = ("sft", "rl")
-
-
-@dataclass(frozen=True)
-class Check:
-    """A check of options that concern each other.
-
-    Attributes:
-        of_device: Whether it depends on the GPU that the run is for.
-    """
-
-    stages: tuple[str, ...]
-    of_device: bool
-    run: Callable[[BaseOptions, int, Path], list[Fault]]
-
-
-CHECKS: list[Check] = []
-
-
-def check(stages: tuple[str, ...] = WITH_MODELS, of_device: bool = False) -> Callable:
-    """Register a check of `stages`."""
-
-    def register(function: Callable[[BaseOptions, int, Path], list[Fault]]) -> Callable:
-        CHECKS.append(Check(stages, of_device, function))
-        return function
-
-    return register
+SCORING = ("rl", "score")
 
 
 class _InvalidOption(Exception):
@@ -136,15 +109,15 @@ def option_faults(
         invalid: Options that are told to be wrong by themselves: checks that come to read one are left out.
     """
     readable, faults = _ValidOptions(options, invalid), []
+    further = {"num_devices": num_devices, "repo": repo}
     for each in CHECKS:
         if options.stage in each.stages and (needs_device or not each.of_device):
             with suppress(_InvalidOption):  # what follows from a wrong value would mislead
-                faults += each.run(readable, num_devices, repo)
+                faults += each.faults(readable, *(further[name] for name in each.further))
     return faults
 
 
-@check(of_device=True)
-def _check_device(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
     gpus = num_cuda_devices()
     if options.device == "cuda" and gpus == 0:
         cause = "this run needs an NVIDIA GPU and this machine shows none"
@@ -171,12 +144,11 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-@check(stages=TRAINING)
-def _check_batch(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _batch_faults(options: TrainOptions, num_devices: int) -> list[Fault]:
     per_device = options.per_device_train_batch_size
     if per_device == "auto":
         if micro_batch_choices(options, num_devices):
-            return _check_eval_batch(options)
+            return _eval_batch_faults(options)
         per_device = 1
     if options.stage == "sft":
         if options.train_batch_size % (per_device * num_devices) == 0:
@@ -187,10 +159,10 @@ def _check_batch(options: TrainOptions, num_devices: int, repo: Path) -> list[Fa
         cause = f"train_batch_size {options.train_batch_size} is no multiple of it x {num_devices} device(s)"
         return [Fault("per_device_train_batch_size", per_device, cause, remedy)]
     faults = check_batch(batch_plan(options, num_devices)) + iteration_faults(options, num_devices)
-    return faults + _check_eval_batch(options)
+    return faults + _eval_batch_faults(options)
 
 
-def _check_eval_batch(options: TrainOptions) -> list[Fault]:
+def _eval_batch_faults(options: TrainOptions) -> list[Fault]:
     if options.stage == "sft":
         return []
     generations = options.num_generations_eval or options.num_generations
@@ -202,16 +174,14 @@ def _check_eval_batch(options: TrainOptions) -> list[Fault]:
     return []
 
 
-@check(stages=TRAINING, of_device=True)
-def _check_optimizer(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _optimizer_faults(options: TrainOptions) -> list[Fault]:
     device = "cuda" if options.device != "cpu" and num_cuda_devices() else "cpu"
     automatic = {"cuda": "bf16", "cpu": "fp32"}[device]  # the run looks again: an old GPU has no bf16
     precision = automatic if options.precision == "auto" else options.precision
     return optimizer_faults(options, device, TORCH_DTYPES[precision])
 
 
-@check()
-def _check_model(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _model_faults(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
     faults = []
     fresh = options.stage == "sft" and options.model_init is not None
     if options.model_name_or_path is None and not fresh:
@@ -222,17 +192,17 @@ def _check_model(options: CommonOptions, num_devices: int, repo: Path) -> list[F
         cause = "set together with model_init"
         remedy = "set one to null: model_init=null, or model_name_or_path=null"
         faults.append(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
-    faults += _check_model_path("model_name_or_path", options.model_name_or_path, num_devices, repo)
+    faults += _model_path_faults("model_name_or_path", options.model_name_or_path, num_devices, repo)
     if options.stage != "sft":
         if options.student_model is None and uses_student(options):
             cause = "the reward needs a student"
             faults.append(Fault("student_model", None, cause, "student_model=<folder, hub id or run:NAME>"))
         if uses_student(options):
-            faults += _check_model_path("student_model", options.student_model, num_devices, repo)
+            faults += _model_path_faults("student_model", options.student_model, num_devices, repo)
     return faults
 
 
-def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path) -> list[Fault]:
+def _model_path_faults(key: str, value: str | None, num_devices: int, repo: Path) -> list[Fault]:
     """A path that looks local must hold a model; a hub id can only be judged when it is loaded."""
     if value is None:
         return []
@@ -247,34 +217,21 @@ def _check_model_path(key: str, value: str | None, num_devices: int, repo: Path)
         remedy = f"did you mean run:{near[0]}?" if near else f"one of: {', '.join(runs)}"
         return [Fault(key, value, f"there is no cfgs/run_cfg/{name}.yaml", remedy)]
     path = Path(value).expanduser()
-    if not looks_local(value) or (path / "config.json").is_file() or is_adapter(value):  # see _check_adapters
+    if not looks_local(value) or (path / "config.json").is_file() or is_adapter(value):  # see _adapter_faults
         return []
     cause = "the folder has no config.json" if path.exists() else "there is no such folder"
     return [Fault(key, value, cause, "give the folder that save_pretrained() wrote, or a hub id as owner/name")]
 
 
-@check()
-def _check_adapters(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _adapter_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
     return adapter_faults(options, num_devices, options.stage in TRAINING)
 
 
-@check(stages=TRAINING)
-def _check_output(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
-    return output_faults(options)
-
-
-@check(stages=("merge",))
-def _check_merge(options: MergeOptions, num_devices: int, repo: Path) -> list[Fault]:
-    return merge_faults(options, num_devices)
-
-
-@check(of_device=True)
-def _check_precision(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _precision_faults(options: CommonOptions) -> list[Fault]:
     return precision_faults(options, "cpu" if options.device == "cpu" or num_cuda_devices() == 0 else "cuda")
 
 
-@check()
-def _check_data(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _data_faults(options: CommonOptions) -> list[Fault]:
     if options.dataset_id_or_path is None:
         remedy = "dataset_id_or_path=<file.jsonl, .json, .parquet, .csv, .tsv, a folder or a hub id>"
         return [Fault("dataset_id_or_path", None, "no data is named", remedy)]
@@ -288,54 +245,11 @@ def _check_data(options: CommonOptions, num_devices: int, repo: Path) -> list[Fa
     return faults
 
 
-@check(stages=TRAINING)
-def _check_held_out(options: TrainOptions, num_devices: int, repo: Path) -> list[Fault]:
-    return held_out_faults(options)
-
-
-@check(stages=("rl",))
-def _check_engine(options: RLOptions, num_devices: int, repo: Path) -> list[Fault]:
-    faults = []
-    for key in ("use_vllm_server", "use_ray"):
-        if getattr(options, key):
-            cause = "the engine runs inside the trainer's process, there is no server and no Ray"
-            faults.append(Fault(key, True, cause, f"{key}=false"))
-    if num_devices > 1:
-        cause = "RL runs in one process on one GPU"
-        faults.append(Fault("num_processes", num_devices, cause, "./launch_mono.sh, or ./launch.sh 1"))
-    need = options.max_prompt_length + options.max_completion_length
-    given = options.vllm_max_model_length
-    if given is not None and given < need:
-        lengths = (
-            f"max_prompt_length {options.max_prompt_length} + max_completion_length {options.max_completion_length}"
-        )
-        cause = f"shorter than {lengths}"
-        faults.append(Fault("vllm_max_model_length", given, cause, f"vllm_max_model_length={need}, or leave it out"))
-    if options.sync_ref_model and not options.beta:
-        cause = "there is no reference model while beta is 0"
-        faults.append(Fault("sync_ref_model", True, cause, "sync_ref_model=false, or beta=0.04"))
-    return faults
-
-
-# Each by itself: where one comes to read an invalid option, the others still tell.
-_OF_OPTIONS_ALONE = {
-    ("rl",): (*ENGINE_FAULTS, loss_faults, reward_faults, accelerator_faults),
-    ("sft",): (packing_faults,),
-    TRAINING: (checkpointing_faults, schedule_faults, report_faults, hub_faults),
-    ("rescore",): (rescore_faults,),
-}
-for _stages, _all in _OF_OPTIONS_ALONE.items():
-    for _faults in _all:
-        check(stages=_stages)(lambda options, num_devices, repo, faults=_faults: faults(options))
-
-
-@check(stages=("rl", "score"))
-def _check_formula(options: ScoringOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _formula_faults(options: ScoringOptions) -> list[Fault]:
     return formula_faults({name: getattr(options, name) for pair in COEFFICIENTS for name in pair})
 
 
-@check()
-def _check_templates(options: CommonOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _template_faults(options: CommonOptions) -> list[Fault]:
     faults = []
     for key in ("chat_template", "student_chat_template"):
         value = getattr(options, key, None)
@@ -347,8 +261,7 @@ def _check_templates(options: CommonOptions, num_devices: int, repo: Path) -> li
     return faults
 
 
-@check(stages=("rl", "score"))
-def _check_kept_scores(options: ScoringOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _kept_scores_faults(options: ScoringOptions) -> list[Fault]:
     if not options.keep_scores or options.output_dir is None:
         return []
     folder = Path(options.output_dir).expanduser() / "scores"
@@ -357,9 +270,49 @@ def _check_kept_scores(options: ScoringOptions, num_devices: int, repo: Path) ->
     return [Fault("keep_scores", True, f"{folder} holds scores of an earlier run", "name another output_dir")]
 
 
-@check(stages=("rl", "score"))
-def _check_student_mode(options: ScoringOptions, num_devices: int, repo: Path) -> list[Fault]:
+def _student_mode_faults(options: ScoringOptions) -> list[Fault]:
     if options.student_mode != "streamed" or options.student_quantization is None:
         return []
     cause = "the layers of a quantized student cannot be streamed"
     return [Fault("student_mode", "streamed", cause, "student_mode=resident, or student_quantization=null")]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of options that concern each other.
+
+    Attributes:
+        faults: Called with the options.
+        further: What else it is called with: num_devices, repo.
+        of_device: Whether it depends on the GPU that the run is for.
+    """
+
+    stages: tuple[str, ...]
+    faults: Callable[..., list[Fault]]
+    further: tuple[str, ...] = ()
+    of_device: bool = False
+
+
+DEVICES = ("num_devices",)
+# In the order in which faults are told. Each by itself: where one comes to read an invalid option, others still tell.
+CHECKS = (
+    Check(WITH_MODELS, _device_faults, DEVICES, of_device=True),
+    Check(TRAINING, _batch_faults, DEVICES),
+    Check(TRAINING, _optimizer_faults, of_device=True),
+    Check(WITH_MODELS, _model_faults, (*DEVICES, "repo")),
+    Check(WITH_MODELS, _adapter_faults, DEVICES),
+    Check(TRAINING, output_faults),
+    Check(("merge",), merge_faults, DEVICES),
+    Check(WITH_MODELS, _precision_faults, of_device=True),
+    Check(WITH_MODELS, _data_faults),
+    Check(TRAINING, held_out_faults),
+    Check(("rl",), process_faults, DEVICES),
+    *(Check(("rl",), faults) for faults in (*ENGINE_FAULTS, loss_faults, reward_faults, accelerator_faults)),
+    Check(("sft",), packing_faults),
+    *(Check(TRAINING, faults) for faults in (checkpointing_faults, schedule_faults, report_faults, hub_faults)),
+    Check(("rescore",), rescore_faults),
+    Check(SCORING, _formula_faults),
+    Check(WITH_MODELS, _template_faults),
+    Check(SCORING, _kept_scores_faults),
+    Check(SCORING, _student_mode_faults),
+)

@@ -20,7 +20,8 @@ CONFIG_DIR = REPO / "cfgs"
 GROUPS = ("run_cfg", "trainer_cfg", "reward_cfg", "model_cfg", "data_cfg")
 DEFAULT_RUN = "teacher_rlt_tiny"
 
-# Names of the reference implementation for options that have a plainer one here, and what its null means.
+# Names of the reference implementation for options that have a plainer one here, and what its null means. Of words
+# alone: in a YAML file such a name stands beside the other's default, and which of the two counts could not be told.
 SAME = {"unbias_student_log_probs_temp": "student_temperature"}
 NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
 

@@ -5,7 +5,7 @@ cache follow from shapes. What a layer keeps for its backward pass was measured 
 (`benchmarks/memory.py` compares plan and measurement); what the CUDA runtime takes is an estimate with its source.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 from trainers.options import RLOptions
@@ -26,8 +26,10 @@ SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 64}
 # workspaces), and each captured graph (26 MiB of a large model, vllm#22897). Not measured here.
 CUDA_CONTEXT = int(0.75 * GIB)
 CUDA_GRAPH = 26 * 2**20
-# Of what comes and goes: blocks that are free but not given back. Not measured on a GPU. On a CPU glibc keeps 15 to 50
-# percent of it, less predictably than can be planned (docs/LOG.md): the plan says what is needed.
+# Of what comes and goes in sizes of each batch's own: blocks that are free but not given back. Not measured on a GPU.
+# Not of what vLLM computes with, which is planned at its largest, nor of its cache, streamed layers and a checkpoint's
+# clones, whose blocks are of the same size each time. On a CPU glibc keeps 15 to 50 percent, less predictably than can
+# be planned (docs/LOG.md): the plan says what is needed.
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.0}
 # Of each sequence vLLM's second model runner keeps, in every phase, a count and two bits for each token of the
 # vocabulary (penalties, grammars), and room for biases, forbidden words and wanted tokens (v1/worker/gpu of 0.31).
@@ -188,7 +190,7 @@ def _transformers_generation(work: Workload) -> dict[str, int]:
     cache = kv * work.length
     cache += cache // (2 * teacher.num_layers)  # a layer's keys are copied where they grow
     reading = kv * prompt + reading_layer(work, teacher, texts, 3.4 * teacher.hidden, prompt)
-    return {"KV cache": cache, "prompts' activations": max(0, reading - cache)}
+    return _fragmented(work, {"KV cache": cache, "prompts' activations": max(0, reading - cache)})
 
 
 def _graphs(work: Workload) -> dict[str, int]:
@@ -204,8 +206,7 @@ def _scoring(work: Workload) -> dict[str, int]:
     """The largest of what student and reference need, one after the other, and the teacher who reads probes."""
     readers = [(work.student, work.student_mode), (work.teacher, work.reference_mode)]
     readers.append((work.teacher, "resident" if work.num_probes else None))
-    needs = [_reader(work, shape, mode) for shape, mode in readers if shape is not None and mode is not None]
-    return max(needs, key=lambda items: sum(items.values()), default={})
+    return _largest(_reader(work, shape, mode) for shape, mode in readers if shape is not None and mode is not None)
 
 
 def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
@@ -221,7 +222,7 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     masks = mask_elements(work, shape)  # elements for each token
     if mode != "streamed":
         layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)
-        return {"scoring buffers": max(layer, head + texts * length * hidden * size)}
+        return _fragmented(work, {"scoring buffers": max(layer, head + texts * length * hidden * size)})
     batch = SCORED_AT_ONCE
     if work.is_rl:
         batch = max(completions_at_once(work.options), PROBES * work.num_probes)
@@ -236,7 +237,17 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
         {"streaming buffers": slots + placed, "hidden states": resting, "scoring buffers": layer},
         {"streaming buffers": placed, "hidden states": resting, "scoring buffers": head},
     )
-    return max(moments, key=lambda items: sum(items.values()))
+    return _largest(_fragmented(work, items, "streaming buffers") for items in moments)
+
+
+def _fragmented(work: Workload, items: dict[str, int], *steady: str) -> dict[str, int]:
+    """With the share of fragmentation, of all but what is named."""
+    moving = sum(_without(items, *steady).values())
+    return items | {"fragmentation": int(FRAGMENTATION[work.device] * moving)}
+
+
+def _largest(moments: Iterable[dict[str, int]]) -> dict[str, int]:
+    return max(moments, key=lambda items: sum(items.values()), default={})
 
 
 def _update(work: Workload) -> dict[str, int]:
@@ -255,10 +266,7 @@ def _update(work: Workload) -> dict[str, int]:
         {"gradients": gradients, "tied head's gradient": waiting, "embedding's gradient": last},
         {"gradients": gradients, "optimizer's step": step},
     ]
-    for items in moments:
-        moving = sum(size for name, size in items.items() if name != "gradients")
-        items["fragmentation"] = int(FRAGMENTATION[work.device] * moving)
-    return max(moments, key=lambda items: sum(items.values()))
+    return _largest(_fragmented(work, items, "gradients") for items in moments)
 
 
 def _head_gradient(work: Workload) -> int:

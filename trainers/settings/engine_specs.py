@@ -101,6 +101,36 @@ def vllm_arguments() -> frozenset[str]:
     return frozenset(names)
 
 
+def process_faults(options: RLOptions, num_devices: int) -> list[Fault]:
+    """What one process with the engine in it is not."""
+    faults = []
+    for key in ("use_vllm_server", "use_ray"):
+        if getattr(options, key):
+            cause = "the engine runs inside the trainer's process, there is no server and no Ray"
+            faults.append(Fault(key, True, cause, f"{key}=false"))
+    if num_devices > 1:
+        cause = "RL runs in one process on one GPU"
+        faults.append(Fault("num_processes", num_devices, cause, "./launch_mono.sh, or ./launch.sh 1"))
+    return faults
+
+
+def _length_faults(options: RLOptions) -> list[Fault]:
+    need = options.max_prompt_length + options.max_completion_length
+    given = options.vllm_max_model_length
+    if given is None or given >= need:
+        return []
+    lengths = f"max_prompt_length {options.max_prompt_length} + max_completion_length {options.max_completion_length}"
+    remedy = f"vllm_max_model_length={need}, or leave it out"
+    return [Fault("vllm_max_model_length", given, f"shorter than {lengths}", remedy)]
+
+
+def _synced_reference_faults(options: RLOptions) -> list[Fault]:
+    if not options.sync_ref_model or options.beta:
+        return []
+    cause = "there is no reference model while beta is 0"
+    return [Fault("sync_ref_model", True, cause, "sync_ref_model=false, or beta=0.04")]
+
+
 def _engine_only_faults(options: RLOptions) -> list[Fault]:
     if options.use_vllm:
         return []
@@ -318,6 +348,8 @@ def _rollout_faults(options: RLOptions) -> list[Fault]:
 
 # What is wrong with the options of generation, as far as that shows without loading anything.
 ENGINE_FAULTS = (
+    _length_faults,
+    _synced_reference_faults,
     _bridge_faults,
     _kwargs_faults,
     _rollout_faults,

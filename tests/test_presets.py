@@ -1,0 +1,116 @@
+"""Every run of cfgs/run_cfg is planned, and what is written of presets is so. Run: ./run_tests.sh tests/test_presets.py
+
+Where a figure is wrong, the assertion shows the line as it should be.
+"""
+
+import re
+from functools import cache
+
+import pytest
+from conftest import REPO
+from planned import host_and_disk, machine, planned, problem
+
+from trainers.checks import load_options
+from trainers.config import CONFIG_DIR, compose_run
+from trainers.plan.machine import Machine
+from trainers.plan.solve import solve
+from trainers.plan.workload import GIB, PHASES
+
+RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml"))
+CARDS = [run for run in RUNS if run.startswith("teacher_rlt_mono")]
+READ_ONLY = {"rescore", "merge"}  # they compute with no model on a device: nothing is planned (tests/test_config.py)
+SCORED = ["dataset_id_or_path=some/data", "model_name_or_path=Qwen/Qwen2.5-7B-Instruct"]
+SCORED += ["student_model=bespokelabs/Bespoke-Stratos-7B"]
+
+
+@cache
+def preset(run):
+    """Its solved plan, and its words for what it trains, as files and tables have them."""
+    solved, options = planned(run)
+    sizes = [re.search(r"-([\d.]+B)", name)[1] for name in (options.model_name_or_path, options.student_model)]
+    return solved, options, *sizes, "LoRA" if options.use_peft else "all weights"
+
+
+@pytest.mark.parametrize("run", CARDS)
+def test_every_preset_fits_its_card_with_8_percent_to_spare(run):
+    plan = preset(run)[0].plan
+    assert plan.peak <= 0.92 * plan.available
+    assert set(plan.phases) == set(PHASES)
+
+
+def test_there_is_a_preset_for_each_card():
+    sizes = {compose_run(run)["vram_gb"] for run in CARDS}
+    assert sizes == {12, 16, 24, 40, 48, 80, 85, 96}
+
+
+@pytest.mark.parametrize("run", CARDS)
+def test_header_of_a_preset_tells_what_is_composed_and_planned(run):
+    """What the file says is what the plan says: nobody has to remember to write it anew."""
+    solved, asked, size, _, method = preset(run)
+    o, plan = solved.options, solved.plan
+    trained = f"LoRA of rank {o.lora_r}" if o.use_peft else "all weights"
+    reference = "the model before RL is the reference" if o.use_peft else f"reference {o.reference_mode}"
+    assert o.beta == 0.04  # there is one
+    teacher, student = (name.rpartition("/")[2] for name in (o.model_name_or_path, o.student_model))
+    questions = o.train_batch_size // o.num_generations
+    phases = ", ".join(f"{phase} {plan.total(phase) / GIB:.1f}" for phase in PHASES)
+    title = f"a {size} teacher with LoRA" if o.use_peft else f"a {size} teacher, {method},"
+    assert (CONFIG_DIR / "run_cfg" / f"{run}.yaml").read_text().splitlines()[1:6] == [
+        f"# RL of {title} on a card of {asked.vram_gb:g} GB:  ./launch_mono.sh {run}.yaml",
+        f"# Teacher {teacher}, {trained}; student {student}, {o.student_mode}; {reference}.",
+        f"# Prompts of {o.max_prompt_length} tokens, completions of {o.max_completion_length}; {questions} questions x "
+        f"{o.num_generations} completions a step, {o.per_device_train_batch_size} at a time; {o.optim}.",
+        f"# Planned GiB: {phases}.",
+        "# Host memory {} GiB, disk {} GiB.".format(*host_and_disk(plan)),
+    ]
+
+
+@pytest.mark.parametrize("run", CARDS)
+def test_table_of_presets_tells_what_is_composed_and_planned(run):
+    solved, asked, teacher, student, method = preset(run)
+    o, plan = solved.options, solved.plan
+    rows = (REPO / "README_MONO_GPU.md").read_text().splitlines()
+    (row,) = (line for line in rows if line.startswith(f"| `{run}`"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        f"`{run}`" if run.endswith("gb") else f"`{run}` ({asked.vram_gb:g} GB)",
+        f"{teacher}, {method}",
+        student,
+        f"{o.max_prompt_length}, {o.max_completion_length}",
+        f"{o.train_batch_size // o.num_generations} x {o.num_generations}",
+        f"{plan.peak / GIB:.1f} of {plan.available / GIB:.1f} ({plan.peak_phase})",
+        "{}, {}".format(*host_and_disk(plan)),
+    ]
+
+
+def test_readme_tells_of_each_card_what_is_composed_and_planned():
+    text = (REPO / "README.md").read_text()
+    told = []
+    for row in re.findall(r"^\| ([\d, ]+ GB) \| (.*) \| (.*) \| (\d+) GiB.*\|$", text, re.M):
+        names = [f"teacher_rlt_mono{name}" for name in re.findall(r"`(?:teacher_rlt_mono)?(\w*)`", row[1])]
+        solved = [preset(name) for name in names]
+        told += names
+        assert row[0] == f"{', '.join(f'{asked.vram_gb:g}' for _, asked, *_ in solved)} GB"
+        for each, _, teacher, student, method in solved:
+            assert teacher == student and row[2].startswith(f"{teacher}, {method}")
+            assert ("the optimizer in host memory" in row[2]) == (each.options.optim == "cpu_offload")
+            assert int(row[3]) == host_and_disk(each.plan)[0]
+        lengths = {each.options.max_prompt_length + each.options.max_completion_length for each, *_ in solved}
+        assert ("longer texts" in row[2]) == (min(lengths) > 2048 + 4096)
+    assert sorted(told) == CARDS
+    plan = preset("teacher_rlt_mono_24gb")[0].plan
+    assert f"planned peak of RL about {plan.peak / GIB:.0f} of {plan.available / GIB:.1f} GiB" in text
+    weights = [2 * shape.num_parameters for shape in (plan.work.teacher, plan.work.student)]
+    downloads = f"downloads {sum(weights) / GIB:.0f} GiB and takes {host_and_disk(plan)[0]} GiB of host memory"
+    assert downloads in " ".join(text.split())
+    each = f"({weights[0] / GIB:.1f} GiB for each of 7B)"
+    assert each in " ".join((REPO / "README_MONO_GPU.md").read_text().split())
+
+
+@pytest.mark.parametrize("run", sorted(set(RUNS) - set(CARDS) - READ_ONLY))
+def test_every_other_run_that_computes_with_models_is_planned(run):
+    options = load_options(compose_run(run, SCORED if run == "score" else []), repo=REPO, needs_device=False)
+    there = Machine(None, 8 * GIB, 8 * GIB, 100 * GIB) if options.device == "cpu" else machine(80)
+    solved = solve(problem(options, there, longest=8192 if run == "score" else None))
+    assert solved.plan.fits
+    phases = {"rl": set(PHASES), "sft": {"load", "update", "save"}, "score": {"load", "score"}}
+    assert set(solved.plan.phases) == phases[options.stage]
