@@ -23,7 +23,7 @@ from trainers.settings.reward_specs import uses_student
 
 SPARE = 0.08  # of the memory: what the solver keeps free
 MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
-TOKENS_PER_PASS = (262144, 131072, 65536, 32768, 16384)
+TOKENS_PER_PASS = (262144, 196608, 131072, 65536, 32768, 16384)
 CPU_TOKENS_PER_PASS = 16384
 BESIDE_SCORING = ("load", "update", "save")  # phases that tokens per pass are nothing to
 DECIDED = (  # what a plan shows of its decisions
