@@ -23,5 +23,6 @@ FAMILIES = {
     "gemma2": GEMMA | {"attn_logit_softcapping": 1.0},  # low: it shows
     "gemma3_text": GEMMA,
 }
-# vLLM holds their weights in another layout than the trainer (GPT-2's linear layers the other way round).
-LAID_OUT_OTHERWISE = {"gpt2": {}}
+# vLLM holds their weights in another layout than the trainer (GPT-2's linear layers the other way round, experts as
+# its kernels want them).
+LAID_OUT_OTHERWISE = {"gpt2": {}, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}

@@ -49,6 +49,21 @@ def measure(
 
     With `fresh` also those of what is saved, read by a transformers model and a vLLM engine of their own.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(folder, family, use_peft, device, dtype, completions, max_tokens, fresh, **chosen)
+
+
+def _measure(
+    folder: str,
+    family: str,
+    use_peft: bool,
+    device: str,
+    dtype: torch.dtype,
+    completions: int,
+    max_tokens: int,
+    fresh: bool,
+    **chosen: Any,
+) -> dict[str, float]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **COMMON, **(FAMILIES | LAID_OUT_OTHERWISE)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -56,16 +71,13 @@ def measure(
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name or "qkv_proj" in name:
                 parameter.mul_(8)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
-        model = load_model(folder, dtype, None, "model_name_or_path", False)
-        options = options_class("rl")(
-            max_prompt_length=64, max_completion_length=64, seed=1, use_peft=use_peft, **chosen
-        )
-        if use_peft:
-            model = add_adapters(model, options)
-        engine = Engine(model, folder, options, torch.device(device), dtype, [2])
+    model.save_pretrained(folder)
+    make_tokenizer(["a b c"], [], 300).save_pretrained(folder)
+    model = load_model(folder, dtype, None, "model_name_or_path", False)
+    options = options_class("rl")(max_prompt_length=64, max_completion_length=64, seed=1, use_peft=use_peft, **chosen)
+    if use_peft:
+        model = add_adapters(model, options)
+    engine = Engine(model, folder, options, torch.device(device), dtype, [2], output_dir=Path(folder))
     model.to(device)
     prompts = [torch.randint(3, 470, (20,)).tolist() for _ in range(completions)]
     sampling = {"temperature": 1.0, "max_tokens": max_tokens}

@@ -67,3 +67,10 @@ def test_what_the_engine_holds_the_other_way_round_is_refused_to_be_shared_and_c
     assert found["least_moved"] > 1e-4
     assert found["before"] < 1e-5
     assert found["after"] < 1e-5
+
+
+def test_experts_reach_an_engine_that_is_built_anew_and_no_other():
+    found = measure("mixtral", use_peft=False, weight_bridge="restart")
+    assert found["least_moved"] > 1e-4
+    assert found["before"] < 1e-5
+    assert found["after"] < 1e-5

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
+from families import COMMON, LAID_OUT_OTHERWISE
 from planned import machine, problem
+from transformers import AutoConfig
 
 from trainers.checks import load_options
 from trainers.config import compose_run
@@ -172,3 +174,19 @@ def test_what_goes_to_one_disk_takes_room_in_turn(tmp_path, monkeypatch):
 
 def replace_sizes(written, unit):
     return written._replace(size=written.size * unit, before=written.before * unit, free=written.free * unit)
+
+
+def test_a_mixture_of_experts_is_taught_by_an_engine_that_is_built_anew(tmp_path):
+    AutoConfig.for_model("mixtral", **COMMON, **LAID_OUT_OTHERWISE["mixtral"]).save_pretrained(tmp_path)
+
+    def faults(*words):
+        words = ["device=cpu", f"model_name_or_path={tmp_path}", "max_prompt_length=64", *words]
+        return assess(planning.problem_of(load_options(compose_run("", words), repo=REPO))).start
+
+    assert [(f.key, f.remedy.partition(",")[0]) for f in faults("use_peft=true")] == [
+        ("weight_bridge", "weight_bridge=restart"),
+        ("lora_target_modules", "lora_target_modules=[q_proj"),
+    ]
+    assert [f.key for f in faults("weight_bridge=copy")] == ["weight_bridge"]
+    assert not faults("weight_bridge=restart") and not faults("use_vllm=false", "use_peft=true")
+    assert not faults("weight_bridge=restart", "use_peft=true", "lora_target_modules=[q_proj]")

@@ -16,7 +16,13 @@ from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
 from trainers.plan.solve import Problem, Solved, device_of, share_faults, slow_models, solve
 from trainers.plan.workload import GIB
-from trainers.settings.engine_specs import device_faults, position_faults, quantized_teacher_faults, short_student
+from trainers.settings.engine_specs import (
+    device_faults,
+    mixture_faults,
+    position_faults,
+    quantized_teacher_faults,
+    short_student,
+)
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import waiting, warmup_folder, warmup_options
@@ -258,6 +264,7 @@ def start_faults(solved: Solved) -> list[Fault]:
         config = {} if named_run(path) else read_config(base_of(path, key), key)
         faults += _differences_from_warmup(options, path)
         faults += quantized_teacher_faults(options, config.get("quantization_config"))
+        faults += mixture_faults(options) if config.get("text_config", config).get("num_experts_per_tok") else []
     return faults
 
 

@@ -292,6 +292,26 @@ def quantized_teacher_faults(options: ModelOptions, quantization: Any) -> list[F
     return [Fault("model_name_or_path", options.model_name_or_path, cause, remedy)]
 
 
+def mixture_faults(options: RLOptions) -> list[Fault]:
+    """What a mixture of experts as a teacher is refused with. vLLM arranges experts for its kernels when it has loaded
+    them; where that was tried (on a CPU) neither `load_weights` nor vLLM's own reloading reached them any more."""
+    if not has_engine(options):
+        return []
+    faults, bridge = [], bridge_name(options)
+    if bridge != "restart":
+        cause = (
+            "the teacher is a mixture of experts, which vLLM arranges anew as it loads them: an engine that runs does "
+        )
+        cause += "not see what they learn"
+        remedy = "weight_bridge=restart, which takes seconds at each step, or use_vllm=false"
+        faults.append(Fault("weight_bridge", options.weight_bridge or bridge, cause, remedy))
+    if options.use_peft and options.lora_target_modules == "all-linear":
+        cause = "the teacher is a mixture of experts, and adapters of experts do not reach the engine"
+        remedy = "lora_target_modules=[q_proj,k_proj,v_proj,o_proj]"
+        faults.append(Fault("lora_target_modules", options.lora_target_modules, cause, remedy))
+    return faults
+
+
 def _bridge_faults(options: RLOptions) -> list[Fault]:
     bridge, given = bridge_name(options), options.weight_bridge
     if bridge == "lora" and not options.use_peft:
