@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from data.explanation import sampled_explanation
-from trainers.scoring.evaluation import Evaluation
+from trainers.checks import load_options
+from trainers.config import compose_run
+from trainers.score import load_score_rows
+from trainers.scoring.evaluation import Evaluation, HeldOutFiles
 from trainers.scoring.explanation_scorer import Scored
 from trainers.scoring.probes import Evaluated
 
@@ -56,8 +59,16 @@ def test_what_the_teacher_wrote_is_there_to_read_and_to_score_again(renderer, tm
     evaluation = Evaluation()
     scores = [Scored(-0.5, {"kl_reward": 0.25}, True), "too long"]
     evaluation.add_batch(rows, torch.tensor([[-0.5], [NO]]), ["teacher_logprob_kl"], scores)
-    evaluation.write(tmp_path / "held_out" / "step.jsonl", partial(sampled_explanation, renderer))
-    first, second = map(json.loads, (tmp_path / "held_out" / "step.jsonl").read_text().splitlines())
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / "held_out" / "of an earlier run").write_text("")
+    files = HeldOutFiles(tmp_path / "held_out", partial(sampled_explanation, renderer))
+    for _ in range(2):
+        files.write(evaluation, 7)
+    names = ["001_after_step_00007.jsonl", "002_after_step_00007.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "held_out").iterdir()) == names
+    assert len(list(tmp_path.glob("held_out-*/of an earlier run"))) == 1
+    path = tmp_path / "held_out" / names[1]
+    first, second = map(json.loads, path.read_text().splitlines())
     asked = {"question": "What is 2+3?", "solution": "5"}
     assert first == asked | {
         "explanation": "2+3=5",
@@ -68,3 +79,6 @@ def test_what_the_teacher_wrote_is_there_to_read_and_to_score_again(renderer, tm
     }
     unscored = {"explanation": "2+3", "closed": False, "rewards/teacher_logprob_kl": None, "reason": "too long"}
     assert second == asked | unscored
+    words = [f"dataset_id_or_path={path}", "model_name_or_path=a", "student_model=b", "stage=score", "device=cpu"]
+    again = load_score_rows(load_options(compose_run("", words)))
+    assert (again["explanation"], again["closed"]) == (["2+3=5", "2+3"], [True, False])

@@ -170,9 +170,13 @@ def test_the_best_checkpoint_is_kept_and_the_engine_follows_it(model_dir, rows_f
     assert all(kept[name].equal(best[name]) for name in best) and not all(kept[name].equal(last[name]) for name in last)
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     after = [line for line in lines if "eval_reward" in line][-1]
-    for step in range(4):  # before training, and after each step
-        written = (tmp_path / f"out/held_out/step_{step:05d}.jsonl").read_text().splitlines()
-        assert len({json.loads(line)["question"] for line in written}) == 2
+    files = sorted((tmp_path / "out/held_out").iterdir())  # before training, after each step, and of the best
+    steps = ["001_after_step_00000", "002_after_step_00001", "003_after_step_00002", "004_after_step_00003"]
+    assert [file.stem for file in files] == [*steps, "005_after_step_00003"]
+    texts = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert all(len({line["question"] for line in lines}) == 2 for lines in texts)
+    words = [[line["explanation"] for line in lines] for lines in texts]
+    assert words[4] == words[1] != words[3]
     # Neither would be so if the engine still had the last step's weights.
     assert max(value for name, value in after.items() if name.startswith("eval_sentinel/")) < 1e-4
     assert after["eval_sampling/sampling_logp_difference/max"] < 1e-4

@@ -27,6 +27,7 @@ from trainers.sft import WarmupTrainer, sft_config
 def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kind, name):
     trainer = make_trainer(renderer, model_dir, tmp_path, dtype=torch.bfloat16, max_steps=3, **chosen)
     places = [p.data_ptr() for p in trainer.model.parameters()]
+    assert trainer.args.to_sanitized_dict()["optim"] == name  # what trackers record, at an evaluation before training
     before = trainer.model.model.layers[0].mlp.up_proj.weight.clone() if not chosen.get("use_peft") else None
     try:
         trainer.train()
@@ -37,7 +38,6 @@ def test_engine_follows_the_optimizer(renderer, model_dir, tmp_path, chosen, kin
     finally:
         trainer.sampler.engine.close()
     assert type(trainer.optimizer.optimizer) is kind
-    assert trainer.args.to_sanitized_dict()["optim"] == name  # what trackers record
     assert [p.data_ptr() for p in trainer.model.parameters()] == places
     if before is not None:
         assert (trainer.model.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.5

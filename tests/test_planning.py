@@ -15,12 +15,14 @@ from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.plan import disks, planning, preflight
 from trainers.plan.disks import downloads, in_turn
+from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine
 from trainers.plan.planning import assess, planned_options, shapes_of
 from trainers.plan.workload import GIB
 from trainers.warmup import cached_path, waiting, warmup_options
 from trainers.watch.outputs import make_output_dir
 
+SMALL = "Qwen/Qwen2.5-1.5B-Instruct"
 SEVEN = 2 * 7_615_616_512  # bytes of a model in bf16
 
 
@@ -188,5 +190,15 @@ def test_a_mixture_of_experts_is_taught_by_an_engine_that_is_built_anew(tmp_path
         ("lora_target_modules", "lora_target_modules=[q_proj"),
     ]
     assert [f.key for f in faults("weight_bridge=copy")] == ["weight_bridge"]
+    named = faults("weight_bridge=restart", "use_peft=true", "lora_target_modules=[q_proj,mlp.experts.down_proj]")
+    assert [f.key for f in named] == ["lora_target_modules"]
     assert not faults("weight_bridge=restart") and not faults("use_vllm=false", "use_peft=true")
     assert not faults("weight_bridge=restart", "use_peft=true", "lora_target_modules=[q_proj]")
+
+
+def test_mixtures_are_known_by_whatever_their_config_calls_it():
+    for config in ({"moe_k": 2}, {"text_config": {"num_local_experts": 8}}, {"ffn_config": {"moe_top_k": 4}}):
+        assert planning.has_experts({"hidden_size": 64} | config)
+    none = {"num_experts": None, "enable_moe_block": False, "n_routed_experts": 0}
+    for config in ({}, none, KNOWN_MODELS[SMALL]):
+        assert not planning.has_experts(config)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.checks import load_options
@@ -129,6 +130,14 @@ def test_ranking_changes_by_hand():
 def test_folder_without_scores_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no kept scores"):
         load_options(compose_run("rescore", [f"scores={tmp_path}"]))
+
+
+def test_scores_that_were_kept_otherwise_are_told(tmp_path):
+    ScoreKeeper(tmp_path / "scores", by_batch=False, formula=TeacherLogprobKL()).keep(ROWS)
+    (file,) = (tmp_path / "scores").glob("*.safetensors")
+    save_file({name: value for name, value in load_file(file).items() if name in TENSORS}, file)
+    with pytest.raises(ConfigError, match=r"batch_00001.* has no solution_ends.*\n.*keep_scores=true"):
+        rescore(tmp_path / "scores", tmp_path / "out")
 
 
 def test_scores_that_tell_no_formula_are_refused(tmp_path):

@@ -71,6 +71,35 @@ def test_fault_while_scoring_ahead_reaches_the_run():
         ahead.take()
 
 
+def test_waiting_ends_when_all_is_scored_or_one_has_failed():
+    go, second, scored = threading.Event(), threading.Event(), []
+
+    def score(values):
+        assert go.wait(60)
+        scored.append(values)
+        if values == [1]:
+            raise ZeroDivisionError
+        if values == [2]:  # it may be in work by the time that the first has failed
+            assert second.wait(60)
+        return values
+
+    ahead = ScoreAhead(score, torch.device("cpu"))
+    threading.Timer(0.2, go.set).start()
+    ahead.submit([0], values=[0])
+    ahead.wait()
+    assert scored == [[0]] and ahead.take() == [0]
+    go.clear()
+    for value in (1, 2, 3):
+        ahead.submit([value - 1], values=[value])
+    threading.Timer(0.2, go.set).start()
+    ahead.wait()
+    second.set()
+    with pytest.raises(ZeroDivisionError):
+        ahead.take()
+    ahead.close()
+    assert [1] in scored and [3] not in scored
+
+
 def test_what_is_cancelled_is_not_scored_and_the_next_batch_is():
     begun, go, scored = threading.Event(), threading.Event(), []
 

@@ -4,10 +4,11 @@ import json
 import threading
 
 import pytest
-from small_run import CPU, make_trainer
+import torch
+from small_run import CPU, make_trainer, small_options
 
+from trainers import rl
 from trainers.errors import ConfigError
-from trainers.rl import train_and_report
 from trainers.rollout import sampler
 from trainers.rollout.hf_generation import generate_with_transformers
 from trainers.rollout.overlap import ScoreAhead
@@ -149,7 +150,7 @@ def test_an_error_stops_the_engine_and_is_what_a_run_ends_with(renderer, model_d
     stopping = trainer.sampler
     stopping.ahead = ScoreAhead(lambda: [], CPU)
     with pytest.raises(ZeroDivisionError), stopping.stopped_at_the_end():
-        train_and_report(trainer, trainer.options, tmp_path)
+        rl.train_and_report(trainer, trainer.options, tmp_path)
     assert stopping.engine.engine_model is None
     with pytest.raises(RuntimeError, match="after shutdown"):
         stopping.ahead.submit([0])
@@ -161,3 +162,15 @@ def test_an_error_stops_the_engine_and_is_what_a_run_ends_with(renderer, model_d
     with pytest.raises(ValueError), stopping.stopped_at_the_end():
         raise ValueError
     assert caplog.messages[-1] == "vLLM could not be stopped: division by zero"
+
+
+@pytest.mark.parametrize("fails", ["trainers.rl.load_reference", "trl.GRPOTrainer.__init__"])
+def test_a_run_that_fails_behind_the_engine_s_start_stops_it_and_tells_that_error(
+    model_dir, rows_file, tmp_path, monkeypatch, fails
+):
+    chosen = {"model_name_or_path": str(model_dir), "dataset_id_or_path": str(rows_file), "reward_funcs": ["format"]}
+    options = small_options(**chosen, device="cpu", reference_mode="cpu")
+    monkeypatch.setattr(fails, lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rl.run_rl(options, tmp_path / "out")
+    assert not torch.distributed.is_initialized()

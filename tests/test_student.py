@@ -147,6 +147,12 @@ def test_kept_scores_are_those_of_the_whole_rollout_scored_ahead_or_not(model_di
         assert ours.reward == pytest.approx(theirs.reward, abs=1e-5)
         for name in TENSORS:
             assert torch.allclose(getattr(ours.tokens, name), getattr(theirs.tokens, name), atol=1e-5)
+        tokens, text = ours.tokens, renderer.tags.padding + ours.explanation
+        sides = (tokens.teacher_logprobs, tokens.teacher_ends), (tokens.student_logprobs, tokens.student_ends)
+        for logprobs, ends in sides:
+            assert len(logprobs) == len(ends) and ends == sorted(ends) and ends[-1] == len(text)
+        assert len(tokens.solution_logprobs) == len(tokens.solution_ends)
+        assert tokens.solution_ends[-1] == len(ours.solution)
 
 
 def test_without_the_padding_the_kl_covers_what_was_sampled(model_dir, renderer):

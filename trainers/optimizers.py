@@ -206,7 +206,9 @@ class OwnOptimizer:
     """
 
     def watch_updates(self) -> None:
-        """Log `update/visible_fraction`, averaged over a logging interval like TRL's metrics."""
+        """Log `update/visible_fraction`, averaged over a logging interval like TRL's metrics, and let trackers record
+        the optimizer's name: transformers' default is not the one, and an evaluation may come before training."""
+        self.args.optim = optimizer_name(self.options, str(self.model.dtype))
         trained = [p for p in self.model.parameters() if p.requires_grad]
 
         def report(value: float) -> None:
@@ -234,7 +236,5 @@ class OwnOptimizer:
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """As transformers': called when training begins, so after the engine took over the weights."""
         if self.optimizer is None:
-            name = optimizer_name(self.options, str(self.model.dtype))
-            self.optimizer = make_optimizer(self.model, name, self.args)
-            self.args.optim = name  # for what trackers record: transformers' default it is not
+            self.optimizer = make_optimizer(self.model, self.args.optim, self.args)
         return self.optimizer

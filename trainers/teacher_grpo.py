@@ -21,7 +21,7 @@ from trainers.rollout.importance_sampling import Mismatch, importance_sampling_r
 from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
-from trainers.scoring.evaluation import Evaluation
+from trainers.scoring.evaluation import HELD_OUT, Evaluation, HeldOutFiles
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
 from trainers.scoring.reward_funcs import StudentReward, without_unscored
@@ -30,7 +30,6 @@ from trainers.weights.adapters import base_model
 from trainers.weights.saving import SmallShards
 
 PHASES = ("kv_cache", "sync", "sentinel", "generate", "score")  # of a step; the rest of it is the update
-HELD_OUT = "held_out"  # folder of what is written at evaluations
 
 
 class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
@@ -66,6 +65,8 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         sampler.trainer = self
         self.probes, self.student_reward = probes, student_reward
         self._evaluation = Evaluation()
+        read = partial(sampled_explanation, sampler.renderer)
+        self._held_out = HeldOutFiles(Path(args.output_dir) / HELD_OUT, read)
         self.share_prompts = options.share_prompts
         self._logged_step = 0
         self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
@@ -251,8 +252,7 @@ class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
         evaluation, self._evaluation = self._evaluation, Evaluation()
         evaluation.weigh_batches(self._metrics["eval"], self.student_reward.metrics if self.student_reward else ())
         if self.args.log_completions:
-            path = Path(self.args.output_dir) / HELD_OUT / f"step_{self.state.global_step:05d}.jsonl"
-            evaluation.write(path, partial(sampled_explanation, self.sampler.renderer))
+            self._held_out.write(evaluation, self.state.global_step)
         logs: dict[str, float] = {}
         if self.probes is not None and evaluation.rows:
             teacher = base_model(self.accelerator.unwrap_model(self.model))

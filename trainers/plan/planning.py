@@ -264,8 +264,15 @@ def start_faults(solved: Solved) -> list[Fault]:
         config = {} if named_run(path) else read_config(base_of(path, key), key)
         faults += _differences_from_warmup(options, path)
         faults += quantized_teacher_faults(options, config.get("quantization_config"))
-        faults += mixture_faults(options) if config.get("text_config", config).get("num_experts_per_tok") else []
+        faults += mixture_faults(options) if has_experts(config) else []
     return faults
+
+
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether it is the config of a mixture of experts: each family has its own names for how many there are."""
+    named = {key: value for key, value in config.items() if "expert" in key or "moe" in key}
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    return any(type(value) is int and value > 0 for value in named.values()) or any(map(has_experts, inner))
 
 
 def _differences_from_warmup(options: TrainOptions, path: str) -> list[Fault]:

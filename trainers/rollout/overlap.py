@@ -1,7 +1,7 @@
 """Scoring while the engine still generates."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,9 +31,12 @@ class ScoreAhead:
             return self.score(**group)
 
     def wait(self) -> None:
-        """Return when all groups are scored. Nothing else is to compute on the device before: the student's head
-        switches TF32 on and off for the whole process."""
-        wait([future for _, future in self._pending])
+        """Return when all groups are scored, or one has failed: `take` raises what it raised. Neither the trainer nor
+        a reference is to compute before: the student's head switches TF32 on and off for the whole process."""
+        futures = [future for _, future in self._pending]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        if len(done) < len(futures):
+            _cancel(self._pending)
 
     def take(self) -> list[Any] | None:
         """The results of all groups since the last call, in the order of the batch; None if there were none."""

@@ -187,8 +187,8 @@ class RolloutSampler:
         while behind is not None:
             traceback.clear_frames(behind.__traceback__)  # what they hold of the device makes room for the cache
             behind = behind.__cause__ or behind.__context__
-        if self.trainer is not None:
-            self.trainer.model.zero_grad(set_to_none=True)
+        if (model := getattr(self.trainer, "model", None)) is not None:  # its constructor may be what failed
+            model.zero_grad(set_to_none=True)
         try:
             self._close()
         except Exception as second:  # whatever it is, the first is what the run ends with

@@ -13,6 +13,7 @@ from trainers.scoring.explanation_scorer import Scored
 from trainers.scoring.probes import Evaluated
 
 UNSCORABLE = "unscorable_fraction"
+HELD_OUT = "held_out"  # folder of what is written at evaluations
 
 
 @dataclass
@@ -51,26 +52,6 @@ class Evaluation:
         self.batch_sizes.append(len(rewards))
         self.with_reward.append((int(given.any(1).sum()), dict(zip(names, given.sum(0).tolist(), strict=True))))
 
-    def write(self, path: Path, read: Callable[[list[int]], Explanation]) -> None:
-        """Write a line of JSON for each completion: texts, rewards, and the parts of the student's.
-
-        Args:
-            read: Finds the explanation in sampled tokens.
-        """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scores = self.scores or [None] * len(self.rows)
-        with path.open("w", encoding="utf-8") as file:
-            for row, rewards, score in zip(self.rows, self.rewards, scores, strict=True):
-                explanation = read(row.completion_ids)
-                line: dict[str, Any] = {"question": row.question, "solution": row.solution}
-                line |= {"explanation": explanation.text, "closed": explanation.closed}
-                line |= {f"rewards/{name}": value for name, value in rewards.items()}
-                if isinstance(score, Scored):
-                    line |= score.parts | {"student_solves": score.solves}
-                elif score is not None:
-                    line["reason"] = score
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
     def weigh_batches(self, metrics: dict[str, list[float]], of_student: Set[str]) -> None:
         """TRL's mean of an evaluation is that of its batches, as if each had as many completions and rewards.
 
@@ -97,3 +78,35 @@ class Evaluation:
         if kind == "rewards":
             return [counts[function] for _, counts in self.with_reward]
         return self.batch_sizes
+
+
+class HeldOutFiles:
+    """A file for each evaluation of a run, a line of JSON for each completion: texts, rewards, the student's parts.
+
+    Args:
+        folder: What an earlier run has left in it is kept beside it.
+        read: Finds the explanation in sampled tokens.
+    """
+
+    def __init__(self, folder: Path, read: Callable[[list[int]], Explanation]) -> None:
+        self.folder, self.read, self._count = folder, read, 0
+
+    def write(self, evaluation: Evaluation, step: int) -> None:
+        """Write an evaluation after `step` optimizer steps; there may be several."""
+        if not self._count and self.folder.exists():
+            self.folder.rename(self.folder.with_name(f"{self.folder.name}-{int(self.folder.stat().st_mtime)}"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._count += 1
+        scores = evaluation.scores or [None] * len(evaluation.rows)
+        path = self.folder / f"{self._count:03d}_after_step_{step:05d}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for row, rewards, score in zip(evaluation.rows, evaluation.rewards, scores, strict=True):
+                explanation = self.read(row.completion_ids)
+                line: dict[str, Any] = {"question": row.question, "solution": row.solution}
+                line |= {"explanation": explanation.text, "closed": explanation.closed}
+                line |= {f"rewards/{name}": value for name, value in rewards.items()}
+                if isinstance(score, Scored):
+                    line |= score.parts | {"student_solves": score.solves}
+                elif score is not None:
+                    line["reason"] = score
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")

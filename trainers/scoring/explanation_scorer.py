@@ -142,7 +142,7 @@ class ExplanationScorer:
             _, reader_ends = encode_with_ends(reader.tokenizer, explanation.text)
         if self.padding_in_kl:
             ends, reader_ends = self.teacher.padded(ends), reader.padded(reader_ends)
-        _, solution_ends = encode_with_ends(reader.tokenizer, solution)
+        solution_ends = [] if self.keeper is None else encode_with_ends(reader.tokenizer, solution)[1]
         return TokenScores(*logprobs, solution_ends, ends, reader_ends)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewards.alignment import piece_sums
 from rewards.teacher_logprob_kl import ScoredExplanation, TeacherLogprobKL
+from trainers.errors import ConfigError, Fault
 from trainers.settings.reward_specs import FORMULA_FILE
 
 TENSORS = ("solution_logprobs", "teacher_logprobs", "student_logprobs")
@@ -20,7 +21,8 @@ ENDS = ("solution_ends", "teacher_ends", "student_ends")  # of the same tokens
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Log-probabilities of one explanation and its solution, and where each token ends in its text, in characters.
+    """Log-probabilities of one explanation and its solution, and where each token ends in its text, in characters;
+    where that is not asked for (one tokenizer, nothing kept) there are no ends.
 
     Attributes:
         solution_logprobs, solution_ends: The student's, `[solution tokens]`.
@@ -112,10 +114,17 @@ def _all(ends: list[int], logprobs: Tensor) -> list[int]:
 
 
 def load_kept(folder: Path) -> list[KeptRow]:
-    """Read every batch of a folder, in order."""
+    """Read every batch of a folder, in order.
+
+    Raises:
+        ConfigError: If one was kept otherwise.
+    """
     rows = []
     for path in sorted(folder.glob("*.safetensors")):
         tensors = load_file(path)
+        if missing := {*TENSORS, *ENDS} - tensors.keys():
+            cause = f"{path.name} has no {', '.join(sorted(missing))}: another version of this project kept it"
+            raise ConfigError(Fault("scores", str(folder), cause, "score them anew, with keep_scores=true"))
         begin = dict.fromkeys(TENSORS, 0)
         for line in pd.read_parquet(path.with_suffix(".parquet")).to_dict("records"):
             spans: dict[str, Any] = {}

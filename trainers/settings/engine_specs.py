@@ -292,6 +292,10 @@ def quantized_teacher_faults(options: ModelOptions, quantization: Any) -> list[F
     return [Fault("model_name_or_path", options.model_name_or_path, cause, remedy)]
 
 
+# What transformers and checkpoints call the layers of an expert, and all of them.
+EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts"))
+
+
 def mixture_faults(options: RLOptions) -> list[Fault]:
     """What a mixture of experts as a teacher is refused with. vLLM arranges experts for its kernels when it has loaded
     them; where that was tried (on a CPU) neither `load_weights` nor vLLM's own reloading reached them any more."""
@@ -305,7 +309,9 @@ def mixture_faults(options: RLOptions) -> list[Fault]:
         cause += "not see what they learn"
         remedy = "weight_bridge=restart, which takes seconds at each step, or use_vllm=false"
         faults.append(Fault("weight_bridge", options.weight_bridge or bridge, cause, remedy))
-    if options.use_peft and options.lora_target_modules == "all-linear":
+    targets = options.lora_target_modules
+    chosen = EXPERTS if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}
+    if options.use_peft and EXPERTS & chosen:
         cause = "the teacher is a mixture of experts, and adapters of experts do not reach the engine"
         remedy = "lora_target_modules=[q_proj,k_proj,v_proj,o_proj]"
         faults.append(Fault("lora_target_modules", options.lora_target_modules, cause, remedy))

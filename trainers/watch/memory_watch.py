@@ -44,6 +44,8 @@ class MemoryWatch:
         self._warned: set[str] = set()
         if device.type == "cuda":
             self._since = self._mark()
+        else:
+            forget_resident_peak()
 
     def used(self) -> int:
         """Bytes in use now. On a GPU all of it that is taken, by whomever."""

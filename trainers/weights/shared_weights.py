@@ -146,4 +146,6 @@ def _places(model: nn.Module, whose: str = "") -> Iterator[tuple[str, dict[str, 
 
 
 def _unshareable(cause: str) -> ConfigError:
-    return ConfigError(Fault("weight_bridge", "shared", cause, "weight_bridge=copy"))
+    # Experts that an engine has loaded cannot be written anew (engine_specs.mixture_faults).
+    remedy = "weight_bridge=restart" if "experts" in cause else "weight_bridge=copy"
+    return ConfigError(Fault("weight_bridge", "shared", cause, remedy))
