@@ -25,4 +25,8 @@ FAMILIES = {
 }
 # vLLM holds their weights in another layout than the trainer (GPT-2's linear layers the other way round, experts as
 # its kernels want them).
-LAID_OUT_OTHERWISE = {"gpt2": {}, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
+LAID_OUT_OTHERWISE = {
+    "gpt2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
+}
