@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("ours", deadline=None)  # the machine is shared: no test asserts a time
+settings.load_profile("ours")
 
 ROWS = [
     {"question": "What is 2+3?", "solution": "5", "reasoning_trace": "2+3=5"},

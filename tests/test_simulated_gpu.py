@@ -103,8 +103,8 @@ EVALUATED |= {"max_eval_samples": 3, "num_generations_eval": 1, "per_device_eval
 @pytest.mark.parametrize(
     "chosen",
     [
-        STREAMED | EVALUATED | {"optim": "cpu_offload"},
-        {"overlap_scoring": True, "optim": "adamw_torch", "gradient_checkpointing": True},
+        STREAMED | EVALUATED | {"optim": "cpu_offload", "seed": 2},
+        {"overlap_scoring": True, "optim": "adamw_torch", "gradient_checkpointing": True, "seed": 2},
     ],
     ids=["streamed", "overlapped"],
 )
@@ -130,6 +130,8 @@ def test_rl_computes_on_a_gpu_what_it_does_on_a_cpu(on_gpu, model_dir, rows_file
     for phase in ("score", "step"):
         assert last[f"memory/{phase}"] <= held + SMALL, "something of a phase stays on the GPU"
     planned = sum(size for name, size in gpu["plan"]["update"].items() if name not in APART)
+    # With this seed no completion ends early: so long they are planned.
+    assert gpu["metrics"][-1]["completions/min_length"] == SHORT["max_completion_length"]
     tile = SHORT["per_device_train_batch_size"] * SHORT["max_completion_length"] * HEAD_WIDTH * 4  # nearly all of it
     assert last["memory/step_peak"] - tile == pytest.approx(planned - tile, rel=0.1)
 
