@@ -55,7 +55,7 @@ def test_a_warm_up_follows_the_seed_and_the_texts_of_the_run(trained, tmp_path):
     assert [call[1:3] for call in trained] == [(0, "stratos"), (5, "stratos"), (0, "r1")]
 
 
-def test_each_file_that_a_warm_up_runs_is_counted_or_known_not_to_matter():
+def test_each_file_that_a_warm_up_imports_is_counted_or_known_not_to_matter():
     """One that is in neither list is to be put into one: a change of it trains warm-ups anew, or does not."""
     harmless = ("trainers/plan/", "trainers/watch/", "trainers/checks.py", "trainers/config.py", "trainers/errors.py")
     harmless += ("trainers/warmup.py", "trainers/weights/hub.py", "trainers/weights/model_card.py")

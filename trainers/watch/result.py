@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from trainers.scoring.evaluation import HELD_OUT
+
 logger = logging.getLogger(__name__)
 
 UNSCORABLE = "could not be scored"
@@ -58,7 +60,7 @@ def write_result(
         "result": output_dir / "result.json",
         "metrics": output_dir / "metrics.jsonl",
         "completions": output_dir / "completions",
-        "held out": output_dir / "held_out",
+        "held out": output_dir / HELD_OUT,
         "log": output_dir / "training.log",
     }
     listing = "\n".join(f"{name:12} {path}" for name, path in paths.items() if path.exists())
