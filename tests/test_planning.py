@@ -18,6 +18,7 @@ from trainers.plan.disks import downloads, in_turn
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine
 from trainers.plan.planning import assess, planned_options, shapes_of
+from trainers.plan.remedies import knobs
 from trainers.plan.workload import GIB
 from trainers.warmup import cached_path, waiting, warmup_options
 from trainers.watch.outputs import make_output_dir
@@ -44,6 +45,27 @@ def test_warm_ups_that_a_run_would_train_first_are_planned_with_it():
     kept = sum(sum(warmup.solved.plan.disk.values()) for warmup in found.warmups.values())
     assert {written.kind: written.size for written in found.written}["warm-ups"] == kept >= 2 * 4 * 804_480
     assert "run:student_sft_tiny is trained first: peak" in found.text(full=False)
+
+
+@pytest.mark.parametrize("run", ["teacher_rlt_mono_24gb", "teacher_sft_24gb"])
+def test_a_launch_on_a_card_begins_with_what_stage_plan_prints(run, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(planning, "machine_for", lambda *_: machine(24))
+    options = checked(run)
+    with caplog.at_level("INFO"):
+        planned_options(options)
+    assert planning.run_plan(options)
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert printed in caplog.text
+    told = [str(change) for change in knobs(problem(options, machine(24)))]
+    assert len(told) >= 2 and all(f"\n{change} " in printed for change in told)
+    assert "\n  weights  " in printed
+
+
+def test_a_launch_without_a_card_begins_with_the_phases_alone():
+    found = assess(problem(checked("teacher_rlt_tiny"), Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)))
+    told, whole = found.text(full=False), found.text(full=True)
+    assert "\nupdate " in told and "  KV cache  " not in told and "\nchange " not in told
+    assert "  KV cache  " in whole and "\nchange " in whole
 
 
 def test_a_warm_up_that_is_kept_from_an_earlier_run_is_not_planned(tmp_path):

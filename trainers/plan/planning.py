@@ -139,12 +139,15 @@ class Assessment:
     warmups: dict[str, "Assessment"] = field(default_factory=dict)
 
     def text(self, full: bool) -> str:
+        """The table; with `full` the items of each phase, and what each knob would change."""
         lines = [plan_text(self.solved, self.problem.machine, full)]
         lines += [f"  warning: {told}" for told in slow_models(self.problem, self.solved)]
         for name, warmup in self.warmups.items():
             plan = warmup.solved.plan
             lines.append(f"  run:{name} is trained first: peak {plan.peak / GIB:.2f} GiB ({plan.peak_phase})")
         lines += [f"  {written}" for written in self.written if written.kind != "disk" and written.size]
+        if full and (changes := knobs_text(self.solved, knobs(self.problem))):
+            lines += ["", changes]
         return "\n".join(lines)
 
     @property
@@ -315,7 +318,6 @@ def run_plan(options: CommonOptions, vram_gb: float | None = None) -> bool:
     check_planned(options)
     found = assess(problem_of(options, vram_gb))
     print(found.text(full=True))
-    print("\n" + knobs_text(found.solved, knobs(found.problem)))
     memory = found.with_warmups("memory")
     if found.problem.machine.is_here:
         memory += found.disk
