@@ -109,6 +109,8 @@ class Card:
             "mem_get_info": lambda device: ((80 - self.reserved - self.rest) * GIB, 80 * GIB),
             "memory_reserved": lambda device: self.reserved * GIB,
             "max_memory_reserved": lambda device: self.most * GIB,
+            "memory_allocated": lambda device: self.reserved * GIB,  # none of the pool is free
+            "max_memory_allocated": lambda device: self.most * GIB,
             "reset_peak_memory_stats": lambda device: setattr(self, "most", self.reserved),
         }
         for name, function in found.items():
@@ -141,6 +143,25 @@ def test_peak_on_a_gpu_is_no_more_than_was_in_use_together(monkeypatch, begin, c
     assert expected == card.peak
     watch.note("sync")
     assert watch.take()["memory/sync_peak"] == sum(course[-1])
+
+
+@pytest.mark.parametrize("leaks", ["score", "step", "sync", None])
+def test_a_phase_that_keeps_what_it_took_warns_once(monkeypatch, caplog, leaks):
+    card = Card(monkeypatch, 32, 1)
+    watch = MemoryWatch(torch.device("cuda"))
+    for step in range(8):
+        for phase, takes in (("sync", 0), ("score", 4), ("step", 20)):
+            held = card.reserved
+            card.becomes(held + takes, 1)
+            card.becomes(held + (phase == leaks) + (step == 0 and phase == "step"), 1)  # optimizer states
+            watch.note(phase)
+        watch.step()
+    if leaks in ("score", "step"):
+        took = {"score": 4, "step": 20}[leaks]
+        assert [r.levelno for r in caplog.records] == [logging.WARNING]
+        assert f"the end of phase {leaks} freed {took - 1}.00 GiB where {took}.00 were expected" in caplog.text
+    else:
+        assert not caplog.records
 
 
 def test_resident_set_is_what_is_read_without_a_gpu():

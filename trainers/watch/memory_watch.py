@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 WARM_UP, WINDOW = 3, 10  # steps
 CREEP = 1.05
 RELEASED = 0.9
+GIVES_BACK = ("score", "step")  # phases that end with what they began with, but for a rollout's tokens
+ROLLOUT = 128 * 2**20  # bytes: more than those take
 
 
 def resident_peak() -> int:
@@ -44,6 +46,7 @@ class MemoryWatch:
         self._warned: set[str] = set()
         if device.type == "cuda":
             self._since = self._mark()
+            self._allocated = torch.cuda.memory_allocated(device)
         else:
             forget_resident_peak()
 
@@ -79,6 +82,8 @@ class MemoryWatch:
 
     def note(self, phase: str) -> None:
         """A phase has ended."""
+        if self.device.type == "cuda":
+            self._see_given_back(phase)
         peak = self.peak()
         self._step_peak = max(peak, self._step_peak)
         self.phases[f"{phase}_peak"] = max(peak, self.phases.get(f"{phase}_peak", 0))
@@ -88,8 +93,21 @@ class MemoryWatch:
         """Warn if since `before` bytes were in use clearly less was freed than `expected`."""
         freed = before - self.used()
         if freed < RELEASED * expected:
-            message = "%s freed %.2f GiB where %.2f were expected: the next phase has that much less room"
-            self._warn(what, message, what, freed / 2**30, expected / 2**30)
+            self._warn_of(what, freed, expected)
+
+    def _see_given_back(self, phase: str) -> None:
+        """Warn if of what torch took for a phase, since the one before it, more is left than its results.
+
+        Before `WARM_UP` steps have ended, optimizer states and the like come to stay.
+        """
+        began, most = self._allocated, torch.cuda.max_memory_allocated(self.device)
+        self._allocated = torch.cuda.memory_allocated(self.device)
+        if phase in GIVES_BACK and len(self._peaks) >= WARM_UP and self._allocated - began > ROLLOUT:
+            self._warn_of(f"the end of phase {phase}", most - self._allocated, most - began)
+
+    def _warn_of(self, what: str, freed: int, expected: int) -> None:
+        message = "%s freed %.2f GiB where %.2f were expected: the next phase has that much less room"
+        self._warn(what, message, what, freed / 2**30, expected / 2**30)
 
     def step(self) -> None:
         """An optimizer step has ended: see whether its peak is part of a rise."""
