@@ -11,6 +11,7 @@ import torch
 from small_run import make_trainer
 from transformers import TrainerCallback
 
+from trainers.rl import train_and_report
 from trainers.rollout.importance_sampling import importance_sampling_ratio
 from trainers.rollout.sentinel import SentinelError
 
@@ -136,6 +137,21 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     assert not trainer.sampler.engine.llm.llm_engine.has_unfinished_requests()
     found = trainer.sampler.engine.next_logprobs([(5, 6, 7)], [[8]], 1.0)
     assert len(found) == 1 and found[0][0] < 0
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_the_last_update_is_compared_too_and_what_was_trained_is_saved_first(start, tmp_path, caplog, is_broken):
+    trainer = start(compute_otherwise if is_broken else None, step=4, report_before_after=False)
+    with caplog.at_level("INFO"):
+        if is_broken:
+            with pytest.raises(SentinelError, match="trainer and engine disagree"):
+                train_and_report(trainer, trainer.options, tmp_path)
+        else:
+            train_and_report(trainer, trainer.options, tmp_path)
+    assert trainer.state.global_step == 4
+    assert (tmp_path / "model.safetensors").is_file()
+    assert caplog.text.count("differ by") == (0 if is_broken else 1)
+    assert len([line for line in lines(tmp_path) if "reward" in line]) == 4
 
 
 def test_a_tolerance_is_measured_no_further_than_rounding_goes(start):

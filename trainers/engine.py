@@ -283,6 +283,8 @@ class Engine:
         self, prompt_ids: list[tuple[int, ...]], tokens: list[list[int]], temperature: float
     ) -> list[list[float]]:
         """For each prompt the log-probabilities of some tokens as the next one."""
+        if not prompt_ids:  # what is asked along waits for requests
+            return []
         pairs = zip(prompt_ids, tokens, strict=True)
         requests = [(ids, next_token_params(wanted, temperature)) for ids, wanted in pairs]
         answers: list[list[float]] = [[]] * len(requests)
@@ -291,8 +293,8 @@ class Engine:
         return answers
 
     def ask_along(self, prompt_ids: tuple[int, ...], tokens: list[int], on_answer: OnAnswer) -> None:
-        """Ask what `next_logprobs` tells of one prompt together with the next requests, ahead of them; a later
-        `sync_weights` takes the question back.
+        """Ask what `next_logprobs` tells of one prompt together with the next requests, ahead of them, or at
+        `answer_along`; a later `sync_weights` takes the question back.
 
         Args:
             on_answer: Called with the log-probabilities while the other requests are still in work; what it raises
@@ -300,10 +302,13 @@ class Engine:
         """
         self._along.append(((prompt_ids, next_token_params(tokens, 1.0)), tokens, on_answer))
 
+    def answer_along(self) -> None:
+        """Answer what was to be asked along with requests, where none follow."""
+        for _ in self._run([]):
+            pass
+
     def _run(self, requests: list[tuple[tuple[int, ...], Any]]) -> Iterator[tuple[int, Any]]:
-        """Process requests; yield the place and vLLM's output of each as it finishes."""
-        if not requests:
-            return
+        """Process requests, and what is asked along; yield the place and vLLM's output of each as it finishes."""
         self.restore_cache()
         along, self._along = self._along, []
         requests = [request for request, _, _ in along] + requests

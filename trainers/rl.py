@@ -136,7 +136,9 @@ def train_and_report(trainer: TeacherGRPOTrainer, options: RLOptions, output_dir
     trainer.save_model(str(output_dir))
     write_model_card(output_dir, options, trainer.sampler.renderer.end_ids)
     trainer.weights_changed()  # load_best_model_at_end loads others after the last step
-    if before is not None:
+    if before is None:
+        trainer.sampler.check_last_update()
+    else:
         write_result(output_dir, before, trainer.evaluate(), len(trainer.eval_dataset), reward_names(options))
 
 

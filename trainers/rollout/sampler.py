@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,8 +61,12 @@ class RolloutSampler:
             for folder in (options.record_rollouts, options.replay_rollouts)
         )
 
-    def sync_weights(self) -> None:
-        """Bring the current weights to the engine, and see that they are there."""
+    def sync_weights(self, report: Callable[[dict[str, float]], None] | None = None) -> None:
+        """Bring the current weights to the engine, and see that they are there.
+
+        Args:
+            report: Called with the sentinel's metrics; None counts them among the trainer's.
+        """
         if self.engine is None:  # transformers computes with the trainer's own; a recording with none
             return
         with self.timer("kv_cache"):
@@ -70,7 +74,21 @@ class RolloutSampler:
         with self.timer("sync"):
             self.engine.sync_weights()
         with self.timer("sentinel"):
-            self.sentinel.check(self.trainer.note_metrics)
+            self.sentinel.check(report or self.trainer.note_metrics)
+
+    def check_last_update(self) -> None:
+        """See that the engine computes with the trainer's weights after an update that no rollout follows.
+
+        Raises:
+            SentinelError: If it does not.
+        """
+        if self.engine is None:
+            return
+        found: dict[str, float] = {}
+        self.sync_weights(found.update)
+        self.engine.answer_along()
+        most = found["sentinel/mismatch_max"]
+        logger.info("trainer and engine differ by %.3g nats at most after the last update", most)
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """Sample one completion for each prompt (a prompt comes once for each completion wanted of it).
