@@ -144,6 +144,26 @@ def test_the_link_at_the_root_leads_to_the_log_of_the_last_run(tmp_path):
     assert link.is_symlink() and link.resolve() == (tmp_path / "last/training.log").resolve()
 
 
+def test_a_folder_that_another_run_is_writing_to_is_refused_until_that_has_ended(tmp_path):
+    code = "import sys; from pathlib import Path; from trainers.watch.outputs import start_logging\n"
+    code += f"start_logging(Path({str(tmp_path)!r}), False, root=Path({str(tmp_path)!r}))\n"
+    alone = [sys.executable, "-c", code]
+    other = subprocess.Popen(
+        [*alone[:2], code + "print('ready', flush=True); sys.stdin.read()"],
+        cwd=REPO,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout.readline() == "ready\n"
+    refused = subprocess.run(alone, cwd=REPO, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert f"output_dir={str(tmp_path)!r}: another run is writing there" in refused.stderr
+    other.kill()  # without a chance to clean up
+    other.wait()
+    assert subprocess.run(alone, cwd=REPO).returncode == 0
+
+
 def test_a_run_spoils_no_model_that_lies_in_its_folder(tmp_path, model_dir):
     from trainers.weights.adapter_files import output_faults
 

@@ -1,5 +1,6 @@
 """The files of a run: folder, logs, resolved configuration, metrics, progress."""
 
+import fcntl
 import json
 import logging
 import os
@@ -106,22 +107,47 @@ class _Quiet(logging.Filter):
         return record.levelno >= logging.WARNING or not record.name.startswith(LIBRARIES)
 
 
+class RunLog(logging.FileHandler):
+    """The log of a run, which no other run writes to meanwhile: the kernel holds the lock, and gives it up with the
+    process.
+
+    Raises:
+        ConfigError: If another run is writing to this folder.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        super().__init__(output_dir / "training.log", encoding="utf-8")
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            cause, remedy = "another run is writing there", "another folder, or wait until that run has ended"
+            raise ConfigError(Fault("output_dir", str(output_dir), cause, remedy)) from error
+        except OSError:  # some network file systems know no locks
+            logger.debug("%s cannot be locked", self.baseFilename)
+
+
 def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REPO) -> None:
     """Send our lines to the terminal, everything to training.log, and lead logs/training.log there.
 
     Of several processes the first writes the log; the others only speak up when something is wrong.
+
+    Raises:
+        ConfigError: If another run is writing to this folder.
     """
     if rank > 0:
         logging.basicConfig(level=logging.WARNING, force=True)
         return
-    log_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
+    base = logging.getLogger()
+    for handler in list(base.handlers):
+        base.removeHandler(handler)
+        if isinstance(handler, RunLog):
+            handler.close()
+    log_file = RunLog(output_dir)
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(_Quiet(everything=debug))
-    base = logging.getLogger()
-    for handler in list(base.handlers):
-        base.removeHandler(handler)
     base.setLevel(logging.DEBUG if debug else logging.INFO)
     for handler in (log_file, terminal):
         base.addHandler(handler)
