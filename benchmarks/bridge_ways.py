@@ -253,9 +253,11 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     reward = judge_by_student(options, setup, renderer) if way.startswith("score") else by_parity
     timer = PhaseTimer()
     sentinel = Sentinel(engine, model, renderer.encode_prompt(rows[0]["prompt"]), setup.dtype, None)
+    sampler = RolloutSampler(options, renderer, timer, engine, sentinel)
+    sampler.ahead = getattr(reward, "ahead", None)
     trainer = TeacherGRPOTrainer(
         options=options,
-        sampler=RolloutSampler(options, renderer, timer, engine, sentinel, getattr(reward, "ahead", None)),
+        sampler=sampler,
         timer=timer,
         model=model,
         reward_funcs=[reward],
@@ -273,8 +275,8 @@ def ours(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]:
     clock.wrap(sentinel, "check", "sentinel")
     clock.wrap(engine, "generate", "generate")
     clock.wrap(trainer, "_calculate_rewards", "score")
-    if trainer.sampler.ahead is not None:
-        clock.wrap(trainer.sampler.ahead, "wait", "score")
+    if sampler.ahead is not None:
+        clock.wrap(sampler.ahead, "wait", "score")
     return trainer, engine.bridge.weight_bytes
 
 

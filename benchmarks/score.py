@@ -34,7 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.ceilings import pinned_copy
 from benchmarks.shapes import SHAPES
 from data.render import Encoded
-from trainers.scoring.frozen import MICRO_TOKENS, FrozenModel, ResidentBackbone, passes
+from trainers.plan.workload import MICRO_TOKENS
+from trainers.scoring.frozen import FrozenModel, ResidentBackbone, passes
 from trainers.scoring.streaming import StreamedBackbone
 from trainers.watch.memory_watch import forget_resident_peak, resident_peak
 from trainers.weights.weight_files import HostWeights, WeightFiles

@@ -110,9 +110,7 @@ def test_sizes_that_the_plan_counts_on_are_those_that_are_used():
     from trainers import memory
     from trainers.bridges import lora_ranks
     from trainers.plan import activations
-    from trainers.scoring import frozen
 
-    assert (memory.MICRO_TOKENS, memory.SCORE_HEAD_TOKENS) == (frozen.MICRO_TOKENS, frozen.HEAD_TOKENS)
     assert (activations.HEAD_TOKENS, activations.HEAD_WIDTH) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
     for rank in (1, 5, 16, 300):
         assert memory._vllm_rank(rank) == next(r for r in lora_ranks() if r >= rank)

@@ -37,7 +37,7 @@ def test_a_model_is_written_in_shards_and_read_as_it_was(renderer, model_dir, tm
 
 
 def test_the_warm_up_and_the_engine_that_is_built_anew_write_shards_too(model_dir, tmp_path, monkeypatch):
-    assert WarmupTrainer._save is saving.SmallShards._save
+    assert WarmupTrainer._save is saving.OwnSaving._save
     monkeypatch.setattr(bridges, "SHARD", SMALL)
     RestartBridge(AutoModelForCausalLM.from_pretrained(model_dir)).save(str(tmp_path))
     assert len(shards(tmp_path)) >= 3

@@ -118,7 +118,7 @@ def test_only_what_is_asked_for_is_projected_and_never_all_at_once(tmp_path, mon
     save("qwen2", tmp_path)
     texts, parts = make_texts()
     model = FrozenModel(stream(tmp_path), 1.0, 10_000)
-    monkeypatch.setitem(frozen.HEAD_TOKENS, "cpu", 7)
+    monkeypatch.setitem(frozen.SCORE_HEAD_TOKENS, "cpu", 7)
     projected = {False: [], True: []}
     for head in (model._head, model._greedy_head):
 

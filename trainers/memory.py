@@ -13,14 +13,10 @@ from trainers.plan.activations import HEAD_WIDTH, TILE_FORWARD, activations, mas
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.plan.host_memory import disk_space, host_memory
 from trainers.plan.model_shapes import ModelShape
-from trainers.plan.workload import GIB, SCORED_AT_ONCE, Plan, Workload
+from trainers.plan.workload import GIB, MICRO_TOKENS, SCORE_HEAD_TOKENS, SCORED_AT_ONCE, Plan, Workload
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import batched_tokens, model_length
 from trainers.settings.evaluation import completions_at_once, prompts_at_once
-
-# Padded tokens of a micro-batch of scoring, and its head's positions (trainers/scoring/frozen.py).
-MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
-SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 64}
 
 # Of a GPU: CUDA context and libraries (vLLM reports 0.33 GiB outside of torch, vllm#14452, and cuBLAS keeps
 # workspaces), and each captured graph (26 MiB of a large model, vllm#22897). Not measured here.

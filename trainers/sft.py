@@ -27,11 +27,11 @@ from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapter_files import base_of, tokenizer_of
 from trainers.weights.model_card import write_model_card
-from trainers.weights.saving import SmallShards
+from trainers.weights.saving import OwnSaving
 from trainers.weights.starts import load_teacher, resolve_start
 
 
-class WarmupTrainer(OwnOptimizer, SmallShards, SFTTrainer):
+class WarmupTrainer(OwnOptimizer, OwnSaving, SFTTrainer):
     """TRL's trainer with the optimizer of our options."""
 
     def __init__(self, options: SFTOptions, **kwargs: Any) -> None:

@@ -27,12 +27,12 @@ from trainers.scoring.probes import Evaluated, Probes
 from trainers.scoring.reward_funcs import StudentReward, without_unscored
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
-from trainers.weights.saving import SmallShards
+from trainers.weights.saving import OwnSaving
 
 PHASES = ("kv_cache", "sync", "sentinel", "generate", "score")  # of a step; the rest of it is the update
 
 
-class TeacherGRPOTrainer(OwnOptimizer, SmallShards, GRPOTrainer):
+class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
     """TRL's trainer, generating with an engine in this process.
 
     TRL's `rollout_func` is the seam: it hands over prompts and takes back token ids and log-probabilities; TRL's

@@ -17,6 +17,10 @@ GIB = 2**30
 PHASES = ("load", "generate", "score", "update", "save")
 TRAINING = ("sft", "rl")  # stages
 SCORED_AT_ONCE = 256  # rows of stage=score that student and teacher read together
+# Padded tokens that go through a frozen model's layer together, which keep a GPU's matrix units busy (on a CPU memory
+# is dearer), and positions projected onto the vocabulary together.
+MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
+SCORE_HEAD_TOKENS = {"cuda": 4096, "cpu": 64}
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 

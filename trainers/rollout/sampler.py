@@ -34,14 +34,16 @@ class RolloutSampler:
         timer: Seconds of kv_cache, sync, sentinel and generate are added here.
         engine: What generates; None for transformers, or where rollouts are replayed.
         sentinel: Compares engine and trainer after each update; where there is an engine, there is one.
-        ahead: Scores groups while others are still generated, if anything does.
 
     Attributes:
+        ahead: Scores groups while others are still generated, if anything does; set when there is a student, which is
+            loaded after the engine.
         trainer: Whom this serves; the trainer sets it, None before.
         rows: The questions and solutions whose prompts are to be sampled from; the trainer sets them before each
             rollout.
     """
 
+    ahead: ScoreAhead | None = None
     trainer: Any = None
     rows: list[dict[str, Any]]
 
@@ -52,10 +54,9 @@ class RolloutSampler:
         timer: PhaseTimer,
         engine: Engine | None = None,
         sentinel: Sentinel | None = None,
-        ahead: ScoreAhead | None = None,
     ) -> None:
         self.options, self.renderer, self.timer = options, renderer, timer
-        self.engine, self.sentinel, self.ahead = engine, sentinel, ahead
+        self.engine, self.sentinel = engine, sentinel
         self.record, self.replay = (
             RolloutFiles(Path(folder).expanduser()) if folder else None
             for folder in (options.record_rollouts, options.replay_rollouts)

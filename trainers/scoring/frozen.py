@@ -16,12 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from trl.trainer.utils import add_fused_lm_head
 
 from data.render import Encoded
+from trainers.plan.workload import MICRO_TOKENS, SCORE_HEAD_TOKENS
 
 Span = tuple[int, int]
-
-# Padded tokens that go through a layer together: enough to keep a GPU's matrix units busy; on a CPU, memory is dearer.
-MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
-HEAD_TOKENS = {"cuda": 4096, "cpu": 64}  # positions projected onto the vocabulary together
 
 
 class Backbone(Protocol):
@@ -92,7 +89,7 @@ class _Head:
     def log_probs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of `[positions, hidden]` states and `[positions]` labels; fp32 and, if asked for, bool, on the CPU."""
         logprobs, is_top1 = [], []
-        step = HEAD_TOKENS[hidden.device.type]
+        step = SCORE_HEAD_TOKENS[hidden.device.type]
         with _exact_on_tensor_cores(hidden):
             for states, targets in zip(hidden.split(step), labels.split(step), strict=True):
                 out = self.forward(

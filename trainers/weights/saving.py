@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from trainers.plan.host_memory import SHARD
 
 
-class SmallShards:
-    """Lets a transformers trainer write its model in shards.
+class OwnSaving:
+    """Lets a transformers trainer write its model in shards, and no card of TRL's.
 
     safetensors copies every tensor of a file from the GPU to the host, and holds the copies until the file is written;
     in shards of 50 GB, as transformers writes them, that is the whole model.
