@@ -26,7 +26,7 @@ from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, name
 from trainers.errors import ConfigError
 from trainers.options import BaseOptions
 from trainers.plan.hardware import prepare_allocator
-from trainers.plan.planning import planned_options, run_plan
+from trainers.plan.planning import planned, run_plan
 
 
 def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
@@ -52,8 +52,10 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
     """Plan it, write its config.yaml, and run it."""
     from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs
 
+    solved = None
     if options.stage in ("rl", "sft"):
-        options = planned_options(options, num_devices)
+        solved = planned(options, num_devices)
+        options = solved.options
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
     prepare_wandb(options)
@@ -80,7 +82,7 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
     else:
         from trainers.rl import run_rl
 
-        run_rl(options, output_dir)
+        run_rl(options, output_dir, solved.plan)
 
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")

@@ -18,6 +18,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
 from trainers.options import RLOptions, trl_arguments
+from trainers.plan.workload import Plan
 from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import Sentinel
 from trainers.scoring.explanation_scorer import ExplanationScorer
@@ -39,6 +40,7 @@ from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.watch.result import write_result
+from trainers.watch.totals import Totals
 from trainers.weights.adapter_files import base_of
 from trainers.weights.model_card import write_model_card
 from trainers.weights.starts import load_teacher, resolve_start
@@ -46,8 +48,13 @@ from trainers.weights.starts import load_teacher, resolve_start
 logger = logging.getLogger(__name__)
 
 
-def run_rl(options: RLOptions, output_dir: Path) -> None:
-    """Train the teacher, and save it with its tokenizer and template to `output_dir`."""
+def run_rl(options: RLOptions, output_dir: Path, plan: Plan | None = None) -> None:
+    """Train the teacher, and save it with its tokenizer and template to `output_dir`.
+
+    Args:
+        options: With every `auto` decided.
+        plan: Of its memory: what the run takes is told beside it.
+    """
     logger.info("batch: %s", batch_plan(options).equation())
     tell_length(options)
     device, dtype = resolve_place(options)
@@ -81,6 +88,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> None:
             scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
             student_reward = make_student_reward(options, scorer, device)
             sampler.ahead = student_reward.ahead
+        watches = [Progress(), HealthWatch(options), Totals(options, output_dir, plan)]
         trainer = TeacherGRPOTrainer(
             options=options,
             sampler=sampler,
@@ -94,7 +102,7 @@ def run_rl(options: RLOptions, output_dir: Path) -> None:
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=teacher.tokenizer,
-            callbacks=[MetricsWriter(output_dir, timer), Progress(), HealthWatch(options)],
+            callbacks=[MetricsWriter(output_dir, timer), *watches],
         )
         timer.memory.note("load")
         train_and_report(trainer, options, output_dir)

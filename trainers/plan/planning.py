@@ -211,7 +211,12 @@ def _assess_alone(problem: Problem) -> Assessment:
 
 
 def planned_options(options: CommonOptions, devices: int = 1, longest: int | None = None) -> CommonOptions:
-    """Show the plan of a run that is about to start, and return its options with every `auto` decided.
+    """As `planned`, for who needs the options alone."""
+    return planned(options, devices, longest).options
+
+
+def planned(options: CommonOptions, devices: int = 1, longest: int | None = None) -> Solved:
+    """Show the plan of a run that is about to start, and return it with its options, every `auto` in them decided.
 
     Args:
         longest: Tokens of the longest text of stage=score.
@@ -230,7 +235,7 @@ def planned_options(options: CommonOptions, devices: int = 1, longest: int | Non
     work = found.solved.plan.work
     if work.is_rl and work.student is not None and (told := short_student(options, work.student.max_positions)):
         logger.warning("%s", told)
-    return found.solved.options
+    return found.solved
 
 
 def _download_configs(options: CommonOptions) -> None:

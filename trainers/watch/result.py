@@ -59,6 +59,7 @@ def write_result(
         "teacher": output_dir,
         "result": output_dir / "result.json",
         "metrics": output_dir / "metrics.jsonl",
+        "totals": output_dir / "totals.json",
         "completions": output_dir / "completions",
         "held out": output_dir / HELD_OUT,
         "log": output_dir / "training.log",

@@ -1,0 +1,106 @@
+"""What a whole training took: seconds by phase, tokens, and the peak of memory beside the planned one."""
+
+import json
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from trainers.options import RLOptions
+from trainers.plan.workload import GIB, Plan
+
+logger = logging.getLogger(__name__)
+
+STEP_PHASES = ("generate", "score", "update")  # of the plan: those that steps go through
+SECONDS, PEAK = "seconds/", "_peak"
+
+
+class Totals(TrainerCallback):
+    """Adds up what is logged of training steps; at the end tells it in a line and writes totals.json.
+
+    Steps after the last log are in `seconds.wall` alone, and so is what runs between steps: evaluations, checkpoints.
+
+    Args:
+        options: RL options.
+        output_dir: Where totals.json is written.
+        plan: The run's plan of memory, if one was made.
+    """
+
+    def __init__(self, options: RLOptions, output_dir: Path, plan: Plan | None) -> None:
+        self.completions_per_step = options.train_batch_size / options.num_iterations  # newly sampled ones
+        self.path, self.plan = output_dir / "totals.json", plan
+        self._start, self._first, self._last = time.perf_counter(), 0, 0
+        self._seconds: Counter[str] = Counter()
+        self._tokens = 0.0
+        self._peaks: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start, self._first = time.perf_counter(), state.global_step
+        self._last = self._first
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "reward" not in logs:  # an evaluation's, or of the end
+            return
+        steps, self._last = state.global_step - self._last, state.global_step
+        for name, value in logs.items():
+            if name.startswith(SECONDS):
+                self._seconds[name.removeprefix(SECONDS)] += value * steps
+            elif name.startswith("memory/") and name.endswith(PEAK):
+                phase = name.removeprefix("memory/").removesuffix(PEAK)
+                self._peaks[phase] = max(value, self._peaks.get(phase, 0.0))
+        self._tokens += logs["completions/mean_length"] * self.completions_per_step * steps
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        totals = self.totals(state.global_step - self._first)
+        self.path.write_text(json.dumps(totals, indent=2) + "\n", encoding="utf-8")
+        logger.info("%s", totals_line(totals))
+
+    def totals(self, steps: int) -> dict[str, Any]:
+        """What totals.json holds: `steps`, `seconds` by phase and in all (`wall`), and of the steps that were logged
+        `completions`, `tokens`, `tokens_per_second` while they were sampled, `peak_gib` with `peak_phase`, and
+        `planned_peak_gib` of the phases that a step goes through."""
+        found: dict[str, Any] = {"steps": steps, "seconds": {"wall": time.perf_counter() - self._start}}
+        if not self._seconds:  # nothing was logged
+            return found
+        found["seconds"] |= self._seconds
+        found["completions"] = round(self.completions_per_step * (self._last - self._first))
+        found["tokens"] = round(self._tokens)
+        if self._seconds["generate"]:
+            found["tokens_per_second"] = self._tokens / self._seconds["generate"]
+        if self._peaks:
+            found["peak_phase"] = max(self._peaks, key=self._peaks.get)
+            found["peak_gib"] = self._peaks[found["peak_phase"]]
+        if self.plan is not None:
+            found["planned_peak_gib"] = max(self.plan.total(phase) for phase in STEP_PHASES) / GIB
+        return found
+
+
+def totals_line(totals: dict[str, Any]) -> str:
+    """Totals in words, the longest phases first."""
+    seconds = dict(totals["seconds"])
+    wall = seconds.pop("wall")
+    line = f"{totals['steps']} steps in {_clock(wall)}"
+    if not seconds:
+        return line
+    shares = sorted(((value / wall, name) for name, value in seconds.items()), reverse=True)
+    told = [f"{name} {share:.0%}" for share, name in shares if share >= 0.01]
+    told.append(f"between steps {1 - sum(seconds.values()) / wall:.0%}")
+    line += f": {', '.join(told)}; {totals['completions']} completions of {totals['tokens']} tokens"
+    if "tokens_per_second" in totals:
+        line += f", {totals['tokens_per_second']:.0f} a second while sampled"
+    if "peak_gib" in totals:
+        line += f"; peak {totals['peak_gib']:.2f} GiB ({totals['peak_phase']})"
+        if "planned_peak_gib" in totals:
+            line += f", planned {totals['planned_peak_gib']:.2f}"
+    return line
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
