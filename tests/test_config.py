@@ -138,6 +138,9 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("lora_target_modules=q_proj,v_proj", "lora_target_modules", "several values", "=[q_proj,v_proj]"),
         ("--learning_rate=1e-5", "--learning_rate=1e-5", "without dashes", "learning_rate=1e-5"),
         ("--max-steps", "--max-steps", "without dashes", "max_steps=<value>"),
+        ("max_steps = 3", "max_steps = 3", "spaces around the equals sign", "max_steps=3"),
+        ("max_steps= 3", "max_steps = 3", "spaces around the equals sign", "max_steps=3"),
+        ("max_steps =3", "max_steps = 3", "spaces around the equals sign", "max_steps=3"),
         ("model_cfg=nope", "configuration", "nope", "correct what it names"),
         ("model_init={model_type: qwen2}", "model_init", "stage=sft only", "leave it out"),
         ("optim=adamw_trch", "optim", "'adamw_torch'", "did you mean adamw_torch?"),
@@ -368,6 +371,7 @@ def test_help_errors_and_cfg_import_neither_torch_nor_vllm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)
     assert done.stdout.strip().splitlines()[-1] == "set()", done.stderr
+    assert "\n  lora_r = 16  (int, >= 1, <= 512)\n" in done.stdout
 
 
 def test_cfg_job_prints_the_composed_configuration():

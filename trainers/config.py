@@ -63,6 +63,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     can be set too; whether it exists is judged once, for the whole, by `load_options` (Hydra would ask for a `+`,
     and a typo with a `+` would become a silent new key).
     """
+    _refuse_spaces(arguments)
     result, flags, run, takes_value = [], [], None, False
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~")
@@ -87,6 +88,23 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     stages = {f"++stage={stage}": stage for stage in ("score", "rescore", "merge")}
     default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
     return [f"run_cfg={run or default}", *result, *flags]  # Hydra takes no override behind a flag
+
+
+def _refuse_spaces(arguments: list[str]) -> None:
+    """`key = value` is three words to a shell.
+
+    Raises:
+        ConfigError: With what was meant.
+    """
+    for before, word, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
+        if word.startswith("="):
+            key, value = before, word.removeprefix("=") or after
+        elif word.endswith("=") and after and "=" not in after and not after.startswith("-"):
+            key, value = word.removesuffix("="), after
+        else:
+            continue
+        cause = "there are spaces around the equals sign"
+        raise ConfigError(Fault(f"{key} = {value}", ..., cause, f"{key or '<option>'}={value or '<value>'}"))
 
 
 def _check_grammar(overrides: Iterable[str]) -> None:

@@ -2,6 +2,8 @@
 
 import textwrap
 
+from pydantic.fields import FieldInfo
+
 from trainers.config import CONFIG_DIR
 from trainers.options import (
     BaseOptions,
@@ -34,6 +36,16 @@ SECTIONS = (
 )
 
 
+LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
+
+
+def _kind(field: FieldInfo) -> str:
+    """The type of an option, and its range."""
+    kind = str(field.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+    found = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in LIMITS.items()]
+    return ", ".join([kind, *(f"{sign} {value:g}" for sign, value in found if value is not None)])
+
+
 def print_help(usage: str) -> None:
     """Print usage, runs and options."""
     print(usage.strip())
@@ -47,9 +59,7 @@ def print_help(usage: str) -> None:
         for name, field in cls.model_fields.items():
             if name not in shown:
                 shown.add(name)
-                kind = str(field.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-                head = f"  {name} = {field.default!r}  ({kind})"
-                print(head)
+                print(f"  {name} = {field.default!r}  ({_kind(field)})")
                 print(textwrap.fill(field.description, 110, initial_indent="      ", subsequent_indent="      "))
     trl = (("grpo", RLOptions, "GRPOConfig (stage=rl)"), ("sft", SFTOptions, "SFTConfig (stage=sft)"))
     for kind, cls, title in trl:
