@@ -15,7 +15,7 @@ from trainers.config import compose_run
 from trainers.memory import make_plan
 from trainers.models import DTYPES
 from trainers.plan import activations as layers
-from trainers.plan.hardware import cpu_multiplies_bf16
+from trainers.plan.hardware import cpu_converts_bf16
 from trainers.plan.model_shapes import FAMILY_DEFAULTS, model_shape
 from trainers.plan.workload import GIB, Workload
 from trainers.scoring.frozen import ResidentBackbone
@@ -173,15 +173,18 @@ def test_what_the_processor_has_for_bf16_is_read(monkeypatch):
     def with_flags(flags, limit):
         monkeypatch.setattr("builtins.open", lambda *args, **kwargs: io.StringIO(f"model name : x\nflags : {flags}\n"))
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        cpu_multiplies_bf16.cache_clear()
-        return cpu_multiplies_bf16()
+        cpu_converts_bf16.cache_clear()
+        return cpu_converts_bf16()
 
     try:
-        assert with_flags("fpu avx512f amx_bf16", "ALL") and with_flags("fpu avx512_bf16", "AVX512_CORE_BF16")
-        assert not with_flags("fpu avx512f", "ALL") and not with_flags("fpu amx_bf16", "AVX512_CORE")
+        wide = "fpu avx512f avx512bw avx512vl avx512dq"
+        assert with_flags(wide, "ALL") and with_flags(f"{wide} amx_bf16", "AVX512_CORE")
+        assert not with_flags(f"{wide} amx_bf16", "ALL")
+        assert not with_flags(f"{wide} avx512_bf16", "AVX512_CORE_BF16")
+        assert not with_flags("fpu avx2", "ALL")
     finally:
         monkeypatch.undo()
-        cpu_multiplies_bf16.cache_clear()
+        cpu_converts_bf16.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

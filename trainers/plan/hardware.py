@@ -69,14 +69,17 @@ def vllm_releases_cache() -> bool:
 
 
 @cache
-def cpu_multiplies_bf16() -> bool:
-    """Whether the processor has products of bf16, and oneDNN, which computes them for torch, may use them."""
+def cpu_converts_bf16() -> bool:
+    """Whether products of bf16 are computed by oneDNN on a processor that has none, so that it holds converted copies.
+
+    Torch leaves bf16 to oneDNN where there is AVX-512, and multiplies by itself, without copies, where there is not.
+    """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if limit not in ("ALL", "DEFAULT") and not any(name in limit for name in ("BF16", "AMX", "AVX10")):
-        return False
+    may_multiply = limit in ("ALL", "DEFAULT") or any(name in limit for name in ("BF16", "AMX", "AVX10"))
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
     except OSError:  # not Linux
         return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+    multiplies = may_multiply and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return {"avx512bw", "avx512vl", "avx512dq"}.issubset(flags) and not multiplies

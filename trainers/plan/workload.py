@@ -5,7 +5,7 @@ from functools import cached_property
 from math import prod
 
 from trainers.options import CommonOptions
-from trainers.plan.hardware import cpu_multiplies_bf16
+from trainers.plan.hardware import cpu_converts_bf16
 from trainers.plan.model_shapes import AdapterShape, ModelShape
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import bridge_name
@@ -116,8 +116,8 @@ class Workload:
 
     @property
     def converts_bf16(self) -> bool:
-        """Whether bf16 is computed with on a processor that has no products of it."""
-        return self.device == "cpu" and self.itemsize == 2 and not cpu_multiplies_bf16()
+        """Whether bf16 is computed with on a processor that converts it first."""
+        return self.device == "cpu" and self.itemsize == 2 and cpu_converts_bf16()
 
     @property
     def reads_without_mask(self) -> bool:
