@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,7 @@ class RolloutSampler:
     Attributes:
         ahead: Scores groups while others are still generated, if anything does; set when there is a student, which is
             loaded after the engine.
+        sampled: How many `completions` and `tokens` were sampled or read for training.
         trainer: Whom this serves; the trainer sets it, None before.
         rows: The questions and solutions whose prompts are to be sampled from; the trainer sets them before each
             rollout.
@@ -57,6 +59,7 @@ class RolloutSampler:
     ) -> None:
         self.options, self.renderer, self.timer = options, renderer, timer
         self.engine, self.sentinel = engine, sentinel
+        self.sampled = Counter(completions=0, tokens=0)
         self.record, self.replay = (
             RolloutFiles(Path(folder).expanduser()) if folder else None
             for folder in (options.record_rollouts, options.replay_rollouts)
@@ -100,6 +103,8 @@ class RolloutSampler:
         prompt_ids = [self.renderer.encode_prompt(prompt)[-self.options.max_prompt_length :] for prompt in prompts]
         with self.timer("generate"):
             sampled = self.sample(prompt_ids)
+        if trainer.model.training:
+            self.sampled.update(completions=len(prompt_ids), tokens=sum(map(len, sampled.completion_ids)))
         if self.engine is not None:
             self._release_cache()
         if self.ahead is not None:

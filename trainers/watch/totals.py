@@ -7,15 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from trainers.options import RLOptions
 from trainers.plan.workload import GIB, Plan
+from trainers.rollout.sampler import RolloutSampler
 
 logger = logging.getLogger(__name__)
 
 STEP_PHASES = ("generate", "score", "update")  # of the plan: those that steps go through
-SECONDS, PEAK = "seconds/", "_peak"
+SECONDS, MEMORY, PEAK = "seconds/", "memory/", "_peak"
 
 
 class Totals(TrainerCallback):
@@ -24,17 +25,16 @@ class Totals(TrainerCallback):
     Steps after the last log are in `seconds.wall` alone, and so is what runs between steps: evaluations, checkpoints.
 
     Args:
-        options: RL options.
+        sampler: What the run samples with.
         output_dir: Where totals.json is written.
         plan: The run's plan of memory, if one was made.
     """
 
-    def __init__(self, options: RLOptions, output_dir: Path, plan: Plan | None) -> None:
-        self.completions_per_step = options.train_batch_size / options.num_iterations  # newly sampled ones
-        self.path, self.plan = output_dir / "totals.json", plan
+    def __init__(self, sampler: RolloutSampler, output_dir: Path, plan: Plan | None) -> None:
+        self.sampler, self.path, self.plan = sampler, output_dir / "totals.json", plan
         self._start, self._first, self._last = time.perf_counter(), 0, 0
         self._seconds: Counter[str] = Counter()
-        self._tokens = 0.0
+        self._sampled: Counter[str] = Counter()
         self._peaks: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -42,16 +42,16 @@ class Totals(TrainerCallback):
         self._last = self._first
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "reward" not in logs:  # an evaluation's, or of the end
+        if not logs or "seconds/update" not in logs:  # an evaluation's, or of the end
             return
         steps, self._last = state.global_step - self._last, state.global_step
+        self._sampled = self.sampler.sampled.copy()
         for name, value in logs.items():
             if name.startswith(SECONDS):
                 self._seconds[name.removeprefix(SECONDS)] += value * steps
-            elif name.startswith("memory/") and name.endswith(PEAK):
-                phase = name.removeprefix("memory/").removesuffix(PEAK)
+            elif name.startswith(MEMORY) and name.endswith(PEAK) and name != "memory/load_peak":
+                phase = name.removeprefix(MEMORY).removesuffix(PEAK)
                 self._peaks[phase] = max(value, self._peaks.get(phase, 0.0))
-        self._tokens += logs["completions/mean_length"] * self.completions_per_step * steps
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -62,22 +62,29 @@ class Totals(TrainerCallback):
 
     def totals(self, steps: int) -> dict[str, Any]:
         """What totals.json holds: `steps`, `seconds` by phase and in all (`wall`), and of the steps that were logged
-        `completions`, `tokens`, `tokens_per_second` while they were sampled, `peak_gib` with `peak_phase`, and
-        `planned_peak_gib` of the phases that a step goes through."""
+        `completions` and `tokens` sampled, `tokens_per_second` while they were, `peak_gib` with `peak_phase`, and
+        `planned_peak_gib` of the phases that a step goes through. On a GPU the peak is without what others held of it
+        when the run was planned."""
         found: dict[str, Any] = {"steps": steps, "seconds": {"wall": time.perf_counter() - self._start}}
         if not self._seconds:  # nothing was logged
             return found
         found["seconds"] |= self._seconds
-        found["completions"] = round(self.completions_per_step * (self._last - self._first))
-        found["tokens"] = round(self._tokens)
+        found |= self._sampled
         if self._seconds["generate"]:
-            found["tokens_per_second"] = self._tokens / self._seconds["generate"]
+            found["tokens_per_second"] = self._sampled["tokens"] / self._seconds["generate"]
         if self._peaks:
             found["peak_phase"] = max(self._peaks, key=self._peaks.get)
-            found["peak_gib"] = self._peaks[found["peak_phase"]]
+            found["peak_gib"] = self._peaks[found["peak_phase"]] - self._held_by_others() / GIB
         if self.plan is not None:
             found["planned_peak_gib"] = max(self.plan.total(phase) for phase in STEP_PHASES) / GIB
         return found
+
+    def _held_by_others(self) -> int:
+        """Bytes of the GPU that the plan did not find free; without a GPU the peak is this process's own."""
+        device = self.sampler.timer.memory.device
+        if self.plan is None or device.type == "cpu":
+            return 0
+        return torch.cuda.mem_get_info(device)[1] - self.plan.available
 
 
 def totals_line(totals: dict[str, Any]) -> str:
