@@ -183,6 +183,11 @@ def test_each_fault_has_cause_and_remedy(override, key, cause, remedy):
     assert remedy in found[key].remedy
 
 
+def test_an_empty_value_before_the_name_of_a_run_is_one():
+    for word in ("eval_dataset_id_or_path=", "student_system_prompt='a='"):
+        assert compose_run("", [word, "student_sft_tiny"])["stage"] == "sft"
+
+
 def test_fresh_model_and_named_model_exclude_each_other():
     found = faults("student_sft_tiny", "model_name_or_path=run:student_sft_tiny")
     assert found["model_name_or_path"].cause == "set together with model_init"

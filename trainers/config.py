@@ -38,6 +38,10 @@ def named_run(path: str | None) -> str | None:
     return path[4:] if path is not None and path.startswith("run:") else None
 
 
+def _runs() -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml"))
+
+
 def find_run(name: str) -> str:
     """Return the run configuration that `name` means: a bare name, a file name or a path under cfgs/run_cfg.
 
@@ -45,7 +49,7 @@ def find_run(name: str) -> str:
         ConfigError: If there is none, with the names that exist.
     """
     stem = Path(name).name.removesuffix(".yaml")
-    runs = sorted(p.stem for p in (CONFIG_DIR / "run_cfg").glob("*.yaml"))
+    runs = _runs()
     parent = Path(name).parent
     inside = parent == Path() or (Path.cwd() / parent).resolve() == CONFIG_DIR / "run_cfg"
     inside = inside or (REPO / parent).resolve() == CONFIG_DIR / "run_cfg"
@@ -99,12 +103,17 @@ def _refuse_spaces(arguments: list[str]) -> None:
     for before, word, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
         if word.startswith("="):
             key, value = before, word.removeprefix("=") or after
-        elif word.endswith("=") and after and "=" not in after and not after.startswith("-"):
+        elif word.endswith("=") and word.count("=") == 1 and after and not _is_a_word_of_its_own(after):
             key, value = word.removesuffix("="), after
         else:
             continue
         cause = "there are spaces around the equals sign"
         raise ConfigError(Fault(f"{key} = {value}", ..., cause, f"{key or '<option>'}={value or '<value>'}"))
+
+
+def _is_a_word_of_its_own(word: str) -> bool:
+    """Whether it is no value that a space has parted from its key."""
+    return "=" in word or word.startswith("-") or Path(word).name.removesuffix(".yaml") in _runs()
 
 
 def _check_grammar(overrides: Iterable[str]) -> None:

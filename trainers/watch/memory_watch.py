@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-WARM_UP, WINDOW = 3, 10  # steps
+WARM_UP, WINDOW = 3, 10  # steps, or times that a phase kept something
 CREEP = 1.05
 RELEASED = 0.9
 GIVES_BACK = ("score", "step")  # phases that end with what they began with, but for a rollout's tokens
@@ -44,6 +45,7 @@ class MemoryWatch:
         self._step_peak = 0
         self._peaks: list[int] = []
         self._warned: set[str] = set()
+        self._kept: Counter[str] = Counter()
         if device.type == "cuda":
             self._since = self._mark()
             self._allocated = torch.cuda.memory_allocated(device)
@@ -98,11 +100,12 @@ class MemoryWatch:
     def _see_given_back(self, phase: str) -> None:
         """Warn if of what torch took for a phase, since the one before it, more is left than its results.
 
-        Before `WARM_UP` steps have ended, optimizer states and the like come to stay.
+        Optimizer states and the like come to stay, whenever it is; only what happens again and again is told.
         """
         began, most = self._allocated, torch.cuda.max_memory_allocated(self.device)
         self._allocated = torch.cuda.memory_allocated(self.device)
-        if phase in GIVES_BACK and len(self._peaks) >= WARM_UP and self._allocated - began > ROLLOUT:
+        self._kept[phase] += phase in GIVES_BACK and self._allocated - began > ROLLOUT
+        if self._kept[phase] > WARM_UP:
             self._warn_of(f"the end of phase {phase}", most - self._allocated, most - began)
 
     def _warn_of(self, what: str, freed: int, expected: int) -> None:
