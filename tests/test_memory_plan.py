@@ -1,5 +1,6 @@
 """The plan of memory. Run: ./run_tests.sh tests/test_memory_plan.py"""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,6 +217,21 @@ def test_plan_is_made_from_the_memory_that_is_free_and_names_who_holds_the_rest(
     text = plan_text(solved, taken, full=True)
     assert "30.0 of 74.5 GiB free" in text and "held by pid 4711 (python) 44.0 GiB" in text
     assert "it does not fit" in text
+
+
+@pytest.mark.parametrize("run", ["teacher_rlt_mono_85gb", "teacher_rlt_mono_24gb"])
+def test_the_items_of_a_phase_add_up_to_it(run):
+    text = plan_text(planned(run)[0], machine(85), full=True)
+    rows = re.findall(r"^(  )?(\S.*?)  +(\d+\.\d+)(?:  [█░].*)?$", text, re.MULTILINE)
+    found = {}
+    for indent, name, size in rows:
+        if not indent:
+            found[name] = float(size), []
+        else:
+            list(found.values())[-1][1].append(float(size))
+    assert set(found) == {"load", "generate", "score", "update", "save"}
+    for total, items in found.values():
+        assert sum(items) == pytest.approx(total, abs=0.005 * (1 + len(items)))
 
 
 def test_run_that_does_not_fit_stops_unless_told_to_go_on(monkeypatch, caplog):

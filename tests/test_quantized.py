@@ -45,8 +45,24 @@ def test_change_of_the_reward_by_hand():
     before = StudentScore(torch.tensor([-2.0]), torch.tensor([-1.0, -3.0]), False)
     after = StudentScore(torch.tensor([-2.5]), torch.tensor([-2.0, -4.0]), False)
     # old: -2 - 0.03 = -2.03, no KL; new: -3 - 0.04 - 3 * 0.5 - 0.03 * 0.5 = -4.555
-    ((old, new),) = reward_changes([before, None], [after, None], TeacherLogprobKL())
+    ((old, new),) = reward_changes([before, None], [after, None], TeacherLogprobKL(), padding=0)
     assert (old, new) == (pytest.approx(-2.03), pytest.approx(-4.555))
+
+
+def test_a_change_of_padding_alone_counts_where_the_kl_covers_it():
+    before, after = (StudentScore(torch.tensor([p, -2.0]), torch.tensor([-1.0]), False) for p in (-1.0, -9.0))
+    for padding, is_same in ((0, False), (1, True)):
+        ((old, new),) = reward_changes([before], [after], TeacherLogprobKL(), padding)
+        assert (old == new) is is_same
+
+
+def test_the_change_that_is_told_is_of_the_run_s_own_reward(model_dir, renderer, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("trainers.scoring.loading.reward_changes", lambda *args: told.append(args[-1]) or [])
+    for counts in (True, False):
+        chosen = options(student_quantization="8bit", padding_in_kl=counts)
+        make_scorer(chosen, tmp_path, str(model_dir), renderer, renderer, CPU, torch.float32, samples_of(ROWS))
+    assert told == [0, len(renderer.padding_ids)] and told[1] > 0
 
 
 def test_samples_take_the_explanation_that_is_there():

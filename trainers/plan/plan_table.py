@@ -14,6 +14,7 @@ from trainers.plan.solve import DECIDED, Solved
 from trainers.plan.workload import GIB, Plan
 
 WIDTH = 40  # of a bar that fills the memory
+SMALL = 0.005  # of a phase: an item of less has no line of its own
 
 
 def plan_text(solved: Solved, machine: Machine, full: bool = False) -> str:
@@ -60,10 +61,17 @@ def _phase_table(plan: Plan, full: bool) -> Table:
         total = plan.total(phase)
         peak = "  <- peak" if phase == plan.peak_phase else ""
         table.add_row(phase, _gib(total), _bar(total, plan.available, "█") + peak)
-        for name, size in sorted(items.items(), key=lambda item: -item[1]):
-            if full and size >= 0.005 * total:
-                table.add_row(f"  {name}", _gib(size), _bar(size, plan.available, "░"))
+        for name, size in _shown(items) if full else []:
+            table.add_row(f"  {name}", _gib(size), _bar(size, plan.available, "░"))
     return table
+
+
+def _shown(items: dict[str, int]) -> list[tuple[str, int]]:
+    """The items of a phase, the largest first; those below half a percent of it as one."""
+    total = sum(items.values())
+    large = [(name, size) for name, size in items.items() if size >= SMALL * total]
+    rest = total - sum(size for _, size in large)
+    return sorted(large, key=lambda item: -item[1]) + ([("other", rest)] if rest else [])
 
 
 def _gib(size: int) -> str:

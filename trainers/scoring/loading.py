@@ -208,7 +208,8 @@ def make_scorer(
         before = read_samples(load(None, mode="streamed" if shape.can_stream else None), samples)
         clear_device_cache(garbage_collection=True)
         loaded = load(kind)
-        report_change(kind, reward_changes(before, read_samples(loaded, samples), formula))
+        padding = 0 if options.padding_in_kl else len(student.padding_ids)
+        report_change(kind, reward_changes(before, read_samples(loaded, samples), formula, padding))
     else:
         loaded = load(None)
     return ExplanationScorer(loaded, formula, teacher, options.padding_in_kl, keeper)

@@ -58,22 +58,26 @@ def read_samples(student: Student, samples: list[Sample]) -> list[StudentScore |
 
 
 def reward_changes(
-    before: list[StudentScore | None], after: list[StudentScore | None], reward: TeacherLogprobKL
+    before: list[StudentScore | None], after: list[StudentScore | None], reward: TeacherLogprobKL, padding: int
 ) -> list[tuple[float, float]]:
     """The reward of each sample with the full student and with the quantized one.
 
     The teacher is taken to find each explanation as natural as the full student does, so that the first has no KL and
     the second that to the full student.
+
+    Args:
+        padding: Tokens ahead of each explanation that the KL leaves out (`padding_in_kl`).
     """
     changes = []
     for old, new in zip(before, after, strict=True):
         if old is not None and new is not None:
-            teacher = old.explanation_logprobs
-            rewards = [
-                reward(ScoredExplanation(s.solution_logprobs, teacher, s.explanation_logprobs, True))[0]
+            teacher = old.explanation_logprobs[padding:]
+            scored = (
+                ScoredExplanation(s.solution_logprobs, teacher, s.explanation_logprobs[padding:], True)
                 for s in (old, new)
-            ]
-            changes.append((rewards[0], rewards[1]))
+            )
+            first, second = (reward(explanation)[0] for explanation in scored)
+            changes.append((first, second))
     return changes
 
 
