@@ -20,7 +20,7 @@ from benchmarks.small_data import WORD
 from data.render import Renderer
 
 OURS = ("shared", "copy", "lora", "restart", "score", "score-overlap")
-THEIRS = ("trl", "trl-fastest", "trl-lora")
+THEIRS = ("trl", "trl-fastest", "trl-lora", "trl-lora-fastest")
 READY = "ready for a step"
 STEP = "step "  # a line of this begin tells what one took
 ROWS = [{"question": f"What is {i}+{i + 1}?", "solution": str(2 * i + 1)} for i in range(64)]
@@ -305,13 +305,14 @@ def stock(way: str, setup: Setup, clock: Clock) -> tuple[Any, Callable[[], int]]
     prompts = options_class("rl")(
         teacher_system_prompt="Explain.", student_system_prompt="Solve.", max_prompt_length=arguments.prompt
     )
+    adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     trainer = GRPOTrainer(
         model=load_model(folder, setup.dtype, None, "model_name_or_path", False),
         reward_funcs=[by_parity],
         args=stock_config(way, setup),
         train_dataset=prompts_of(prompts, folder, arguments.full_prompts)[1],
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if way == "trl-lora" else None,
+        peft_config=adapters if way.startswith("trl-lora") else None,
     )
     clock.wrap(trainer.vllm_generation, "sync_weights", "sync")
     clock.wrap(trainer.vllm_generation, "generate", "generate")
@@ -335,7 +336,7 @@ def stock_config(way: str, setup: Setup) -> Any:
         vllm_mode="colocate",
         vllm_max_model_length=arguments.prompt + arguments.completion,
         vllm_enable_sleep_mode=arguments.sleep,
-        vllm_importance_sampling_correction=way != "trl-fastest",
+        vllm_importance_sampling_correction=not way.endswith("fastest"),
         disable_tqdm=True,
         # What torchao's optimizer of 8 bits is called there, and torch's own, as TRL takes it of its own accord.
         optim={"adamw_8bit": "adamw_torch_8bit", "adamw_torch": "adamw_torch_fused"}[arguments.optim],

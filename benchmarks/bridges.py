@@ -15,6 +15,7 @@ Ways:
     trl                         TRL's trainer as it comes: vllm_mode=colocate, its importance-sampling correction on
     trl-fastest                 the same without that correction, so without the forward pass it costs
     trl-lora                    TRL as it comes, adapters of rank 16 trained: it merges them and copies all weights
+    trl-lora-fastest            the same without the correction
     score, score-overlap        shared, with this project's reward by a student of the same shape on the CPU, afterwards
                                 and while the engine still generates (overlap_scoring)
 
@@ -161,7 +162,7 @@ def report(runs: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
             )
     for way in ("shared", "copy", "lora"):
         for other in THEIRS:
-            if way in result and other in result and (way == "lora") == (other == "trl-lora"):
+            if way in result and other in result and (way == "lora") == other.startswith("trl-lora"):
                 print(f"a step of {way} against {other}: {times_as_fast(runs[other], runs[way])}")
     if {"score", "score-overlap"} <= set(result):
         print(f"overlap_scoring: {times_as_fast(runs['score'], runs['score-overlap'])} as without")
