@@ -190,9 +190,6 @@ def measure(order: dict[str, Any]) -> None:
 
     import trainers.rl as rl
 
-    # As every run with an engine, a student or a reference has it, also for one without.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
     class Watched(rl.TeacherGRPOTrainer):
         def save_model(self, *args: Any, **kwargs: Any) -> None:
             """Nobody wants these weights, and writing those of 7B takes a minute: only where that is measured."""

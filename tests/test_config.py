@@ -150,7 +150,12 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("optim_args=a", "optim_args", "sets it itself", "no further arguments"),
         ("scale_rewards=grup", "scale_rewards", "", "did you mean group?"),
         ("max_steps=0", "max_steps", "nothing to train", "max_steps=-1"),
-        ("loss_type=vespo", "vllm_importance_sampling_mode", "token by token", "token_mask"),
+        (
+            "loss_type=vespo vllm_importance_sampling_mode=sequence_mask",
+            "vllm_importance_sampling_mode",
+            "by token",
+            "token_mask",
+        ),
         ("reward_weights=[1,2]", "reward_weights", "2 weights for 1 reward", "[1.0]"),
         ("bf16_full_eval=true", "bf16_full_eval", "sets it itself", "as they are"),
         ("student_mode=streamed student_quantization=4bit", "student_mode", "quantized", "student_mode=resident"),

@@ -65,7 +65,23 @@ def test_type_follows_the_card_and_what_is_trained(card, caplog, precision, has_
     assert ("no bf16 hardware" in caplog.text) == (precision == "auto" and not has_bf16)
 
 
-def test_run_s_place_depends_on_use_peft(card):
+@pytest.fixture
+def attention_of_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield torch.backends.cuda.cudnn_sdp_enabled
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_a_gpu_computes_without_cudnn_s_attention_in_every_stage(card, attention_of_cudnn):
+    card(has_bf16=True)
+    resolve_place(SimpleNamespace(device="cpu", precision="auto"))
+    assert attention_of_cudnn()
+    resolve_place(checked("optim=adamw_torch", run="student_sft_tiny"))
+    assert not attention_of_cudnn()
+
+
+def test_run_s_place_depends_on_use_peft(card, attention_of_cudnn):
     card(has_bf16=False)
     assert resolve_place(checked("use_peft=true")) == (CUDA, torch.float16)
     assert resolve_place(checked("use_peft=false")) == (CUDA, torch.float32)

@@ -72,7 +72,6 @@ def test_weights_in_host_memory_are_pinned_for_a_gpu(device, writable, pinned, m
         raise Made
 
     monkeypatch.setattr(loading, "HostWeights", host_weights)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
     options = SimpleNamespace(student_mode="streamed", trust_remote_code=False, attn_implementation=None, stage="rl")
     arguments = (options, str(model_dir), "student_model", torch.device(device), torch.float32, 1.0)
     with pytest.raises(Made):

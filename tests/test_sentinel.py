@@ -8,9 +8,12 @@ import json
 import psutil
 import pytest
 import torch
+from conftest import REPO
 from small_run import make_trainer
 from transformers import TrainerCallback
 
+from trainers.checks import load_options
+from trainers.config import compose_run
 from trainers.rl import train_and_report
 from trainers.rollout.importance_sampling import importance_sampling_ratio
 from trainers.rollout.sentinel import SentinelError
@@ -165,6 +168,26 @@ def test_a_tolerance_is_measured_no_further_than_rounding_goes(start):
         sentinel._compare(torch.zeros(1), torch.tensor([1.5]))
 
 
+def test_a_difference_that_rounding_may_make_stops_a_run_when_it_comes_twice(start, caplog):
+    sentinel = start().sampler.sentinel
+    sentinel.tolerance, sentinel._is_rounded = 0.3, True
+
+    def compare(difference):
+        return sentinel._compare(torch.zeros(2), torch.tensor([0.0, difference]))["sentinel/mismatch_max"]
+
+    assert [compare(d) for d in (0.1, 0.5, 0.1, 0.5)] == pytest.approx([0.1, 0.5, 0.1, 0.5])
+    assert caplog.text.count("the run stops if they do so after the next update") == 2
+    with pytest.raises(SentinelError, match="differs by 0.4, allowed is 0.3 "):
+        compare(0.4)
+    for at_once in (1.1, float("nan")):  # no rounding
+        sentinel._exceeded = False
+        with pytest.raises(SentinelError):
+            compare(at_once)
+    sentinel._exceeded, sentinel._is_rounded = False, False  # fp32 on a CPU, or a tolerance of the user's
+    with pytest.raises(SentinelError):
+        compare(0.5)
+
+
 def test_resident_memory_stays_flat_over_200_steps(renderer, model_dir, tmp_path):
     trainer = make_trainer(renderer, model_dir, tmp_path, max_steps=200, learning_rate=1e-5, max_completion_length=8)
     held = []
@@ -216,6 +239,20 @@ def test_put_off_correction_is_trl_s(start, mode, limits):
     assert torch.allclose(ratios[0], ratios[1], atol=1e-5)
     assert ratios[0].std() > 0.01
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+
+
+def test_bf16_s_rounding_does_not_take_the_gradient_of_long_completions():
+    """With the difference of trl#6789, a standard deviation of 0.05 a token."""
+    random = torch.Generator().manual_seed(0)
+    sampling = torch.zeros(64, 4096)
+    logps, mask = torch.randn(sampling.shape, generator=random) * 0.05, torch.ones(sampling.shape)
+    for name in ("teacher_rlt_mono_24gb", "teacher_rlt_mono_80gb", "teacher_rlt_tiny"):
+        options = load_options(compose_run(name), repo=REPO, needs_device=False)
+        limits = options.vllm_importance_sampling_clip_min, options.vllm_importance_sampling_clip_max
+        ratio = importance_sampling_ratio(logps, sampling, mask, options.vllm_importance_sampling_mode, *limits)
+        assert ratio.mean().item() == pytest.approx(1, abs=0.01)
+    by_sequence = importance_sampling_ratio(logps, sampling, mask, "sequence_mask", *limits)
+    assert by_sequence.mean().item() < 0.5, "TRL's choice would do, and is to be preferred"
 
 
 def test_unknown_sampling_logprobs_count_as_equal():

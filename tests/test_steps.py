@@ -162,6 +162,10 @@ def test_an_error_stops_the_engine_and_is_what_a_run_ends_with(renderer, model_d
     with pytest.raises(ValueError), stopping.stopped_at_the_end():
         raise ValueError
     assert caplog.messages[-1] == "vLLM could not be stopped: division by zero"
+    caplog.clear()
+    with stopping.stopped_at_the_end():  # nor is that what a run ends with that has left its teacher
+        pass
+    assert caplog.messages == ["vLLM could not be stopped: division by zero"]
 
 
 @pytest.mark.parametrize("fails", ["trainers.rl.load_reference", "trl.GRPOTrainer.__init__"])

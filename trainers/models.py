@@ -71,7 +71,7 @@ def resolve_dtype(precision: str, device: torch.device, every_weight: bool = Fal
 
 
 def resolve_place(options: CommonOptions) -> tuple[torch.device, torch.dtype]:
-    """Where a run computes, and in which type.
+    """Where a run computes, and in which type; on a GPU torch is set up for that.
 
     Raises:
         ConfigError: If that place cannot do what the options ask for.
@@ -80,6 +80,9 @@ def resolve_place(options: CommonOptions) -> tuple[torch.device, torch.dtype]:
     if device.type == "cpu" and getattr(options, "activation_offloading", False):
         cause = "this run computes on the CPU: they are in host memory already"
         raise ConfigError(Fault("activation_offloading", True, cause, "activation_offloading=false"))
+    if device.type == "cuda":
+        # As vLLM has it for the whole process: cuDNN's attention makes a plan for each new number of texts and tokens.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device, resolve_dtype(options.precision, device, not getattr(options, "use_peft", True))
 
 

@@ -59,7 +59,7 @@ def main() -> None:
 
 def measure(report: Report, arguments: object, folder: str) -> None:
     device = torch.device(arguments.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as load_frozen has it
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as models.resolve_place has it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     texts = {
         tokens: make_texts(

@@ -193,18 +193,22 @@ class RolloutSampler:
         try:
             yield
         except BaseException as error:
-            self._abandon(error)
+            self._make_room(error)
+            self._close()
             raise
         self._close()
 
     def _close(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
-        if self.engine is not None and self.engine.engine_model is not None:
-            self.engine.restore_cache()  # vLLM frees at its end what it holds, and a cache that rests is not there
-            self.engine.close()
+        try:
+            if self.ahead is not None:
+                self.ahead.close()
+            if self.engine is not None and self.engine.engine_model is not None:
+                self.engine.restore_cache()  # vLLM frees at its end what it holds, and a cache that rests is not there
+                self.engine.close()
+        except Exception as error:  # whatever it is: the run has left what it was to leave, or ends with another error
+            logger.warning("vLLM could not be stopped: %s", error)
 
-    def _abandon(self, error: BaseException) -> None:
+    def _make_room(self, error: BaseException) -> None:
         """Left to the process's end, vLLM would free a cache that rests, and CUDA's message about that would stand
         below the error's own."""
         behind: BaseException | None = error
@@ -213,7 +217,3 @@ class RolloutSampler:
             behind = behind.__cause__ or behind.__context__
         if (model := getattr(self.trainer, "model", None)) is not None:  # its constructor may be what failed
             model.zero_grad(set_to_none=True)
-        try:
-            self._close()
-        except Exception as second:  # whatever it is, the first is what the run ends with
-            logger.warning("vLLM could not be stopped: %s", second)

@@ -145,9 +145,6 @@ def load_frozen(
     Raises:
         ConfigError: If it cannot be loaded, or not in this mode.
     """
-    if device.type == "cuda":
-        # As vLLM has it for the whole process: cuDNN's attention makes a plan for each new number of texts and tokens.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     mode = mode or (options.student_mode if key == "student_model" else options.reference_mode)
     assert mode != "auto", "the plan of memory decides it"
     trust, attention = options.trust_remote_code, options.attn_implementation
