@@ -136,6 +136,22 @@ def test_rl_computes_on_a_gpu_what_it_does_on_a_cpu(on_gpu, model_dir, rows_file
     assert last["memory/step_peak"] - tile == pytest.approx(planned - tile, rel=0.1)
 
 
+def test_adapters_learn_in_fp16_with_a_scaled_loss_what_they_do_in_fp32(on_gpu, model_dir, rows_file, tmp_path):
+    here = {"model_name_or_path": model_dir, "student_model": model_dir, "dataset_id_or_path": rows_file}
+    chosen = {"use_vllm": False, "use_peft": True, "learning_rate": 1e-3, "max_grad_norm": 0.1, "max_steps": 3}
+    runs = {}
+    for precision in ("fp16", "fp32"):
+        overrides = SHORT | here | chosen | {"precision": precision, "device": "cuda"}
+        words = [f"{key}={value}" for key, value in overrides.items()]
+        runs[precision] = on_gpu("train", tmp_path / precision, *words)["metrics"]
+    assert len(runs["fp16"]) == 3
+    for half, full in zip(runs["fp16"], runs["fp32"], strict=True):
+        assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.01)  # what clipping saw: no longer scaled
+        assert half["reward"] == pytest.approx(full["reward"], abs=1e-3)
+        assert half["update/visible_fraction"] == pytest.approx(full["update/visible_fraction"], abs=0.02)
+    assert runs["fp16"][0]["grad_norm"] > chosen["max_grad_norm"]
+
+
 FAMILIES = ("qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
 KINDS = [(precision, use_peft) for precision in ("fp32", "bf16") for use_peft in (False, True)]
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16, "head_dim": 32, "vocab_size": 512}
