@@ -20,7 +20,7 @@ from trainers.settings.engine_specs import (
     device_faults,
     mixture_faults,
     position_faults,
-    quantized_teacher_faults,
+    quantized_faults,
     short_student,
 )
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
@@ -95,12 +95,19 @@ def _with_adapter(path: str, key: str, options: CommonOptions) -> ModelShape:
 
 
 def _shape(path: str, key: str, options: CommonOptions) -> ModelShape:
+    start, its = _followed(path, options)
+    if start is None:
+        return _named(its.model_init, path, options)
+    return model_shape(read_config(base_of(start, key), key), start, options.trust_remote_code)
+
+
+def _followed(path: str | None, options: CommonOptions) -> tuple[str | None, CommonOptions]:
+    """Where the weights of a model first come from, and the options that name it: those of the first warm-up behind a
+    `run:NAME`, and no path where it begins with fresh weights."""
     if name := named_run(path):
         warmup = warmup_options(name, options, needs_device=False)[1]
-        if warmup.model_name_or_path is None:
-            return _named(warmup.model_init, path, options)
-        return _shape(warmup.model_name_or_path, key, warmup)
-    return model_shape(read_config(base_of(path, key), key), path, options.trust_remote_code)
+        return _followed(warmup.model_name_or_path, warmup)
+    return path, options
 
 
 def _adapter(path: str, key: str, options: CommonOptions) -> AdapterShape | None:
@@ -268,12 +275,22 @@ def start_faults(solved: Solved) -> list[Fault]:
     if work.is_rl:
         faults += device_faults(options, work.device, dtype, work.student_mode)
         faults += position_faults(options, work.teacher.max_positions)
-        path, key = options.model_name_or_path, "model_name_or_path"
-        config = {} if named_run(path) else read_config(base_of(path, key), key)
-        faults += _differences_from_warmup(options, path)
-        faults += quantized_teacher_faults(options, config.get("quantization_config"))
-        faults += mixture_faults(options) if has_experts(config) else []
-    return faults
+        faults += _differences_from_warmup(options, options.model_name_or_path)
+    return faults + (_config_faults(options) if work.trains else [])
+
+
+def _config_faults(options: TrainOptions) -> list[Fault]:
+    """What speaks against training a model of such a config. That of a warm-up's start speaks against the warm-up."""
+    key, faults = "model_name_or_path", []
+    start, its = _followed(options.model_name_or_path, options)
+    if start is None:
+        config = its.model_init
+    else:
+        base = base_of(start, key)
+        config = read_config(base, key)
+        if its is options and config.get("quantization_config") is not None:
+            faults += quantized_faults(options, base)
+    return faults + (mixture_faults(options) if options.stage == "rl" and has_experts(config) else [])
 
 
 def has_experts(config: dict[str, Any]) -> bool:

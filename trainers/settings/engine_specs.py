@@ -5,10 +5,9 @@ import difflib
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from trainers.errors import Fault
-from trainers.options import ModelOptions, RLOptions
+from trainers.options import RLOptions, TrainOptions
 from trainers.settings.reward_specs import reads_teacher_logprobs
 from trainers.settings.trl_options import class_body, trl_options
 
@@ -276,20 +275,23 @@ def short_student(options: RLOptions, limit: int) -> str | None:
     )
 
 
-def quantized_teacher_faults(options: ModelOptions, quantization: Any) -> list[Fault]:
-    """A teacher whose checkpoint is quantized can be scored with, not trained.
+def quantized_faults(options: TrainOptions, base: str) -> list[Fault]:
+    """What a model to train is refused with where its checkpoint, or its adapter's base, is quantized.
 
     Args:
-        quantization: The quantization_config of its config, if it has one.
+        base: Where its config is: the model itself, or the base of the adapter that it is.
     """
-    if options.stage != "rl" or quantization is None:
-        return []
+    path = options.model_name_or_path
+    whose = "its weights are" if base == path else f"the weights of its base {base} are"
     cause = (
-        "its weights are quantized, and such a base cannot be shared: vLLM has no bitsandbytes weights, and repacks "
-        "others (GPTQ, AWQ) for its kernels"
+        f"{whose} quantized: they take no steps themselves, and adapters on them are of no use in RL: vLLM, which "
+        "shares the base, has no bitsandbytes weights, and repacks others (GPTQ, AWQ) for its kernels"
     )
-    remedy = "the model's bf16 checkpoint, with use_peft=true where memory is short"
-    return [Fault("model_name_or_path", options.model_name_or_path, cause, remedy)]
+    remedy = "model_name_or_path=<the same model's bf16 checkpoint>, with use_peft=true where memory is short"
+    if base != path:
+        remedy = f"merge it into the base's bf16 checkpoint: python train.py stage=merge model_name_or_path={path} "
+        remedy += "base_model=<that> output_dir=<new folder>"
+    return [Fault("model_name_or_path", path, cause, remedy)]
 
 
 # What transformers and checkpoints call the layers of an expert, and all of them.
