@@ -25,7 +25,7 @@ from trainers.settings.engine_specs import (
 )
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reward_specs import model_keys
-from trainers.warmup import waiting, warmup_folder, warmup_options
+from trainers.warmup import Waiting, waiting, warmup_folder, warmup_options
 from trainers.weights.adapter_files import (
     LORA_OPTIONS,
     base_of,
@@ -189,17 +189,18 @@ def problem_of(
     return Problem(options, *shapes_of(options), machine_for(options, vram_gb), devices, longest)
 
 
-def assess(problem: Problem) -> Assessment:
+def assess(problem: Problem, ahead: list[Waiting] | None = None) -> Assessment:
     """Decide every `auto`, plan the memory, and collect what speaks against a start.
+
+    Args:
+        ahead: Its `warmups_ahead`, where they are known already.
 
     Raises:
         ConfigError: If the config of a model that a warm-up starts from cannot be had.
     """
     found, options, folder = _assess_alone(problem), problem.options, run_folder(problem.options)
-    named = (getattr(options, key) for key in model_keys(options))
-    ahead = {warmup.folder: warmup for path in named for warmup in waiting(path, options)}  # of both, each once
     hub, kept, warmups = downloads(options, (problem.teacher, problem.student)), 0, {}
-    for warmup in ahead.values():
+    for warmup in warmups_ahead(options) if ahead is None else ahead:
         teacher, student = shapes_of(warmup.options)
         its = replace(problem, options=warmup.options, teacher=teacher, student=student, longest=None)
         warmups[warmup.name] = _assess_alone(its)
@@ -208,6 +209,16 @@ def assess(problem: Problem) -> Assessment:
     sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", warmup_folder(), kept)]
     sizes.append(("disk", folder, sum(found.solved.plan.disk.values())))
     return replace(found, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
+
+
+def warmups_ahead(options: CommonOptions) -> list[Waiting]:
+    """The warm-ups that a run would train first, in turn, those of both models once.
+
+    Raises:
+        ConfigError: If one is not valid.
+    """
+    named = (getattr(options, key) for key in model_keys(options))
+    return list({warmup.folder: warmup for path in named for warmup in waiting(path, options)}.values())
 
 
 def _assess_alone(problem: Problem) -> Assessment:
@@ -248,10 +259,9 @@ def planned(options: CommonOptions, devices: int = 1, longest: int | None = None
 def _download_configs(options: CommonOptions) -> None:
     """Take time for what a plan asks the hub of in passing: the models' configs, those of their adapters' bases and
     those of the warm-ups."""
-    named = {key: getattr(options, key) for key in model_keys(options)}
-    for warmup in (warmup for path in named.values() for warmup in waiting(path, options)):
+    for warmup in warmups_ahead(options):
         _download_configs(warmup.options)
-    for key, path in named.items():
+    for key, path in {key: getattr(options, key) for key in model_keys(options)}.items():
         base = None if path is None or named_run(path) else base_of(path, key)
         if base is not None and not looks_local(base) and base not in KNOWN_MODELS:
             download_config(base)
