@@ -283,7 +283,7 @@ def start_faults(solved: Solved) -> list[Fault]:
     if work.trains:
         faults += optimizer_faults(options, work.device, dtype)
     if work.is_rl:
-        faults += device_faults(options, work.device, dtype, work.student_mode)
+        faults += device_faults(options, work.device, dtype)
         faults += position_faults(options, work.teacher.max_positions)
         faults += _differences_from_warmup(options, options.model_name_or_path)
     return faults + (_config_faults(options) if work.trains else [])
