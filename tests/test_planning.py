@@ -11,6 +11,7 @@ from families import COMMON, LAID_OUT_OTHERWISE
 from planned import machine, problem
 from transformers import AutoConfig
 
+import train
 from trainers import warmup
 from trainers.checks import load_options
 from trainers.config import compose_run
@@ -295,3 +296,47 @@ def test_what_a_warm_up_starts_from_is_judged_before_it_is_trained(quantized, tm
     starting_from(tmp_path / "experts", monkeypatch)
     (fault,) = assess(planning.problem_of(options)).with_warmups("start")
     assert fault.key == "weight_bridge" and "mixture of experts" in fault.cause
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "key"),
+    [
+        ("teacher_rlt_tiny", ["model_name_or_path=."], "model_name_or_path"),
+        ("teacher_sft_tiny", ["model_name_or_path=."], "model_name_or_path"),
+        ("teacher_rlt_tiny", ["model_name_or_path=experts", "max_prompt_length=64"], "weight_bridge"),
+        ("teacher_rlt_tiny", [f"model_name_or_path={SMALL}", "max_prompt_length=40000"], "max_completion_length"),
+        ("teacher_rlt_tiny", ["vllm_kwargs={enable_chunked_prefill: true}"], "vllm_kwargs"),
+        ("teacher_rlt_tiny", ["adapter_start=continue", "use_peft=true"], "adapter_start"),
+        ("teacher_rlt_tiny", ["model_name_or_path=run:teacher_rlt_tiny"], "run:teacher_rlt_tiny"),
+    ],
+)
+def test_check_tells_what_a_start_would_of_models_that_are_here(run, words, key, quantized, monkeypatch):
+    monkeypatch.chdir(quantized)
+    AutoConfig.for_model("mixtral", **COMMON, **LAID_OUT_OTHERWISE["mixtral"]).save_pretrained("experts")
+    with pytest.raises(ConfigError) as refused:
+        train.check([run, "device=cpu", *words])
+    assert [fault.key for fault in refused.value.faults] == [key]
+
+
+def test_check_tells_of_what_a_warm_up_starts_from(quantized, monkeypatch):
+    starting_from(quantized, monkeypatch)
+    with pytest.raises(ConfigError) as refused:
+        train.check(["teacher_rlt_tiny", "device=cpu"])
+    assert [fault.key for fault in refused.value.faults] == ["run:teacher_sft_tiny: model_name_or_path"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["teacher_rlt_tiny"],
+        ["teacher_sft_tiny"],
+        ["teacher_rlt_tiny", "model_name_or_path=nobody/teacher", "student_model=nobody/student"],
+        ["stage=score", "model_name_or_path=nobody/a", "student_model=nobody/b", "dataset_id_or_path=nobody/c"],
+    ],
+)
+def test_check_asks_nothing_of_the_hub_and_plans_no_memory(words, monkeypatch, capsys):
+    for name in ("trainers.weights.hub.asked_config", "trainers.plan.model_shapes.asked_config"):
+        monkeypatch.setattr(name, lambda path: pytest.fail(f"asked for {path}"))
+    monkeypatch.setattr(planning, "solve", lambda problem: pytest.fail("planned"))
+    train.check([*words, "device=cpu"])
+    assert capsys.readouterr().out == "this configuration is valid\n"

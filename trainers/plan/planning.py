@@ -14,8 +14,8 @@ from trainers.plan.machine import MIN_COMPUTE, Machine, read_machine
 from trainers.plan.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
-from trainers.plan.solve import Problem, Solved, device_of, share_faults, slow_models, solve
-from trainers.plan.workload import GIB
+from trainers.plan.solve import Problem, Solved, device_of, precision_of, share_faults, slow_models, solve
+from trainers.plan.workload import GIB, TRAINING
 from trainers.settings.engine_specs import (
     device_faults,
     mixture_faults,
@@ -62,7 +62,7 @@ def check_planned(options: CommonOptions) -> None:
     Raises:
         ConfigError: If the stage does not.
     """
-    if options.stage not in ("rl", "sft"):
+    if options.stage not in TRAINING:
         cause = "only the memory of runs that train is planned"
         raise ConfigError(Fault("stage", options.stage, cause, "name a run with stage=rl or stage=sft"))
 
@@ -277,22 +277,47 @@ def card_faults(solved: Solved, machine: Machine) -> list[Fault]:
 
 def start_faults(solved: Solved) -> list[Fault]:
     """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
-    options, work = solved.options, solved.plan.work
-    dtype = TORCH_DTYPES[work.precision]
-    faults = precision_faults(options, work.device)
-    if work.trains:
-        faults += optimizer_faults(options, work.device, dtype)
-    if work.is_rl:
-        faults += device_faults(options, work.device, dtype)
-        faults += position_faults(options, work.teacher.max_positions)
+    work = solved.plan.work
+    faults = _device_faults(solved.options, work.device, work.precision)
+    return faults + (_config_faults(solved.options) if work.trains else [])
+
+
+def faults_ahead(options: CommonOptions) -> list[Fault]:
+    """What `start_faults` tells of a run and of the warm-ups before it without a plan and without the hub: of a model
+    that is neither in a folder here nor well known, nothing.
+
+    Raises:
+        ConfigError: If a warm-up is not valid, or transformers cannot build a model.
+    """
+    if options.stage not in TRAINING:
+        return []
+    machine, key, faults = machine_for(options), "model_name_or_path", []
+    warmups = [(warmup.name, warmup.options) for warmup in warmups_ahead(options)]
+    for name, its in (*warmups, ("", options)):
+        found = _device_faults(its, device_of(its, machine), precision_of(its, machine))
+        start, _ = _followed(its.model_name_or_path, its)
+        base = None if start is None else base_of(start, key)
+        if base is None or looks_local(base) or base in KNOWN_MODELS:
+            found += _config_faults(its)
+        faults += [_of_warmup(name, fault) for fault in found] if name else found
+    return faults
+
+
+def _device_faults(options: CommonOptions, device: str, precision: str) -> list[Fault]:
+    """What speaks against the options on this device, in this precision."""
+    dtype, faults = TORCH_DTYPES[precision], precision_faults(options, device)
+    if options.stage in TRAINING:
+        faults += optimizer_faults(options, device, dtype)
+    if options.stage == "rl":
+        faults += device_faults(options, device, dtype)
         faults += _differences_from_warmup(options, options.model_name_or_path)
-    return faults + (_config_faults(options) if work.trains else [])
+    return faults
 
 
 def _config_faults(options: TrainOptions) -> list[Fault]:
     """What speaks against training a model of such a config. That of a warm-up's start speaks against the warm-up."""
-    key, faults = "model_name_or_path", []
-    start, its = _followed(options.model_name_or_path, options)
+    path, key, faults = options.model_name_or_path, "model_name_or_path", []
+    start, its = _followed(path, options)
     if start is None:
         config = its.model_init
     else:
@@ -300,7 +325,10 @@ def _config_faults(options: TrainOptions) -> list[Fault]:
         config = read_config(base, key)
         if its is options and config.get("quantization_config") is not None:
             faults += quantized_faults(options, base)
-    return faults + (mixture_faults(options) if options.stage == "rl" and has_experts(config) else [])
+    if options.stage == "rl":
+        faults += position_faults(options, _shape(path, key, options).max_positions)
+        faults += mixture_faults(options) if has_experts(config) else []
+    return faults
 
 
 def has_experts(config: dict[str, Any]) -> bool:
