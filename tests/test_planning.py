@@ -340,3 +340,10 @@ def test_check_asks_nothing_of_the_hub_and_plans_no_memory(words, monkeypatch, c
     monkeypatch.setattr(planning, "solve", lambda problem: pytest.fail("planned"))
     train.check([*words, "device=cpu"])
     assert capsys.readouterr().out == "this configuration is valid\n"
+
+
+@pytest.mark.parametrize("begin", [train.check, lambda words: planning.problem_of(checked(*words))])
+def test_a_config_that_was_broken_off_is_told_by_name(begin, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ConfigError, match=f"model_name_or_path='{tmp_path}': its config.json cannot be read"):
+        begin(["teacher_rlt_tiny", "device=cpu", f"model_name_or_path={tmp_path}"])
