@@ -26,26 +26,31 @@ from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, name
 from trainers.errors import ConfigError
 from trainers.options import BaseOptions
 from trainers.plan.hardware import prepare_allocator
-from trainers.plan.planning import planned, run_plan
+from trainers.plan.planning import faults_ahead, planned, run_plan
+from trainers.warmup import warmup_options
 
 
 def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
     """Run the stage that the options ask for."""
     from datasets import disable_caching
 
-    from trainers.warmup import warmup_options
     from trainers.watch.outputs import ending_in_the_log, make_output_dir, start_logging
 
     disable_caching()  # rows would be kept as an earlier state of this code has rendered them
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
-    for path in (getattr(options, "model_name_or_path", None), getattr(options, "student_model", None)):
-        if name := named_run(path):
-            warmup_options(name, options)  # a fault there is told now, not after the first warm-up
+    check_warmups(options)
     rank = int(os.environ.get("RANK", "0"))
     output_dir = make_output_dir(options.output_dir, run_name, num_devices)
     start_logging(output_dir, options.activate_debugging_logs, rank)
     with ending_in_the_log(output_dir):
         run_stage(options, composed, output_dir, num_devices, rank)
+
+
+def check_warmups(options: BaseOptions) -> None:
+    """A fault of one is told now, not after the first warm-up."""
+    for path in (getattr(options, "model_name_or_path", None), getattr(options, "student_model", None)):
+        if name := named_run(path):
+            warmup_options(name, options)
 
 
 def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, num_devices: int, rank: int) -> None:
@@ -106,9 +111,11 @@ def use_one_gpu() -> None:
 
 
 def check(arguments: list[str]) -> None:
-    """Compose and check a run, and start nothing."""
-    composed = compose_run("", arguments)
-    load_options(composed, int(os.environ.get("WORLD_SIZE", "1")), REPO)
+    """Compose and check a run, and start nothing: its options, and the configs of models that are here."""
+    options = load_options(compose_run("", arguments), int(os.environ.get("WORLD_SIZE", "1")), REPO)
+    check_warmups(options)
+    if faults := faults_ahead(options):
+        raise ConfigError(faults)
     print("this configuration is valid")
 
 

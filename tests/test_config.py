@@ -376,7 +376,7 @@ def test_help_errors_and_cfg_import_neither_torch_nor_vllm():
         "import sys; sys.argv=['train.py']; sys.path.insert(0, '.');"
         "import train, trainers.settings.help, trainers.config, trainers.checks;"
         "trainers.checks.load_options(trainers.config.compose_run('teacher_rlt_tiny'));"
-        "trainers.settings.help.print_help('');"
+        "trainers.settings.help.print_help(''); train.check(['device=cpu']);"
         "print({'torch', 'vllm', 'transformers', 'trl', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)

@@ -1,5 +1,6 @@
 """Warm-ups, downloads and disks of a run that is planned. Run: ./run_tests.sh tests/test_planning.py"""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from families import COMMON, LAID_OUT_OTHERWISE
 from planned import machine, problem
 from transformers import AutoConfig
 
+import train
+from trainers import warmup
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
@@ -224,3 +227,123 @@ def test_mixtures_are_known_by_whatever_their_config_calls_it():
     none = {"num_experts": None, "enable_moe_block": False, "n_routed_experts": 0}
     for config in ({}, none, KNOWN_MODELS[SMALL]):
         assert not planning.has_experts(config)
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """A folder that has of a model in 4 bits no more than its config: what opens its weights does not get far."""
+    kind = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[SMALL] | kind))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("teacher_sft_tiny", []),
+        ("teacher_sft_tiny", ["use_peft=true"]),
+        ("teacher_rlt_tiny", ["student_model=run:student_sft_tiny", "use_peft=true"]),
+    ],
+)
+def test_a_quantized_model_is_trained_by_no_stage_and_told_before_it_is_loaded(run, words, quantized):
+    options = load_options(compose_run(run, ["device=cpu", f"model_name_or_path={quantized}", *words]), repo=REPO)
+    with pytest.raises(ConfigError) as refused:
+        planned_options(options.model_copy(update={"ignore_memory_plan": True}))
+    (fault,) = refused.value.faults
+    assert fault.key == "model_name_or_path" and fault.cause.startswith("its weights are quantized: ")
+    assert "of no use in RL" in fault.cause and "bf16 checkpoint" in fault.remedy
+
+
+def test_an_adapter_on_a_quantized_base_names_the_base_and_how_to_leave_it(quantized, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    about = {"peft_type": "LORA", "base_model_name_or_path": str(quantized), "r": 16, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    (adapter / "adapter_model.safetensors").write_text("")
+    (fault,) = assess(problem(checked("teacher_sft_24gb", f"model_name_or_path={adapter}"), machine(24))).start
+    assert fault.value == str(adapter) and f"the weights of its base {quantized} are quantized" in fault.cause
+    assert f"stage=merge model_name_or_path={adapter} base_model=<that>" in fault.remedy
+
+
+def test_models_that_are_read_alone_may_be_quantized(quantized):
+    student = checked("teacher_rlt_mono_24gb", f"student_model={quantized}")
+    score = ["stage=score", f"model_name_or_path={quantized}", f"student_model={quantized}"]
+    score = load_options(compose_run("", [*score, f"dataset_id_or_path={quantized}"]), repo=REPO, needs_device=False)
+    assert not assess(problem(student, machine(24))).start
+    assert not assess(problem(score, machine(24), longest=512)).start
+
+
+def starting_from(start, monkeypatch):
+    """Let the warm-up teacher_sft_tiny start from another model."""
+    monkeypatch.setattr(
+        warmup,
+        "compose_run",
+        lambda name: compose_run(name, [f"model_name_or_path={start}"] if name == "teacher_sft_tiny" else []),
+    )
+
+
+def test_what_a_warm_up_starts_from_is_judged_before_it_is_trained(quantized, tmp_path, monkeypatch):
+    starting_from(quantized, monkeypatch)
+    options = load_options(compose_run("teacher_rlt_tiny", ["device=cpu"]), repo=REPO)
+    assert options.model_name_or_path == "run:teacher_sft_tiny"
+    with pytest.raises(ConfigError) as refused:
+        planned_options(options.model_copy(update={"ignore_memory_plan": True}))
+    (fault,) = refused.value.faults
+    assert (fault.key, fault.value) == ("run:teacher_sft_tiny: model_name_or_path", str(quantized))
+    assert "its weights are quantized" in fault.cause and "bf16 checkpoint" in fault.remedy
+
+    AutoConfig.for_model("mixtral", **COMMON, **LAID_OUT_OTHERWISE["mixtral"]).save_pretrained(tmp_path / "experts")
+    starting_from(tmp_path / "experts", monkeypatch)
+    (fault,) = assess(planning.problem_of(options)).with_warmups("start")
+    assert fault.key == "weight_bridge" and "mixture of experts" in fault.cause
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "key"),
+    [
+        ("teacher_rlt_tiny", ["model_name_or_path=."], "model_name_or_path"),
+        ("teacher_sft_tiny", ["model_name_or_path=."], "model_name_or_path"),
+        ("teacher_rlt_tiny", ["model_name_or_path=experts", "max_prompt_length=64"], "weight_bridge"),
+        ("teacher_rlt_tiny", [f"model_name_or_path={SMALL}", "max_prompt_length=40000"], "max_completion_length"),
+        ("teacher_rlt_tiny", ["vllm_kwargs={enable_chunked_prefill: true}"], "vllm_kwargs"),
+        ("teacher_rlt_tiny", ["adapter_start=continue", "use_peft=true"], "adapter_start"),
+        ("teacher_rlt_tiny", ["model_name_or_path=run:teacher_rlt_tiny"], "run:teacher_rlt_tiny"),
+    ],
+)
+def test_check_tells_what_a_start_would_of_models_that_are_here(run, words, key, quantized, monkeypatch):
+    monkeypatch.chdir(quantized)
+    AutoConfig.for_model("mixtral", **COMMON, **LAID_OUT_OTHERWISE["mixtral"]).save_pretrained("experts")
+    with pytest.raises(ConfigError) as refused:
+        train.check([run, "device=cpu", *words])
+    assert [fault.key for fault in refused.value.faults] == [key]
+
+
+def test_check_tells_of_what_a_warm_up_starts_from(quantized, monkeypatch):
+    starting_from(quantized, monkeypatch)
+    with pytest.raises(ConfigError) as refused:
+        train.check(["teacher_rlt_tiny", "device=cpu"])
+    assert [fault.key for fault in refused.value.faults] == ["run:teacher_sft_tiny: model_name_or_path"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["teacher_rlt_tiny"],
+        ["teacher_sft_tiny"],
+        ["teacher_rlt_tiny", "model_name_or_path=nobody/teacher", "student_model=nobody/student"],
+        ["stage=score", "model_name_or_path=nobody/a", "student_model=nobody/b", "dataset_id_or_path=nobody/c"],
+    ],
+)
+def test_check_asks_nothing_of_the_hub_and_plans_no_memory(words, monkeypatch, capsys):
+    for name in ("trainers.weights.hub.asked_config", "trainers.plan.model_shapes.asked_config"):
+        monkeypatch.setattr(name, lambda path: pytest.fail(f"asked for {path}"))
+    monkeypatch.setattr(planning, "solve", lambda problem: pytest.fail("planned"))
+    train.check([*words, "device=cpu"])
+    assert capsys.readouterr().out == "this configuration is valid\n"
+
+
+@pytest.mark.parametrize("begin", [train.check, lambda words: planning.problem_of(checked(*words))])
+def test_a_config_that_was_broken_off_is_told_by_name(begin, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ConfigError, match=f"model_name_or_path='{tmp_path}': its config.json cannot be read"):
+        begin(["teacher_rlt_tiny", "device=cpu", f"model_name_or_path={tmp_path}"])

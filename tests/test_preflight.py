@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import REPO
 
 from trainers.errors import ConfigError
-from trainers.plan import machine, preflight
+from trainers.plan import machine, planning, preflight
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Card, host_room, read_card
 from trainers.plan.workload import GIB
+from trainers.warmup import waiting
 from trainers.weights.hub import is_downloaded
 
 SCRIPT = [sys.executable, str(REPO / "test_config_85gb.py")]
@@ -360,3 +362,35 @@ def test_the_hub_is_asked_once_for_each_model(monkeypatch):
     for key in ("model_name_or_path", "student_model"):
         (told,) = (finding for finding in found.findings if finding.check == key)
         assert told.message.endswith("cannot be had: the line is dead")
+
+
+SEVEN, SMALL = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"
+LARGE = {"run:teacher_sft_24gb": SEVEN}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "asked"),
+    [
+        ("run:teacher_sft_24gb", "run:teacher_sft_12gb", LARGE | {"run:teacher_sft_12gb": SMALL}),
+        ("run:teacher_sft_24gb", "run:teacher_sft", LARGE),  # from the same model
+        ("run:teacher_sft_24gb", SEVEN, {"student_model": SEVEN}),
+        ("run:teacher_sft_tiny", SMALL, {"student_model": SMALL}),  # from a warm-up that begins with fresh weights
+    ],
+)
+def test_models_that_warm_ups_start_from_are_asked_for_each_once(teacher, student, asked, monkeypatch, tmp_path):
+    paths = []
+    monkeypatch.setattr(planning, "waiting", partial(waiting, root=tmp_path))  # no warm-up of an earlier run
+    monkeypatch.setattr(preflight, "is_downloaded", lambda path: False)
+    monkeypatch.setattr(preflight, "asked_config", lambda path: (None, paths.append(path) or "you have no access"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    words = [f"model_name_or_path={teacher}", f"student_model={student}", "max_prompt_length=128"]
+    findings = preflight.preflight("teacher_rlt_mono_24gb", words, 24).findings
+    told = {f.check: f.message.removeprefix("model_name_or_path: ") for f in findings if "no access" in f.message}
+    assert told == {key: f"{path} cannot be had: you have no access" for key, path in asked.items()}
+    assert paths == list(asked.values())
+
+
+def test_a_warm_up_that_is_kept_needs_no_start(monkeypatch):
+    monkeypatch.setattr(planning, "waiting", lambda path, options: [])
+    found = preflight.preflight("teacher_rlt_mono_24gb", ["model_name_or_path=run:teacher_sft_24gb"], 24)
+    assert not levels(found.findings, "run:teacher_sft_24gb")

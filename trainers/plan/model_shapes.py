@@ -161,7 +161,11 @@ def read_config(path: str, key: str) -> dict[str, Any]:
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            remedy = "name a folder that save_pretrained() wrote, whole"
+            raise ConfigError(Fault(key, path, f"its config.json cannot be read: {error}", remedy)) from error
     if kept := cached_file(path, "config.json"):
         return json.loads(Path(kept).read_text(encoding="utf-8"))
     if path in KNOWN_MODELS:

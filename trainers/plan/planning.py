@@ -14,18 +14,18 @@ from trainers.plan.machine import MIN_COMPUTE, Machine, read_machine
 from trainers.plan.model_shapes import AdapterShape, ModelShape, model_shape, read_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
-from trainers.plan.solve import Problem, Solved, device_of, share_faults, slow_models, solve
-from trainers.plan.workload import GIB
+from trainers.plan.solve import Problem, Solved, device_of, precision_of, share_faults, slow_models, solve
+from trainers.plan.workload import GIB, TRAINING
 from trainers.settings.engine_specs import (
     device_faults,
     mixture_faults,
     position_faults,
-    quantized_teacher_faults,
+    quantized_faults,
     short_student,
 )
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reward_specs import model_keys
-from trainers.warmup import waiting, warmup_folder, warmup_options
+from trainers.warmup import Waiting, waiting, warmup_folder, warmup_options
 from trainers.weights.adapter_files import (
     LORA_OPTIONS,
     base_of,
@@ -62,7 +62,7 @@ def check_planned(options: CommonOptions) -> None:
     Raises:
         ConfigError: If the stage does not.
     """
-    if options.stage not in ("rl", "sft"):
+    if options.stage not in TRAINING:
         cause = "only the memory of runs that train is planned"
         raise ConfigError(Fault("stage", options.stage, cause, "name a run with stage=rl or stage=sft"))
 
@@ -95,12 +95,19 @@ def _with_adapter(path: str, key: str, options: CommonOptions) -> ModelShape:
 
 
 def _shape(path: str, key: str, options: CommonOptions) -> ModelShape:
+    start, its = _followed(path, options)
+    if start is None:
+        return _named(its.model_init, path, options)
+    return model_shape(read_config(base_of(start, key), key), start, options.trust_remote_code)
+
+
+def _followed(path: str | None, options: CommonOptions) -> tuple[str | None, CommonOptions]:
+    """Where the weights of a model first come from, and the options that name it: those of the first warm-up behind a
+    `run:NAME`, and no path where it begins with fresh weights."""
     if name := named_run(path):
         warmup = warmup_options(name, options, needs_device=False)[1]
-        if warmup.model_name_or_path is None:
-            return _named(warmup.model_init, path, options)
-        return _shape(warmup.model_name_or_path, key, warmup)
-    return model_shape(read_config(base_of(path, key), key), path, options.trust_remote_code)
+        return _followed(warmup.model_name_or_path, warmup)
+    return path, options
 
 
 def _adapter(path: str, key: str, options: CommonOptions) -> AdapterShape | None:
@@ -182,17 +189,18 @@ def problem_of(
     return Problem(options, *shapes_of(options), machine_for(options, vram_gb), devices, longest)
 
 
-def assess(problem: Problem) -> Assessment:
+def assess(problem: Problem, ahead: list[Waiting] | None = None) -> Assessment:
     """Decide every `auto`, plan the memory, and collect what speaks against a start.
+
+    Args:
+        ahead: Its `warmups_ahead`, where they are known already.
 
     Raises:
         ConfigError: If the config of a model that a warm-up starts from cannot be had.
     """
     found, options, folder = _assess_alone(problem), problem.options, run_folder(problem.options)
-    named = (getattr(options, key) for key in model_keys(options))
-    ahead = {warmup.folder: warmup for path in named for warmup in waiting(path, options)}  # of both, each once
     hub, kept, warmups = downloads(options, (problem.teacher, problem.student)), 0, {}
-    for warmup in ahead.values():
+    for warmup in warmups_ahead(options) if ahead is None else ahead:
         teacher, student = shapes_of(warmup.options)
         its = replace(problem, options=warmup.options, teacher=teacher, student=student, longest=None)
         warmups[warmup.name] = _assess_alone(its)
@@ -201,6 +209,16 @@ def assess(problem: Problem) -> Assessment:
     sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", warmup_folder(), kept)]
     sizes.append(("disk", folder, sum(found.solved.plan.disk.values())))
     return replace(found, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
+
+
+def warmups_ahead(options: CommonOptions) -> list[Waiting]:
+    """The warm-ups that a run would train first, in turn, those of both models once.
+
+    Raises:
+        ConfigError: If one is not valid.
+    """
+    named = (getattr(options, key) for key in model_keys(options))
+    return list({warmup.folder: warmup for path in named for warmup in waiting(path, options)}.values())
 
 
 def _assess_alone(problem: Problem) -> Assessment:
@@ -241,10 +259,9 @@ def planned(options: CommonOptions, devices: int = 1, longest: int | None = None
 def _download_configs(options: CommonOptions) -> None:
     """Take time for what a plan asks the hub of in passing: the models' configs, those of their adapters' bases and
     those of the warm-ups."""
-    named = {key: getattr(options, key) for key in model_keys(options)}
-    for warmup in (warmup for path in named.values() for warmup in waiting(path, options)):
+    for warmup in warmups_ahead(options):
         _download_configs(warmup.options)
-    for key, path in named.items():
+    for key, path in {key: getattr(options, key) for key in model_keys(options)}.items():
         base = None if path is None or named_run(path) else base_of(path, key)
         if base is not None and not looks_local(base) and base not in KNOWN_MODELS:
             download_config(base)
@@ -260,18 +277,56 @@ def card_faults(solved: Solved, machine: Machine) -> list[Fault]:
 
 def start_faults(solved: Solved) -> list[Fault]:
     """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
-    options, work = solved.options, solved.plan.work
-    dtype = TORCH_DTYPES[work.precision]
-    faults = precision_faults(options, work.device)
-    if work.trains:
-        faults += optimizer_faults(options, work.device, dtype)
-    if work.is_rl:
-        faults += device_faults(options, work.device, dtype, work.student_mode)
-        faults += position_faults(options, work.teacher.max_positions)
-        path, key = options.model_name_or_path, "model_name_or_path"
-        config = {} if named_run(path) else read_config(base_of(path, key), key)
-        faults += _differences_from_warmup(options, path)
-        faults += quantized_teacher_faults(options, config.get("quantization_config"))
+    work = solved.plan.work
+    faults = _device_faults(solved.options, work.device, work.precision)
+    return faults + (_config_faults(solved.options) if work.trains else [])
+
+
+def faults_ahead(options: CommonOptions) -> list[Fault]:
+    """What `start_faults` tells of a run and of the warm-ups before it without a plan and without the hub: of a model
+    that is neither in a folder here nor well known, nothing.
+
+    Raises:
+        ConfigError: If a warm-up is not valid, or transformers cannot build a model.
+    """
+    if options.stage not in TRAINING:
+        return []
+    machine, key, faults = machine_for(options), "model_name_or_path", []
+    warmups = [(warmup.name, warmup.options) for warmup in warmups_ahead(options)]
+    for name, its in (*warmups, ("", options)):
+        found = _device_faults(its, device_of(its, machine), precision_of(its, machine))
+        start, _ = _followed(its.model_name_or_path, its)
+        base = None if start is None else base_of(start, key)
+        if base is None or looks_local(base) or base in KNOWN_MODELS:
+            found += _config_faults(its)
+        faults += [_of_warmup(name, fault) for fault in found] if name else found
+    return faults
+
+
+def _device_faults(options: CommonOptions, device: str, precision: str) -> list[Fault]:
+    """What speaks against the options on this device, in this precision."""
+    dtype, faults = TORCH_DTYPES[precision], precision_faults(options, device)
+    if options.stage in TRAINING:
+        faults += optimizer_faults(options, device, dtype)
+    if options.stage == "rl":
+        faults += device_faults(options, device, dtype)
+        faults += _differences_from_warmup(options, options.model_name_or_path)
+    return faults
+
+
+def _config_faults(options: TrainOptions) -> list[Fault]:
+    """What speaks against training a model of such a config. That of a warm-up's start speaks against the warm-up."""
+    path, key, faults = options.model_name_or_path, "model_name_or_path", []
+    start, its = _followed(path, options)
+    if start is None:
+        config = its.model_init
+    else:
+        base = base_of(start, key)
+        config = read_config(base, key)
+        if its is options and config.get("quantization_config") is not None:
+            faults += quantized_faults(options, base)
+    if options.stage == "rl":
+        faults += position_faults(options, _shape(path, key, options).max_positions)
         faults += mixture_faults(options) if has_experts(config) else []
     return faults
 

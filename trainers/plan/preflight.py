@@ -18,12 +18,13 @@ from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.plan.machine import GB, Machine
-from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of
+from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of, warmups_ahead
 from trainers.plan.remedies import Change, is_roomy, roomier
 from trainers.plan.solve import SPARE, Problem, Solved, device_of, slow_models
 from trainers.plan.workload import GIB
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
+from trainers.warmup import Waiting
 from trainers.weights.hub import asked_config, is_downloaded
 
 Level = Literal["error", "warning", "ok"]
@@ -89,6 +90,7 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
     try:
         options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
         check_planned(options)
+        ahead = warmups_ahead(options)
     except ConfigError as error:
         return Preflight(findings + _configuration(error.faults), None, None)
     machine = solved = None
@@ -96,12 +98,12 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
         machine = machine_for(options, vram_gb)
         findings += _card(options, machine, vram_gb)
         if device_of(options, machine) == "cpu" or machine.card is not None:
-            found = assess(Problem(options, *shapes_of(options), machine))
+            found = assess(Problem(options, *shapes_of(options), machine), ahead)
             findings += _configuration(found.start) + _memory(found)
             solved = found.solved
     except ConfigError as error:  # there is no plan, and the rest is looked at all the same
         findings += _configuration(error.faults) + _unplanned(options, machine)
-    there = [_wandb(options), *_models(options)]
+    there = [_wandb(options), *_models(options, ahead)]
     if machine is not None and not machine.is_here:  # what the machine that has the card can reach is not known here
         there = [replace(f, level="warning") if f.level == "error" else f for f in there]
     return Preflight(findings + there, solved, machine)
@@ -283,8 +285,17 @@ def _wandb(options: CommonOptions) -> Finding:
     return Finding("wandb", "ok", "logged in")
 
 
-def _models(options: CommonOptions) -> list[Finding]:
-    return [_model(key, getattr(options, key)) for key in model_keys(options) if getattr(options, key, None)]
+def _models(options: CommonOptions, ahead: list[Waiting]) -> list[Finding]:
+    """Of the models that a run names, and of those that its warm-ups start from, each of these once."""
+    named = {key: path for key in model_keys(options) if (path := getattr(options, key, None))}
+    findings, seen = [_model(key, path) for key, path in named.items()], set(named.values())
+    for warmup in ahead:
+        key, path = "model_name_or_path", warmup.options.model_name_or_path
+        if path is not None and not named_run(path) and path not in seen:
+            seen.add(path)
+            found = _model(key, path)
+            findings.append(replace(found, check=f"run:{warmup.name}", message=f"{key}: {found.message}"))
+    return findings
 
 
 def _model(key: str, path: str) -> Finding:

@@ -160,9 +160,8 @@ def _applies(problem: Problem, settings: dict[str, Any]) -> bool:
     changed = options.model_copy(update=settings)
     faults = option_faults(changed, problem.devices, REPO, needs_device=False)
     if options.stage == "rl":
-        mode = "resident" if changed.student_mode == "auto" else changed.student_mode
         dtype = TORCH_DTYPES[precision_of(changed, machine)]
-        faults += device_faults(changed, device_of(changed, machine), dtype, mode)
+        faults += device_faults(changed, device_of(changed, machine), dtype)
     return not faults
 
 

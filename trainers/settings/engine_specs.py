@@ -5,11 +5,10 @@ import difflib
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from trainers.errors import Fault
-from trainers.options import ModelOptions, RLOptions
-from trainers.settings.reward_specs import reads_teacher_logprobs
+from trainers.options import RLOptions, TrainOptions
+from trainers.settings.reward_specs import reads_teacher_logprobs, uses_student
 from trainers.settings.trl_options import class_body, trl_options
 
 # Names of the Atropos trainer for the same things.
@@ -217,13 +216,12 @@ def _reshaping_faults(options: RLOptions) -> list[Fault]:
     return faults + [Fault("generation_kwargs", f"{name}={given[name]}", cause, remedy) for name in named]
 
 
-def device_faults(options: RLOptions, device: str, dtype: str, student_mode: str | None) -> list[Fault]:
+def device_faults(options: RLOptions, device: str, dtype: str) -> list[Fault]:
     """What is wrong with the options of generation on this device; told before a model is loaded.
 
     Args:
         device: cuda or cpu.
         dtype: Of the weights, as in `torch.float32`.
-        student_mode: Where the student will rest; None without one.
     """
     faults = []
     bridge = bridge_name(options)
@@ -233,10 +231,6 @@ def device_faults(options: RLOptions, device: str, dtype: str, student_mode: str
     if options.use_vllm and options.cast_lm_head_to_fp32 and bridge in ("shared", "lora") and dtype != "torch.float32":
         cause = f"it moves the head's weight away from the engine's (weight_bridge={bridge})"
         faults.append(Fault("cast_lm_head_to_fp32", True, cause, "cast_lm_head_to_fp32=false, or weight_bridge=copy"))
-    if options.overlap_scoring and student_mode in (None, "streamed"):
-        cause = "no student is asked" if student_mode is None else "the student is streamed (offload_untrained_models)"
-        remedy = "overlap_scoring=false" if student_mode is None else "student_mode=cpu or resident"
-        faults.append(Fault("overlap_scoring", True, cause, remedy))
     if device == "cpu" and "enable_chunked_prefill" in options.vllm_kwargs:
         cause = "on a CPU seeds of requests need whole prompts"
         faults.append(Fault("vllm_kwargs", "enable_chunked_prefill", cause, "leave it out"))
@@ -276,20 +270,23 @@ def short_student(options: RLOptions, limit: int) -> str | None:
     )
 
 
-def quantized_teacher_faults(options: ModelOptions, quantization: Any) -> list[Fault]:
-    """A teacher whose checkpoint is quantized can be scored with, not trained.
+def quantized_faults(options: TrainOptions, base: str) -> list[Fault]:
+    """What a model to train is refused with where its checkpoint, or its adapter's base, is quantized.
 
     Args:
-        quantization: The quantization_config of its config, if it has one.
+        base: Where its config is: the model itself, or the base of the adapter that it is.
     """
-    if options.stage != "rl" or quantization is None:
-        return []
+    path = options.model_name_or_path
+    whose = "its weights are" if base == path else f"the weights of its base {base} are"
     cause = (
-        "its weights are quantized, and such a base cannot be shared: vLLM has no bitsandbytes weights, and repacks "
-        "others (GPTQ, AWQ) for its kernels"
+        f"{whose} quantized: they take no steps themselves, and adapters on them are of no use in RL: vLLM, which "
+        "shares the base, has no bitsandbytes weights, and repacks others (GPTQ, AWQ) for its kernels"
     )
-    remedy = "the model's bf16 checkpoint, with use_peft=true where memory is short"
-    return [Fault("model_name_or_path", options.model_name_or_path, cause, remedy)]
+    remedy = "model_name_or_path=<the same model's bf16 checkpoint>, with use_peft=true where memory is short"
+    if base != path:
+        remedy = f"merge it into the base's bf16 checkpoint: python train.py stage=merge model_name_or_path={path} "
+        remedy += "base_model=<that> output_dir=<new folder>"
+    return [Fault("model_name_or_path", path, cause, remedy)]
 
 
 # What transformers and checkpoints call the layers of an expert, and all of them.
@@ -363,12 +360,23 @@ def _rollout_faults(options: RLOptions) -> list[Fault]:
     if options.record_rollouts is not None and list(Path(options.record_rollouts).expanduser().glob("*.parquet")):
         cause = "the folder already holds a recording"
         faults.append(Fault("record_rollouts", options.record_rollouts, cause, "name a new folder"))
-    if options.overlap_scoring and options.student_mode == "streamed":
-        cause = "a streamed student reads its weights once for a whole batch, not for each group"
-        faults.append(Fault("overlap_scoring", True, cause, "student_mode=cpu or resident, or overlap_scoring=false"))
-    if options.overlap_scoring and not has_engine(options):
+    return faults
+
+
+def _overlap_faults(options: RLOptions) -> list[Fault]:
+    if not options.overlap_scoring:
+        return []
+    faults = []
+    if not has_engine(options):
         cause = "without the engine there is no generation to overlap with"
         faults.append(Fault("overlap_scoring", True, cause, "overlap_scoring=false"))
+    if not uses_student(options):
+        cause = "no reward function asks the student, so there is nothing to score meanwhile"
+        remedy = "overlap_scoring=false, or add teacher_logprob_kl to reward_funcs"
+        faults.append(Fault("overlap_scoring", True, cause, remedy))
+    elif options.student_mode == "streamed":
+        cause = "a streamed student reads its weights once for a whole batch, not for each group"
+        faults.append(Fault("overlap_scoring", True, cause, "student_mode=cpu or resident, or overlap_scoring=false"))
     return faults
 
 
@@ -379,6 +387,7 @@ ENGINE_FAULTS = (
     _bridge_faults,
     _kwargs_faults,
     _rollout_faults,
+    _overlap_faults,
     _engine_only_faults,
     _generation_kwargs_faults,
     _sampling_faults,
