@@ -4,16 +4,21 @@ Run: ./run_tests.sh tests/test_sentinel.py
 """
 
 import json
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from small_run import make_trainer
+from torch import nn
 from transformers import TrainerCallback
 
+from trainers.bridges import make_bridge
 from trainers.rl import train_and_report
 from trainers.rollout.importance_sampling import importance_sampling_ratio
+from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import SentinelError
+from trainers.watch.phases import PhaseTimer
 
 
 class AtStep(TrainerCallback):
@@ -157,6 +162,12 @@ def test_the_last_update_is_compared_too_and_what_was_trained_is_saved_first(sta
     assert (tmp_path / "model.safetensors").is_file()
     assert caplog.text.count("differ by") == (0 if is_broken else 1)
     assert len([line for line in lines(tmp_path) if "reward" in line]) == 4
+
+
+def test_no_engine_is_built_to_be_compared_with_what_it_was_built_from():
+    options = SimpleNamespace(record_rollouts=None, replay_rollouts=None)
+    engine = SimpleNamespace(bridge=make_bridge("restart", nn.Module()))
+    RolloutSampler(options, None, PhaseTimer(), engine).check_last_update()  # asks nothing further of it
 
 
 def test_a_tolerance_is_measured_no_further_than_rounding_goes(start):
