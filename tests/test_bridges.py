@@ -1,6 +1,7 @@
 """Weight bridges without an engine. Run: ./run_tests.sh tests/test_bridges.py"""
 
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,3 +142,58 @@ def test_weights_that_the_engine_repacks_are_refused_with_the_copying_bridge_as_
     engine.repack = lambda tensor: tensor.flip(0)
     with pytest.raises(ConfigError, match=r"another layout[\s\S]*weight_bridge=copy"):
         share(trainer, engine)
+
+
+def copied(trainer, engine):
+    """The bridge of an engine that has loaded the trainer's weights, and what it names after so many syncs."""
+    bridge = make_bridge("copy", trainer)
+    engine.load_weights(bridge.weights(engine))
+    bridge.attach(SimpleNamespace(model=engine), lambda: None)
+
+    def named(count):
+        return {bridge.sync() or bridge.stale() for _ in range(count)}
+
+    return named
+
+
+def test_a_copy_that_is_not_delivered_is_seen_value_by_value_in_the_engine_s_type():
+    trainer, engine = make_pair()
+    trainer.model.c = nn.Linear(4, 1)  # for which the engine has no tensor
+    named = copied(trainer, engine.bfloat16())
+    engine.model.embed_tokens.weight.data[6:] = 7  # rows that are no token's
+    assert named(3) == {None}
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.view(-1)[-1] += 1
+    assert named(3) == {None}
+    engine.load_weights = lambda weights: None
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.view(-1)[-1] *= 1.01
+    assert named(3) == {"model.a.weight", "model.b.weight", "model.embed_tokens.weight"}
+
+
+def test_a_copy_in_another_layout_is_not_taken_for_one_that_was_not_delivered():
+    trainer, engine = make_pair()
+    nn.init.ones_(trainer.model.a.weight)  # as before an update of it looks the same in any order
+    engine.repack = lambda tensor: tensor.flip(0)
+    named = copied(trainer, engine)
+    with torch.no_grad():
+        trainer.model.a.weight[0] += 1
+    assert named(4) == {None}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_tied_head_is_looked_at_where_the_engine_has_one_of_its_own(is_tied):
+    trainer, engine = make_pair(rows=6)
+    for model in (trainer, engine):
+        model.lm_head = nn.Linear(4, 6, bias=False)
+    trainer.lm_head.weight = trainer.model.embed_tokens.weight
+    if is_tied:
+        engine.lm_head.weight = engine.model.embed_tokens.weight
+    named = copied(trainer, engine)
+    assert named(4) == {None}
+    engine.load_weights = lambda weights: None
+    with torch.no_grad():
+        trainer.lm_head.weight.add_(1)
+    assert named(4) == {None, "model.embed_tokens.weight"} | (set() if is_tied else {"lm_head.weight"})

@@ -211,6 +211,9 @@ def test_recorded_rollouts_are_replayed_without_an_engine(warm, first_run, tmp_p
             == completions(recorded, step)["completion"].tolist()
         )
     assert json.loads((tmp_path / "b" / "result.json").read_text()).keys() == {"before", "after"}
+    once = ("report_before_after=false", "eval_strategy=steps", "eval_steps=2")
+    with pytest.raises(AssertionError, match="eval-00000.parquet was sampled after optimizer step 0, and .* step 2"):
+        rl(warm, tmp_path / "late", "seed=1", *once, f"replay_rollouts={tmp_path}/rollouts")
     with pytest.raises(AssertionError, match="sampled from other prompts than this run's"):
         rl(warm, tmp_path / "c", "seed=2", "report_before_after=false", f"replay_rollouts={tmp_path}/rollouts")
 

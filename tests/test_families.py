@@ -1,6 +1,6 @@
 """Families that share weights with the engine, and one that cannot. Run: ./run_tests.sh tests/test_families.py
 
-All of them, with adapters and saved checkpoints, one process each: ./run_tests.sh -m slow tests/test_families.py
+With adapters and saved checkpoints too, one process each: ./run_tests.sh -m slow tests/test_families.py
 """
 
 import json
@@ -50,8 +50,8 @@ def test_trainer_and_engine_agree_before_and_after_updates(runs, family, trained
         assert result["fresh vllm"] < 1e-5
 
 
-@pytest.mark.parametrize("family", ["phi3", "gemma2"])
-def test_a_family_that_fuses_or_ties_otherwise_than_qwen2_shares_its_weights(family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_shares_its_weights_before_and_after_updates(family):
     """Phi-3's checkpoints hold q/k/v fused; Gemma 2 has a tied head without a name, norms of 1 + w, capped scores."""
     found = measure(family, use_peft=False)
     assert found["least_moved"] > 1e-4

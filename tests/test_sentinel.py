@@ -4,19 +4,24 @@ Run: ./run_tests.sh tests/test_sentinel.py
 """
 
 import json
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from conftest import REPO
 from small_run import make_trainer
+from torch import nn
 from transformers import TrainerCallback
 
+from trainers.bridges import make_bridge
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.rl import train_and_report
 from trainers.rollout.importance_sampling import importance_sampling_ratio
+from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import SentinelError
+from trainers.watch.phases import PhaseTimer
 
 
 class AtStep(TrainerCallback):
@@ -110,10 +115,18 @@ def compute_otherwise(trainer):
     layer.register_forward_hook(lambda module, inputs, output: (output[0] * 1.3, *output[1:]))
 
 
-def test_adapters_that_no_longer_arrive_stop_the_run(start):
-    """At a rate at which log-probabilities move by less than half precision's rounding."""
-    trainer = start(lambda t: setattr(t.sampler.engine.bridge, "sync", lambda: None), use_peft=True, learning_rate=1e-5)
-    with pytest.raises(SentinelError, match=r"another adapter than the trainer at model\.layers\.\d"):
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"use_peft": True}, 1e-5),
+        ({"weight_bridge": "copy"}, 1e-6),
+        ({"weight_bridge": "copy", "use_peft": True}, 1e-6),
+    ],
+)
+def test_updates_that_no_longer_arrive_stop_the_run(start, options, rate):
+    """At rates at which log-probabilities move by less than half precision's rounding, or than fp32's tolerance."""
+    trainer = start(lambda t: setattr(t.sampler.engine.bridge, "sync", lambda: None), learning_rate=rate, **options)
+    with pytest.raises(SentinelError, match=r"other weights than the trainer at model\.(layers\.\d|embed_tokens)"):
         trainer.train()
     assert trainer.state.global_step == 2
 
@@ -126,10 +139,7 @@ def test_engine_with_other_weights_stops_the_run(start, options):
         engine = trainer.sampler.engine.llm.llm_engine
         step = engine.step
         engine.step = lambda: steps.append(None) or step()
-        if options == {"weight_bridge": "copy"}:  # the bridge forgets to bring the update
-            trainer.sampler.engine.bridge.sync = lambda: None
-        else:
-            compute_otherwise(trainer)
+        compute_otherwise(trainer)
 
     trainer = start(action, learning_rate=1e-2, **options)  # at the tolerance of a run
     with pytest.raises(SentinelError, match="trainer and engine disagree"):
@@ -155,6 +165,12 @@ def test_the_last_update_is_compared_too_and_what_was_trained_is_saved_first(sta
     assert (tmp_path / "model.safetensors").is_file()
     assert caplog.text.count("differ by") == (0 if is_broken else 1)
     assert len([line for line in lines(tmp_path) if "reward" in line]) == 4
+
+
+def test_no_engine_is_built_to_be_compared_with_what_it_was_built_from():
+    options = SimpleNamespace(record_rollouts=None, replay_rollouts=None)
+    engine = SimpleNamespace(bridge=make_bridge("restart", nn.Module()))
+    RolloutSampler(options, None, PhaseTimer(), engine).check_last_update()  # asks nothing further of it
 
 
 def test_a_tolerance_is_measured_no_further_than_rounding_goes(start):

@@ -150,17 +150,24 @@ def test_kl_of_a_continued_adapter_is_to_what_it_was_at_the_start(
     assert open_adapter("k", str(tmp_path / "saved")).base == str(model_dir)
 
 
-def test_asking_for_a_stale_adapter_moves_on_to_no_other_layer(renderer, model_dir, tmp_path):
-    with running(renderer, model_dir, tmp_path, use_peft=True) as (engine, _):
-        layers, named = engine.bridge._layers, []
+@pytest.mark.parametrize("way", ["lora", "copy", "copy with adapters"])
+def test_each_weight_is_looked_at_in_turn_and_asking_moves_on_to_no_other(renderer, model_dir, tmp_path, prompts, way):
+    with running(renderer, model_dir, tmp_path, **WAYS[way]) as (engine, model):
+        bridge, named = engine.bridge, []
+        layers, written = bridge._layers if way == "lora" else bridge._same, list(engine.engine_model.parameters())
+        written += [layer.lora_b_stacked[0] for layer, _ in layers] if way == "lora" else []
+        train_some(model, prompts)
         for _ in layers:
-            engine.bridge.sync()
-            assert engine.bridge.stale() is None
-            for layer, _ in layers:
-                layer.lora_b_stacked[0].add_(1)
-            named.append(engine.bridge.stale())
-            assert engine.bridge.stale() == named[-1]
-        assert None not in named and len(set(named)) == len(layers)
+            bridge.sync()
+            assert bridge.stale() is None
+            for tensor in written:
+                tensor.data.add_(1)
+            named.append(bridge.stale())
+            assert bridge.stale() == named[-1]
+    assert None not in named and len(set(named)) == len(layers)
+    if way != "lora":  # norms and biases of a fresh model are constants
+        fresh = AutoModelForCausalLM.from_pretrained(model_dir).named_parameters()
+        assert set(named) == {name for name, p in fresh if p.dim() > 1}
 
 
 def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_path):

@@ -11,7 +11,7 @@ restart: the weights are saved and a new engine is built from the checkpoint aft
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from trainers.errors import ConfigError, Fault
 from trainers.plan.host_memory import SHARD
 from trainers.weights.adapters import ADAPTER, base_model
-from trainers.weights.shared_weights import SharedTensors, base_parameters, fused_parts, held_bytes
+from trainers.weights.shared_weights import (
+    SharedTensors,
+    base_parameters,
+    engine_tensors,
+    fused_parts,
+    held_bytes,
+    holds,
+)
 
 LOAD_FORMAT = "trainer"
 
@@ -81,7 +88,7 @@ class WeightBridge(ABC):
         """Make the engine see the trainer's current weights."""
 
     def stale(self) -> str | None:
-        """A layer of the engine's that is known to have other weights than the trainer's, of those looked at."""
+        """A layer or weight of the engine's that is known to be another than the trainer's, of those looked at."""
         return None
 
     def weight_bytes(self) -> int:
@@ -124,9 +131,35 @@ class CopyBridge(WeightBridge):
         return _in_memory(self.weights)
 
     @torch.no_grad()
+    def attach(self, runner: Any, rebuild: Callable[[], None]) -> None:
+        super().attach(runner, rebuild)
+        names = list(base_parameters(self.model, every_name=True))
+        tensors = dict(engine_tensors(self.engine_model, names, strict=False))
+        # What the engine, which has just loaded them, holds otherwise (transposed, in another order of rows) is not
+        # looked at; nor is a constant, as biases are in a fresh model: it would look the same in any order.
+        self._same = [
+            name
+            for name, weight in self.weights(self.engine_model)
+            if name in tensors and weight.min() < weight.max() and holds(tensors[name], weight)
+        ]
+        self._syncs = 0
+
+    @torch.no_grad()
     def sync(self) -> None:
         """Copy all weights, adapters merged."""
+        self._syncs += 1
         self.engine_model.load_weights(self.weights(self.engine_model))
+
+    @torch.no_grad()
+    def stale(self) -> str | None:
+        """One weight is looked at, value by value, after each `sync` the next. At a small rate an update moves
+        log-probabilities by less than they may differ by, in fp32 too."""
+        if not self._same:
+            return None
+        name = self._same[self._syncs % len(self._same)]
+        ((_, tensor),) = engine_tensors(self.engine_model, [name])
+        ((_, weight),) = merged_weights(self.model, every_name=True, names=(name,))
+        return None if holds(tensor, weight) else name
 
 
 class LoraBridge(WeightBridge):
@@ -258,13 +291,20 @@ def _known_to(
     return ((name, weight) for name, weight in named if name in first or name in own)
 
 
-def merged_weights(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(
+    model: nn.Module, every_name: bool = False, names: Container[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model by the names they have without adapters, each adapter added to its layer's.
 
     One layer's sum at a time: a caller that copies as it goes holds no second set of weights.
+
+    Args:
+        names: Give these alone.
     """
     modules = dict(base_model(model).named_modules())
     for name, parameter in base_parameters(model, every_name).items():
+        if names is not None and name not in names:
+            continue
         path, _, kind = name.rpartition(".")
         layer, weight = modules.get(path), parameter.data
         if kind == "weight" and isinstance(layer, LoraLayer):

@@ -53,15 +53,18 @@ class RolloutFiles:
         self._counts[mode] += 1
         return path
 
-    def write(self, rollout: Rollout, temperature: float, mode: str) -> None:
-        """Keep the rollout of one call, and the temperature of its log-probabilities."""
+    def write(self, rollout: Rollout, temperature: float, step: int, mode: str) -> None:
+        """Keep the rollout of one call, the temperature of its log-probabilities, and how many optimizer steps the
+        weights that wrote it had taken."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._next(mode)
         partial = path.with_suffix(".partial")
-        pd.DataFrame(asdict(rollout) | {"temperature": temperature}).to_parquet(partial)
+        pd.DataFrame(asdict(rollout) | {"temperature": temperature, "step": step}).to_parquet(partial)
         partial.replace(path)
 
-    def read(self, prompt_ids: list[list[int]], given: int, temperature: float, longest: int, mode: str) -> Rollout:
+    def read(
+        self, prompt_ids: list[list[int]], given: int, temperature: float, longest: int, step: int, mode: str
+    ) -> Rollout:
         """Return the rollout of the next call.
 
         Args:
@@ -69,6 +72,8 @@ class RolloutFiles:
             given: How many tokens at the end of each prompt this run needs the log-probabilities of.
             temperature: At which this run would sample.
             longest: Most tokens of a completion in this run.
+            step: Optimizer steps that this run has taken. Held-out prompts are the same at every evaluation: nothing
+                else tells which one a file is of.
 
         Raises:
             ConfigError: If there is none left, or it was sampled in another way.
@@ -85,6 +90,8 @@ class RolloutFiles:
             cause = f"{path.name} was sampled from other prompts than this run's"
             remedy = "the recording run's data, seed, tokenizer, templates and batch sizes"
             raise ConfigError(Fault(key, value, cause, remedy))
+        if fault := self._other_step(path.name, table, step, mode):
+            raise ConfigError(fault)
         if table["temperature"][0] != temperature:
             recorded = table["temperature"][0]
             cause = f"it was sampled at temperature {recorded}, this run's is {temperature}"
@@ -96,6 +103,20 @@ class RolloutFiles:
             cause = f"the padding's log-probabilities are {'missing from' if given else 'part of'} the recording"
             raise ConfigError(Fault(key, value, cause, f"padding_in_kl={'false' if given else 'true'}"))
         return rollout
+
+    def _other_step(self, name: str, table: pd.DataFrame, step: int, mode: str) -> Fault | None:
+        key, value = "replay_rollouts", str(self.folder)
+        if "step" not in table:
+            cause = f"{name} does not tell after which optimizer step it was sampled: an earlier version wrote it"
+            return Fault(key, value, cause, "a new recording (record_rollouts)")
+        if (recorded := table["step"][0]) == step:
+            return None
+        cause = f"{name} was sampled after optimizer step {recorded}, and this run is at step {step}"
+        if mode == "eval":
+            remedy = "the recording run's evaluations (eval_strategy, eval_steps, report_before_after)"
+        else:
+            remedy = "the recording run's train_batch_size, generation_aggregation_steps and num_iterations"
+        return Fault(key, value, cause, remedy)
 
 
 def _lists(column: pd.Series) -> list:

@@ -81,12 +81,13 @@ class RolloutSampler:
             self.sentinel.check(report or self.trainer.note_metrics)
 
     def check_last_update(self) -> None:
-        """See that the engine computes with the trainer's weights after an update that no rollout follows.
+        """See that the engine computes with the trainer's weights after an update that no rollout follows; not where
+        an engine would be built from them for that alone (weight_bridge=restart).
 
         Raises:
             SentinelError: If it does not.
         """
-        if self.engine is None:
+        if self.engine is None or not self.engine.bridge.keeps_engine:
             return
         found: dict[str, float] = {}
         self.sync_weights(found.update)
@@ -137,15 +138,16 @@ class RolloutSampler:
         micro_batches = trainer.args.steps_per_generation * trainer.num_iterations
         number = trainer._step // micro_batches if trainer.model.training else EVALUATION
         given = len(self.renderer.padding_ids) if self.options.padding_in_kl else 0
+        step = trainer.state.global_step
         if self.replay is not None:
             limit = trainer.max_completion_length
-            return self.replay.read(prompt_ids, given, trainer.temperature, limit, trainer.mode)
+            return self.replay.read(prompt_ids, given, trainer.temperature, limit, step, trainer.mode)
         if self.engine is None:
             sampled = generate_with_transformers(trainer, self.renderer, prompt_ids, number, given)
         else:
             sampled = self._sample_with_engine(prompt_ids, number, given)
         if self.record is not None:
-            self.record.write(sampled, trainer.temperature, trainer.mode)
+            self.record.write(sampled, trainer.temperature, step, trainer.mode)
         return sampled
 
     def _sample_with_engine(self, prompt_ids: list[list[int]], number: int, given: int) -> Rollout:

@@ -64,18 +64,19 @@ class Sentinel:
             report: Called with `sentinel/mismatch_mean` and `sentinel/mismatch_max`, in nats.
 
         Raises:
-            SentinelError: If the prefix cache outlived the update, or an adapter did not arrive; in that rollout, if
-                the difference is beyond the tolerance.
+            SentinelError: If the prefix cache outlived the update, or a weight did not arrive; in that rollout, if the
+                difference is beyond the tolerance.
         """
         if cached := self.engine.cached_blocks():
             raise SentinelError(
                 f"vLLM's prefix cache holds {cached} blocks right after a weight update: keys and values of older "
                 "weights would be used\n  -> enable_prefix_caching=false, and please report this"
             )
-        if layer := self.engine.bridge.stale():
+        if place := self.engine.bridge.stale():
             raise SentinelError(
-                f"the engine has another adapter than the trainer at {layer}\n"
-                "  -> weight_bridge=copy does without vLLM's adapter buffers; please report this"
+                f"the engine has other weights than the trainer at {place}: an update did not reach it\n"
+                "  -> weight_bridge=copy does without vLLM's adapter buffers, weight_bridge=restart without copying "
+                "into an engine; please report this"
             )
         ours = self._trainer_logprobs()
         if not self._tokens:

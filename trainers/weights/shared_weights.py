@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from trainers.errors import ConfigError, Fault
 from trainers.weights.adapters import base_model
 
+ROWS_AT_ONCE = 4096  # a byte for each value is taken while they are compared: half a GiB for a 7B model's embedding
+
 
 def base_parameters(model: nn.Module, every_name: bool = False) -> dict[str, nn.Parameter]:
     """The parameters of a model without its adapters, by the names they have where there are none.
@@ -37,14 +39,17 @@ def fused_parts(engine_model: nn.Module) -> dict[str, tuple[str, int, int]]:
     return {part: (fused, i, len(parts)) for fused, parts in packed.items() for i, part in enumerate(parts)}
 
 
-def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def engine_tensors(engine_model: nn.Module, names: list[str], strict: bool = True) -> Iterator[tuple[str, Tensor]]:
     """For each of the trainer's parameter names, yield the part of the engine's weights that holds it.
 
     What is fused with what is read from vLLM's model class (`packed_modules_mapping`) and the sizes of the parts from
     its fused layers (`output_sizes`), so no table of names for one architecture is needed.
 
+    Args:
+        strict: False leaves a name out for which the engine has no tensor.
+
     Raises:
-        KeyError: If the engine has no tensor for a name.
+        KeyError: If there is such a name, and it is not to be left out.
     """
     # A layer that vLLM wrapped for LoRA holds the layer proper, and its weights, as `base_layer`.
     parameters = {
@@ -58,13 +63,26 @@ def engine_tensors(engine_model: nn.Module, names: list[str]) -> Iterator[tuple[
             continue
         path, _, kind = name.rpartition(".")
         parent, _, leaf = path.rpartition(".")
-        if leaf not in fused_into:
-            raise KeyError(name)
-        fused, index, _ = fused_into[leaf]
+        fused, index, _ = fused_into.get(leaf, (leaf, 0, 1))
         module_name = f"{parent}.{fused}"
+        tensor = parameters.get(f"{module_name}.{kind}")
+        if tensor is None:
+            if strict:
+                raise KeyError(name)
+            continue
         sizes = modules[module_name].output_sizes
         start = sum(sizes[:index])
-        yield name, parameters[f"{module_name}.{kind}"].data[start : start + sizes[index]]
+        yield name, tensor.data[start : start + sizes[index]]
+
+
+def holds(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor of the engine's has a weight of the trainer's in it value by value, in the engine's type; behind
+    it there may be rows that vLLM adds to round the vocabulary up."""
+    tensor = tensor[: len(weight)]
+    if tensor.shape != weight.shape:
+        return False
+    pairs = zip(tensor.split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE), strict=True)
+    return all(torch.equal(own, part.to(own.device, own.dtype)) for own, part in pairs)
 
 
 def share_weights(model: nn.Module, engine_model: nn.Module) -> None:
@@ -96,7 +114,7 @@ def share_weights(model: nn.Module, engine_model: nn.Module) -> None:
         if target.shape != parameter.shape or target.dtype != parameter.dtype:
             ours, theirs = f"{tuple(parameter.shape)} {parameter.dtype}", f"{tuple(target.shape)} {target.dtype}"
             raise _unshareable(f"{name} is {ours} in the trainer and {theirs} in the engine")
-        if not torch.equal(target, parameter.to(target.device)):
+        if not holds(target, parameter):
             raise _unshareable(f"the engine holds {name} in another layout")
         parameter.data = target
         key = target.untyped_storage().data_ptr()
