@@ -230,7 +230,7 @@ def test_scores_are_most_of_it_where_texts_are_long():
     ids=str,
 )
 def test_resident_student_takes_what_is_planned(given, precision, attention, monkeypatch):
-    monkeypatch.setattr("trainers.memory.SCORE_HEAD_TOKENS", {"cpu": 0})  # the head is another matter
+    monkeypatch.setattr("trainers.memory.SCORE_TILE", {"cpu": (0, 0)})  # the head is another matter
     chosen = work(given, precision, attn_implementation=attention)
     planned = make_plan(chosen, GIB).phases["score"]["scoring buffers"]
     student = make(given, precision, attention).eval().requires_grad_(False)
@@ -247,7 +247,7 @@ def test_resident_student_takes_what_is_planned(given, precision, attention, mon
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
 def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.memory.SCORE_HEAD_TOKENS", {"cpu": 0})  # the head is another matter
+    monkeypatch.setattr("trainers.memory.SCORE_TILE", {"cpu": (0, 0)})  # the head is another matter
     given = config(model_type)
     make(given, "fp32").save_pretrained(tmp_path)
     items = make_plan(work(given, "fp32", "streamed"), GIB).phases["score"]

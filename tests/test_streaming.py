@@ -11,11 +11,13 @@ import torch
 from conftest import REPO
 from families import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer import utils
 
 from data.render import Encoded
 from trainers.attention import attention_of
 from trainers.errors import ConfigError
 from trainers.models import load_model
+from trainers.plan.activations import HEAD_WIDTH
 from trainers.scoring import frozen
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone, passes
 from trainers.scoring.streaming import StreamedBackbone
@@ -118,20 +120,14 @@ def test_only_what_is_asked_for_is_projected_and_never_all_at_once(tmp_path, mon
     save("qwen2", tmp_path)
     texts, parts = make_texts()
     model = FrozenModel(stream(tmp_path), 1.0, 10_000)
-    monkeypatch.setitem(frozen.SCORE_HEAD_TOKENS, "cpu", 7)
-    projected = {False: [], True: []}
-    for head in (model._head, model._greedy_head):
-
-        def counted(states, *, forward=head.forward, count=projected[head.is_top1], **given):
-            count.append(states.shape[1])
-            return forward(states, **given)
-
-        head.forward = counted
+    monkeypatch.setitem(frozen.SCORE_TILE, "cpu", (7, 100))
+    tiles, mm = [], torch.mm  # which the layers do not call
+    monkeypatch.setattr(torch, "mm", lambda *given, out: tiles.append(out.shape) or mm(*given, out=out))
     model.score(texts, [spans[:1] for spans in parts], [spans[1:] for spans in parts])
-    lengths = [[end - start for start, end in spans] for spans in parts]
-    assert sum(projected[False]) == sum(first for first, _ in lengths)
-    assert sum(projected[True]) == sum(second for _, second in lengths)
-    assert max(projected[False] + projected[True]) == 7
+    asked = sum(end - start for spans in parts for start, end in spans)
+    assert sum(rows * columns for rows, columns in tiles) == asked * model.backbone.config.vocab_size
+    assert max(rows for rows, _ in tiles) == 7 and max(columns for _, columns in tiles) == 100
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == HEAD_WIDTH, "the trainer's own tiles are others"
 
 
 def test_sliding_windows_and_long_texts(tmp_path):

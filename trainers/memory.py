@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from trainers.options import RLOptions
-from trainers.plan.activations import HEAD_WIDTH, TILE_FORWARD, activations, mask_elements, reading_layer
+from trainers.plan.activations import TILE_FORWARD, activations, mask_elements, reading_layer
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.plan.host_memory import disk_space, host_memory
 from trainers.plan.model_shapes import ModelShape
-from trainers.plan.workload import GIB, MICRO_TOKENS, SCORE_HEAD_TOKENS, SCORED_AT_ONCE, Plan, Workload
+from trainers.plan.workload import GIB, MICRO_TOKENS, SCORE_TILE, SCORED_AT_ONCE, Plan, Workload
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import batched_tokens, model_length
 from trainers.settings.evaluation import completions_at_once, prompts_at_once
@@ -211,10 +211,11 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
         return {}
     size, hidden, length = work.itemsize, shape.hidden, work.length
     texts = max(1, MICRO_TOKENS[work.device] // length)  # of a micro-batch
-    head_tokens, width = SCORE_HEAD_TOKENS[work.device], min(HEAD_WIDTH, shape.vocab)
-    cast = width * hidden * (4 if size < 4 else 0)
-    tile = int(head_tokens * width * TILE_FORWARD) if work.device == "cpu" else 0
-    head = head_tokens * HEAD_WIDTH * 4 + max(cast, tile)
+    positions, width = SCORE_TILE[work.device]
+    entries = min(width, shape.vocab)
+    cast = entries * hidden * (4 if size < 4 else 0)
+    tile = int(positions * entries * TILE_FORWARD) if work.device == "cpu" else 0
+    head = positions * width * 4 + max(cast, tile)
     masks = mask_elements(work, shape)  # elements for each token
     if mode != "streamed":
         layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from data.render import Encoded
-from trainers.plan.workload import MICRO_TOKENS, SCORE_HEAD_TOKENS
+from trainers.plan.workload import MICRO_TOKENS, SCORE_TILE
 
 Span = tuple[int, int]
 
@@ -89,8 +90,8 @@ class _Head:
     def log_probs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of `[positions, hidden]` states and `[positions]` labels; fp32 and, if asked for, bool, on the CPU."""
         logprobs, is_top1 = [], []
-        step = SCORE_HEAD_TOKENS[hidden.device.type]
-        with _exact_on_tensor_cores(hidden):
+        step, width = SCORE_TILE[hidden.device.type]
+        with _exact_on_tensor_cores(hidden), _tiles_of(width):
             for states, targets in zip(hidden.split(step), labels.split(step), strict=True):
                 out = self.forward(
                     states[None], shift_labels=targets[None], fused_lm_head=True, output_router_logits=False
@@ -99,6 +100,20 @@ class _Head:
                 if self.is_top1:
                     is_top1.append(out.is_top1[0].bool().cpu())
         return torch.cat(logprobs), torch.cat(is_top1) if is_top1 else None
+
+
+@contextmanager
+def _tiles_of(width: int) -> Iterator[None]:
+    """Let TRL's head compute so many vocabulary entries at once: a constant of its module, which it reads at each call.
+
+    Nothing else asks TRL's head meanwhile: who scores ahead is waited for before the trainer computes.
+    """
+    before = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = width
+    try:
+        yield
+    finally:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
 @contextmanager
