@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.commands import run, tell
 from benchmarks.shapes import SHAPES
-from benchmarks.small_data import write_model, write_rows
+from benchmarks.small_data import WORD, write_model, write_rows
 
 ITEMS, WHOLE = 0.05, 0.10
 BATCH = {"train_batch_size": 8, "num_generations": 4, "per_device_eval_batch_size": 4, "max_prompt_length": 190}
@@ -61,6 +61,8 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     # Completions of full length; the KL then goes without the teacher's log-probabilities, see preset_run.py.
     overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}
     overrides |= {"include_teacher_think_entropy": False}
+    # The student's texts are planned to be as long as the teacher's may be, and so they are.
+    overrides |= {"student_system_prompt": f"'Think, then solve.{5 * WORD}'"}
     arguments = [f"{key}={value}" for key, value in overrides.items()]
     options = load_options(compose_run("teacher_rlt_tiny", arguments))
     solved = solve(problem_of(options))
