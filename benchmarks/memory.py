@@ -43,6 +43,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def arguments_of(case: str, folder: Path) -> list[str]:
+    """A case as overrides of the small run."""
+    overrides = BATCH | CASES[case][1] | {"max_steps": 2, "report_before_after": False, "save_strategy": "no"}
+    overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}
+    overrides |= {"student_model": folder / "model", "output_dir": folder / "out", "num_probes": 0, "logging_steps": 1}
+    overrides |= {"stop_at_closing_tag": False, "report_to": "none", "device": "cpu", "seed": 0}
+    # Completions of full length; the KL then goes without the teacher's log-probabilities, see preset_run.py.
+    overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}
+    overrides |= {"include_teacher_think_entropy": False}
+    # The student's texts are planned to be as long as the teacher's may be, and so they are.
+    overrides |= {"student_system_prompt": f"'Think, then solve.{5 * WORD}'"}
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
 def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     """Run a case in this process, and return planned and measured bytes of each item."""
     import torch
@@ -54,17 +68,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     from trainers.plan.solve import solve
     from trainers.watch.memory_watch import resident_peak
 
-    overrides = BATCH | CASES[case][1] | {"max_steps": 2, "report_before_after": False, "save_strategy": "no"}
-    overrides |= {"dataset_id_or_path": folder / "rows.jsonl", "model_name_or_path": folder / "model"}
-    overrides |= {"student_model": folder / "model", "output_dir": folder / "out", "num_probes": 0, "logging_steps": 1}
-    overrides |= {"stop_at_closing_tag": False, "report_to": "none", "device": "cpu", "seed": 0}
-    # Completions of full length; the KL then goes without the teacher's log-probabilities, see preset_run.py.
-    overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}
-    overrides |= {"include_teacher_think_entropy": False}
-    # The student's texts are planned to be as long as the teacher's may be, and so they are.
-    overrides |= {"student_system_prompt": f"'Think, then solve.{5 * WORD}'"}
-    arguments = [f"{key}={value}" for key, value in overrides.items()]
-    options = load_options(compose_run("teacher_rlt_tiny", arguments))
+    options = load_options(compose_run("teacher_rlt_tiny", arguments_of(case, folder)))
     solved = solve(problem_of(options))
     found: dict[str, float] = {}
 
@@ -91,7 +95,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
             return result
 
     rl.TeacherGRPOTrainer = Watched
-    rl.run_rl(solved.options, Path(overrides["output_dir"]))
+    rl.run_rl(solved.options, folder / "out")
     metrics = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
     peaks = [value * 2**30 for row in metrics for name, value in row.items() if name.endswith("_peak")]
     phases = solved.plan.phases
