@@ -188,18 +188,23 @@ def test_a_difference_that_rounding_may_make_stops_a_run_when_it_comes_twice(sta
     sentinel = start().sampler.sentinel
     sentinel.tolerance, sentinel._is_rounded = 0.3, True
 
-    def compare(difference):
-        return sentinel._compare(torch.zeros(2), torch.tensor([0.0, difference]))["sentinel/mismatch_max"]
+    def compare(difference, update=[0.0]):  # noqa: B006 - counts
+        update[0] += 1
+        ours = torch.full((2,), update[0])
+        return sentinel._compare(ours, ours + torch.tensor([0.0, difference]))["sentinel/mismatch_max"]
 
     assert [compare(d) for d in (0.1, 0.5, 0.1, 0.5)] == pytest.approx([0.1, 0.5, 0.1, 0.5])
     assert caplog.text.count("the run stops if they do so after the next update") == 2
     with pytest.raises(SentinelError, match="differs by 0.4, allowed is 0.3 "):
         compare(0.4)
     for at_once in (1.1, float("nan")):  # no rounding
-        sentinel._exceeded = False
+        sentinel._exceeded = None
         with pytest.raises(SentinelError):
             compare(at_once)
-    sentinel._exceeded, sentinel._is_rounded = False, False  # fp32 on a CPU, or a tolerance of the user's
+    sentinel._exceeded = None
+    for _ in range(2):  # the same weights, at an evaluation and at the end
+        sentinel._compare(torch.zeros(1), torch.tensor([0.5]))
+    sentinel._exceeded, sentinel._is_rounded = None, False  # fp32 on a CPU, or a tolerance of the user's
     with pytest.raises(SentinelError):
         compare(0.5)
 
