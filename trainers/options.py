@@ -259,7 +259,7 @@ class RLOptions(TrainOptions, RewardOptions):
         None,
         "after each update, log-probs of a fixed prompt may differ between trainer and engine by so much, else the run "
         "stops; default: 0.001 in fp32, 0.3 in bf16; in bf16 and on a GPU four times what it is before the first "
-        "update, if that is more",
+        "update, if that is more, up to 1, and a single difference up to 1 is told and stops nothing",
         gt=0,
     )
     overlap_scoring: bool = opt(

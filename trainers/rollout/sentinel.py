@@ -28,8 +28,8 @@ class Sentinel:
     """After each update, compares log-probabilities after a fixed prompt between trainer and engine, and sees that the
     engine's prefix cache was dropped.
 
-    The engine is asked together with the next rollout, ahead of it; a difference stops the rollout at its first token.
-    The prompt is short, since the trainer reads it by itself.
+    The engine is asked together with the next rollout, ahead of it; a difference stops the rollout at its first token
+    (one that rounding may have made only if the next is such too). The prompt is short: the trainer reads it by itself.
 
     Args:
         engine: The engine.
@@ -66,7 +66,7 @@ class Sentinel:
 
         Raises:
             SentinelError: If the prefix cache outlived the update, or a weight did not arrive; in that rollout, if the
-                difference is beyond the tolerance.
+                difference is beyond the tolerance and no rounding's.
         """
         if cached := self.engine.cached_blocks():
             raise SentinelError(

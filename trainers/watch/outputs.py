@@ -124,7 +124,7 @@ class RunLog(logging.FileHandler):
             cause, remedy = "another run is writing there", "another folder, or wait until that run has ended"
             raise ConfigError(Fault("output_dir", str(output_dir), cause, remedy)) from error
         except OSError:  # some network file systems know no locks
-            logger.debug("%s cannot be locked", self.baseFilename)
+            logger.warning("%s cannot be locked: a second run into this folder would not be told", self.baseFilename)
 
 
 def start_logging(output_dir: Path, debug: bool, rank: int = 0, root: Path = REPO) -> None:
