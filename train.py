@@ -6,6 +6,7 @@
     python train.py stage=plan run_cfg=RUN    plan its memory, phase by phase, and stop; vram_gb=N: for such a card
     python train.py stage=merge model_name_or_path=ADAPTER output_dir=FOLDER
     python train.py stage=score dataset_id_or_path=FILE model_name_or_path=TEACHER student_model=STUDENT
+    python train.py stage=rescore scores=FOLDER     of a run with keep_scores=true
     python train.py --help                    list every option
 
 ./launch_mono.sh does the same after setting up .venv.
@@ -13,6 +14,7 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run, resolved
 from trainers.errors import ConfigError
 from trainers.options import BaseOptions
-from trainers.plan.hardware import prepare_allocator
+from trainers.plan.hardware import num_processes, prepare_allocator
 from trainers.plan.planning import faults_ahead, planned, run_plan
 from trainers.warmup import warmup_options
+
+PRINTING = {"--help", "-h", "--cfg", "-c", "stage=plan"}  # words of what only prints
 
 
 def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
@@ -37,7 +41,7 @@ def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
     from trainers.watch.outputs import ending_in_the_log, make_output_dir, start_logging
 
     disable_caching()  # rows would be kept as an earlier state of this code has rendered them
-    num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    num_devices = num_processes()
     check_warmups(options)
     rank = int(os.environ.get("RANK", "0"))
     output_dir = make_output_dir(options.output_dir, run_name, num_devices)
@@ -94,7 +98,7 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
 def main(config: DictConfig) -> None:
     try:
         composed = resolved(config)
-        options = load_options(composed, int(os.environ.get("WORLD_SIZE", "1")), REPO)
+        options = load_options(composed, num_processes(), REPO)
         run(options, composed, HydraConfig.get().runtime.choices["run_cfg"])
     except ConfigError as error:
         sys.exit(str(error))
@@ -106,13 +110,13 @@ def use_one_gpu() -> None:
     The driver reads this once, when it is first asked anything: nothing may have asked it yet.
     """
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the plan's card is the run's
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_processes() == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def check(arguments: list[str]) -> None:
     """Compose and check a run, and start nothing: its options, and the configs of models that are here."""
-    options = load_options(compose_run("", arguments), int(os.environ.get("WORLD_SIZE", "1")), REPO)
+    options = load_options(compose_run("", arguments), num_processes(), REPO)
     check_warmups(options)
     if faults := faults_ahead(options):
         raise ConfigError(faults)
@@ -128,6 +132,8 @@ def plan(arguments: list[str]) -> bool:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    if PRINTING & set(arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
     use_one_gpu()
     prepare_allocator()
     if "--help" in arguments or "-h" in arguments:

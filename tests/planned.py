@@ -7,8 +7,8 @@ from conftest import REPO
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.plan.machine import Machine, planned_card
-from trainers.plan.planning import shapes_of
 from trainers.plan.remedies import nearest_fit
+from trainers.plan.run_models import shapes_of
 from trainers.plan.solve import Problem, solve
 from trainers.plan.workload import GIB
 

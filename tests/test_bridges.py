@@ -81,6 +81,18 @@ def test_parts_of_a_fused_layer_are_row_slices_in_order():
     assert found["model.b.weight"].tolist() == engine.model.ab.weight[2:].tolist()
 
 
+def test_parts_whose_sizes_are_not_known_are_left_out_or_named():
+    trainer, engine = make_pair()
+    for sizes in ([2], None):
+        engine.model.ab.output_sizes = sizes
+        if sizes is None:
+            del engine.model.ab.output_sizes
+        names = ["model.b.weight", "model.embed_tokens.weight"]
+        assert [name for name, _ in engine_tensors(engine, names, strict=False)] == names[1:]
+        with pytest.raises(KeyError, match=r"model\.b\.weight"):
+            dict(engine_tensors(engine, names))
+
+
 def test_shared_parameters_see_updates_on_both_sides_and_padding_is_zero():
     trainer, engine = make_pair()
     original = trainer.model.b.weight.detach().clone()

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -141,6 +142,8 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("max_steps = 3", "max_steps = 3", "spaces around the equals sign", "max_steps=3"),
         ("max_steps= 3", "max_steps = 3", "spaces around the equals sign", "max_steps=3"),
         ("max_steps =3", "max_steps = 3", "spaces around the equals sign", "max_steps=3"),
+        ("top_k= -1", "top_k = -1", "spaces around the equals sign", "top_k=-1"),
+        ("output_dir= ~/here", "output_dir = ~/here", "spaces around the equals sign", "output_dir=~/here"),
         ("model_cfg=nope", "configuration", "nope", "correct what it names"),
         ("model_init={model_type: qwen2}", "model_init", "stage=sft only", "leave it out"),
         ("optim=adamw_trch", "optim", "'adamw_torch'", "did you mean adamw_torch?"),
@@ -236,6 +239,17 @@ def test_none_is_no_normalization_as_in_the_reference_implementation(stage, key,
     assert [getattr(cls(**{key: value}), key) for value in composed] == [None, None, None, "exp"]
     with pytest.raises(ValueError, match="'exp' or 'exp_norm'"):
         cls(**{key: "log"})
+
+
+def test_every_pair_with_spaces_is_told():
+    with pytest.raises(ConfigError) as refused:
+        hydra_arguments(["max_steps", "=", "3", "beta=", "0.1", "top_p = 0.9"])
+    assert [fault.remedy for fault in refused.value.faults] == ["max_steps=3", "beta=0.1", "top_p=0.9"]
+
+
+def test_an_empty_value_may_be_followed_by_any_word_of_its_own():
+    for behind in ("teacher_rlt_tiny", "--cfg", "~beta", "max_steps=3"):
+        assert "++run_name=" in hydra_arguments(["run_name=", behind])
 
 
 def test_misspelt_run_gets_a_suggestion():
@@ -382,6 +396,16 @@ def test_help_errors_and_cfg_import_neither_torch_nor_vllm():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)
     assert done.stdout.strip().splitlines()[-1] == "set()", done.stderr
     assert "\n  lora_r = 16  (int, >= 1, <= 512)\n" in done.stdout
+    assert "\n  student_tokens_per_pass = 'auto'  (int, >= 1 | 'auto')\n" in done.stdout
+    assert "\n  reward_funcs = ['teacher_logprob_kl']  (list[str | dict[str, Any]])\n" in done.stdout
+    assert not re.search(r"FieldInfo|Annotated|typing|<class", done.stdout)
+
+
+@pytest.mark.parametrize("words", ["--help", "teacher_rlt_tiny --cfg job", "stage=plan teacher_rlt_mono_24gb"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(words):
+    command = f"{sys.executable} {REPO / 'train.py'} {words} | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert len(done.stdout) == 1 and not done.stderr
 
 
 def test_cfg_job_prints_the_composed_configuration():

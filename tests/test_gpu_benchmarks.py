@@ -24,7 +24,7 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.plan.machine import GB, Card, Machine
 from trainers.plan.model_shapes import model_shape
-from trainers.plan.planning import shapes_of
+from trainers.plan.run_models import shapes_of
 from trainers.plan.solve import Problem
 from trainers.settings.engine_specs import sampling_arguments, vllm_arguments
 

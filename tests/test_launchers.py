@@ -168,7 +168,7 @@ def test_a_single_process_sees_one_gpu(given, seen, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     train.use_one_gpu()
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == (seen, "PCI_BUS_ID")
-    for processes, seen in (("1", "0"), ("2", "0,1")):  # some clusters say that there is one
+    for processes, seen in (("", "0"), ("1", "0"), ("2", "0,1")):  # some clusters say that there is one
         monkeypatch.setenv("WORLD_SIZE", processes)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         train.use_one_gpu()

@@ -17,8 +17,9 @@ from trainers.options import options_class
 from trainers.plan.machine import Holder, Machine, planned_card
 from trainers.plan.model_shapes import AdapterShape
 from trainers.plan.plan_table import knobs_text, plan_text
-from trainers.plan.planning import machine_for, planned_options, run_plan, shapes_of
+from trainers.plan.planning import machine_for, planned_options, run_plan
 from trainers.plan.remedies import Change, knobs, nearest_fit, refuse
+from trainers.plan.run_models import shapes_of
 from trainers.plan.solve import Problem, micro_batch_choices, solve
 from trainers.plan.workload import GIB, PHASES
 from trainers.settings.batch import batch_plan

@@ -165,6 +165,18 @@ def test_a_phase_that_keeps_what_it_took_warns_once(monkeypatch, caplog, leaks):
         assert not caplog.records
 
 
+def test_what_a_phase_keeps_now_and_then_does_not_warn(monkeypatch, caplog):
+    card = Card(monkeypatch, 32, 1)
+    watch = MemoryWatch(torch.device("cuda"))
+    for step in range(12):
+        held = card.reserved
+        card.becomes(held + 4, 1)
+        card.becomes(held + (step % 3 != 2), 1)
+        watch.note("score")
+        watch.step()
+    assert not [r for r in caplog.records if "freed" in r.message]
+
+
 def test_resident_set_is_what_is_read_without_a_gpu():
     watch = MemoryWatch(torch.device("cpu"))
     before = watch.used()

@@ -18,7 +18,7 @@ from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.merge import RECORD, merge_adapter, whole_model
 from trainers.options import options_class
-from trainers.plan import planning
+from trainers.plan import run_models, start_faults
 from trainers.plan.machine import Machine
 from trainers.plan.solve import solve
 from trainers.plan.workload import GIB
@@ -222,7 +222,8 @@ def test_adapter_of_a_warm_up_is_planned_before_it_is_there(monkeypatch, model_d
     """The warm-up's rank counts, since its adapter is trained on."""
     warmup = checked("use_peft=true", "lora_r=3", "lora_target_modules=[q_proj]", f"model_name_or_path={model_dir}",
                      "model_init=null", run="student_sft_tiny")  # fmt: skip
-    monkeypatch.setattr(planning, "warmup_options", lambda name, options, **_: ({}, warmup))
+    for module in (run_models, start_faults):
+        monkeypatch.setattr(module, "warmup_options", lambda name, options, **_: ({}, warmup))
     rl = checked("use_peft=true", "model_name_or_path=run:teacher_sft_tiny", f"student_model={model_dir}")
     work = solve(problem(rl, SMALL)).plan.work
     assert work.adapter == (3, ["q_proj"]) and work.trained_bytes == 2 * 4 * 3 * (64 + 64)  # two layers, fp32

@@ -16,12 +16,13 @@ from trainers import warmup
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
-from trainers.plan import disks, planning, preflight
+from trainers.plan import disks, model_shapes, planning, preflight, run_models, start_faults
 from trainers.plan.disks import downloads, in_turn
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine
-from trainers.plan.planning import assess, planned_options, shapes_of
+from trainers.plan.planning import assess, planned_options
 from trainers.plan.remedies import knobs
+from trainers.plan.run_models import shapes_of
 from trainers.plan.workload import GIB
 from trainers.warmup import cached_path, waiting, warmup_options
 from trainers.watch.outputs import make_output_dir
@@ -33,7 +34,7 @@ SEVEN = 2 * 7_615_616_512  # bytes of a model in bf16
 @pytest.fixture(autouse=True)
 def nothing_is_kept(monkeypatch, tmp_path):
     """No warm-up of an earlier run; every model of the hub was downloaded."""
-    monkeypatch.setattr(planning, "waiting", partial(waiting, root=tmp_path))
+    monkeypatch.setattr(run_models, "waiting", partial(waiting, root=tmp_path))
     monkeypatch.setattr(disks, "is_downloaded", lambda path: True)
 
 
@@ -223,10 +224,10 @@ def test_a_mixture_of_experts_is_taught_by_an_engine_that_is_built_anew(tmp_path
 
 def test_mixtures_are_known_by_whatever_their_config_calls_it():
     for config in ({"moe_k": 2}, {"text_config": {"num_local_experts": 8}}, {"ffn_config": {"moe_top_k": 4}}):
-        assert planning.has_experts({"hidden_size": 64} | config)
+        assert start_faults.has_experts({"hidden_size": 64} | config)
     none = {"num_experts": None, "enable_moe_block": False, "n_routed_experts": 0}
     for config in ({}, none, KNOWN_MODELS[SMALL]):
-        assert not planning.has_experts(config)
+        assert not start_faults.has_experts(config)
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_a_quantized_model_is_trained_by_no_stage_and_told_before_it_is_loaded(r
         planned_options(options.model_copy(update={"ignore_memory_plan": True}))
     (fault,) = refused.value.faults
     assert fault.key == "model_name_or_path" and fault.cause.startswith("its weights are quantized: ")
-    assert "of no use in RL" in fault.cause and "bf16 checkpoint" in fault.remedy
+    assert "are not supported" in fault.cause and "bf16 checkpoint" in fault.remedy
 
 
 def test_an_adapter_on_a_quantized_base_names_the_base_and_how_to_leave_it(quantized, tmp_path):
@@ -345,5 +346,28 @@ def test_check_asks_nothing_of_the_hub_and_plans_no_memory(words, monkeypatch, c
 @pytest.mark.parametrize("begin", [train.check, lambda words: planning.problem_of(checked(*words))])
 def test_a_config_that_was_broken_off_is_told_by_name(begin, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ConfigError, match=f"model_name_or_path='{tmp_path}': its config.json cannot be read"):
+    with pytest.raises(ConfigError, match=f"model_name_or_path='{tmp_path}': {tmp_path}/config.json cannot be read"):
         begin(["teacher_rlt_tiny", "device=cpu", f"model_name_or_path={tmp_path}"])
+
+
+def test_check_tells_of_every_config_that_cannot_be_read_beside_what_else_is_wrong(tmp_path, monkeypatch):
+    for name, content in (("teacher", "[]"), ("student", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    words = ["./teacher", "./student"]
+    words = [f"{key}={path}" for key, path in zip(("model_name_or_path", "student_model"), words, strict=True)]
+    with pytest.raises(ConfigError) as refused:
+        train.check(["teacher_rlt_tiny", "device=cpu", "vllm_kwargs={enable_chunked_prefill: true}", *words])
+    assert [fault.key for fault in refused.value.faults] == ["vllm_kwargs", "model_name_or_path", "student_model"]
+    assert "it holds a list, no mapping" in refused.value.faults[1].cause
+    with pytest.raises(ConfigError) as refused:
+        train.check(["stage=score", "device=cpu", "dataset_id_or_path=nobody/c", *words])
+    assert [fault.key for fault in refused.value.faults] == ["model_name_or_path", "student_model"]
+
+
+def test_a_config_of_an_earlier_download_that_is_broken_off_is_told_with_its_file(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("")
+    monkeypatch.setattr(model_shapes, "cached_file", lambda path, name: str(tmp_path / name))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json cannot be read.*\\n.*remove that file"):
+        train.check(["teacher_rlt_tiny", "device=cpu", "model_name_or_path=nobody/teacher"])

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO
 
 from trainers.errors import ConfigError
-from trainers.plan import machine, planning, preflight
+from trainers.plan import machine, preflight, run_models
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Card, host_room, read_card
 from trainers.plan.workload import GIB
@@ -379,7 +379,7 @@ LARGE = {"run:teacher_sft_24gb": SEVEN}
 )
 def test_models_that_warm_ups_start_from_are_asked_for_each_once(teacher, student, asked, monkeypatch, tmp_path):
     paths = []
-    monkeypatch.setattr(planning, "waiting", partial(waiting, root=tmp_path))  # no warm-up of an earlier run
+    monkeypatch.setattr(run_models, "waiting", partial(waiting, root=tmp_path))  # no warm-up of an earlier run
     monkeypatch.setattr(preflight, "is_downloaded", lambda path: False)
     monkeypatch.setattr(preflight, "asked_config", lambda path: (None, paths.append(path) or "you have no access"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -391,6 +391,6 @@ def test_models_that_warm_ups_start_from_are_asked_for_each_once(teacher, studen
 
 
 def test_a_warm_up_that_is_kept_needs_no_start(monkeypatch):
-    monkeypatch.setattr(planning, "waiting", lambda path, options: [])
+    monkeypatch.setattr(run_models, "waiting", lambda path, options: [])
     found = preflight.preflight("teacher_rlt_mono_24gb", ["model_name_or_path=run:teacher_sft_24gb"], 24)
     assert not levels(found.findings, "run:teacher_sft_24gb")

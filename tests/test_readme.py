@@ -5,8 +5,7 @@ import re
 import pytest
 from conftest import REPO
 
-from trainers.options import options_class
-from trainers.settings.config_faults import STAGES
+from trainers.options import STAGES, options_class
 
 DOCS = ["README.md", "README_MONO_GPU.md", "docs/engine.md", "docs/memory.md", "docs/reward.md"]
 README = (REPO / "README.md").read_text(encoding="utf-8")

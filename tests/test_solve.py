@@ -12,9 +12,10 @@ from trainers.errors import ConfigError
 from trainers.options import options_class
 from trainers.plan import preflight
 from trainers.plan.machine import Machine
-from trainers.plan.planning import assess, start_faults
+from trainers.plan.planning import assess
 from trainers.plan.remedies import nearest_fit, refuse
 from trainers.plan.solve import share_faults, solve
+from trainers.plan.start_faults import start_faults
 from trainers.plan.workload import GIB
 
 

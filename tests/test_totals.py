@@ -16,7 +16,7 @@ from trainers.watch.totals import Totals, totals_line
 
 def sampler(device="cpu"):
     memory = SimpleNamespace(device=torch.device(device))
-    return SimpleNamespace(timer=SimpleNamespace(memory=memory), sampled=Counter())
+    return SimpleNamespace(timer=SimpleNamespace(memory=memory), sampled=Counter(), replay=None)
 
 
 def logged(generate, update, peak):
@@ -30,7 +30,9 @@ def test_totals_weigh_each_log_by_its_steps(tmp_path, monkeypatch, caplog):
     solved, _ = planned("teacher_rlt_mono_80gb")
     source, state = sampler(), SimpleNamespace(global_step=5, is_world_process_zero=True)  # as after a checkpoint
     watch = Totals(source, tmp_path, solved.plan)
+    (tmp_path / "totals.json").write_text("an earlier run's")
     watch.on_train_begin(None, state, None)
+    assert not (tmp_path / "totals.json").exists()
     for step, logs in ((7, logged(20.0, 10.0, 3.0)), (13, logged(40.0, 20.0, 2.5))):
         state.global_step = step
         source.sampled.update(completions=8, tokens=280)
@@ -49,8 +51,12 @@ def test_totals_weigh_each_log_by_its_steps(tmp_path, monkeypatch, caplog):
     assert found["peak_gib"] == 3.0 and found["peak_phase"] == "step"
     most = max(sum(solved.plan.phases[name].values()) for name in ("generate", "score", "update"))
     assert found["planned_peak_gib"] == pytest.approx(most / GIB)
+    source.replay = object()  # read, not sampled
+    assert "tokens_per_second" not in watch.totals(9) and watch.totals(9)["tokens"] == 560
     line = totals_line(found)
-    assert line in caplog.text and line.startswith("9 steps in 1:01:40: generate 8%, update 4%, between steps 89%; ")
+    assert line in caplog.text and line.startswith(
+        "9 steps in 1:01:40: generate 8%, update 4%, the rest 89%; 16 completions, together 560 tokens, "
+    )
     assert line.endswith(f"2 a second while sampled; peak 3.00 GiB (step), planned {most / GIB:.2f}")
 
 

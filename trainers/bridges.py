@@ -10,6 +10,7 @@ lora: the frozen base is shared; the adapters, trained in fp32, are written into
 restart: the weights are saved and a new engine is built from the checkpoint after each update.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +34,8 @@ from trainers.weights.shared_weights import (
     held_bytes,
     holds,
 )
+
+logger = logging.getLogger(__name__)
 
 LOAD_FORMAT = "trainer"
 
@@ -143,6 +146,12 @@ class CopyBridge(WeightBridge):
             if name in tensors and weight.min() < weight.max() and holds(tensors[name], weight)
         ]
         self._syncs = 0
+        logger.info(
+            "weight_bridge=copy: after each update one weight in turn is compared value by value, of %d of %d that the "
+            "engine holds as the trainer does",
+            len(self._same),
+            len(names),
+        )
 
     @torch.no_grad()
     def sync(self) -> None:

@@ -13,6 +13,10 @@ from pydantic import ValidationError
 from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import (
+    SCORING,
+    STAGES,
+    TRAINING,
+    WITH_MODELS,
     BaseOptions,
     CommonOptions,
     ScoringOptions,
@@ -22,7 +26,7 @@ from trainers.options import (
 )
 from trainers.plan.hardware import num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, iteration_faults, micro_batch_choices
-from trainers.settings.config_faults import STAGES, invalid_faults, unknown_fault
+from trainers.settings.config_faults import invalid_faults, unknown_fault
 from trainers.settings.engine_specs import ENGINE_FAULTS, process_faults
 from trainers.settings.evaluation import evaluates, held_out_faults
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
@@ -36,10 +40,6 @@ from trainers.settings.trl_faults import (
     schedule_faults,
 )
 from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults, output_faults
-
-WITH_MODELS = ("sft", "rl", "score")
-TRAINING = ("sft", "rl")
-SCORING = ("rl", "score")
 
 
 class _InvalidOption(Exception):
@@ -72,7 +72,7 @@ def load_options(
         num_devices: Processes that train together.
         repo: Folder against which `run:NAME` models are looked up.
         needs_device: Whether the GPU that the run is for must be here; without, what depends on it is left to
-            `planning.start_faults`.
+            `start_faults`.
 
     Raises:
         ConfigError: With every fault found; nothing was loaded or written.

@@ -1,6 +1,7 @@
 """From the command line to a composed configuration (Hydra)."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,20 +101,24 @@ def _refuse_spaces(arguments: list[str]) -> None:
     Raises:
         ConfigError: With what was meant.
     """
+    meant = []
     for before, word, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
         if word.startswith("="):
-            key, value = before, word.removeprefix("=") or after
+            meant.append((before, word.removeprefix("=") or after))
         elif word.endswith("=") and word.count("=") == 1 and after and not _is_a_word_of_its_own(after):
-            key, value = word.removesuffix("="), after
-        else:
-            continue
-        cause = "there are spaces around the equals sign"
-        raise ConfigError(Fault(f"{key} = {value}", ..., cause, f"{key or '<option>'}={value or '<value>'}"))
+            meant.append((word.removesuffix("="), after))
+        elif (key := word.partition("=")[0]) != key.rstrip():  # in the shell's quotes
+            meant.append((key.rstrip(), word.partition("=")[2].strip()))
+    cause = "there are spaces around the equals sign"
+    if meant:
+        pairs = [(f"{key} = {value}", f"{key or '<option>'}={value or '<value>'}") for key, value in meant]
+        raise ConfigError([Fault(written, ..., cause, remedy) for written, remedy in pairs])
 
 
 def _is_a_word_of_its_own(word: str) -> bool:
     """Whether it is no value that a space has parted from its key."""
-    return "=" in word or word.startswith("-") or Path(word).name.removesuffix(".yaml") in _runs()
+    is_flag = re.match(r"--?[a-zA-Z]|~[^/]", word) is not None  # neither a negative number nor a folder
+    return "=" in word or is_flag or Path(word).name.removesuffix(".yaml") in _runs()
 
 
 def _check_grammar(overrides: Iterable[str]) -> None:

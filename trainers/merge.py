@@ -68,7 +68,7 @@ def merge_adapter(adapter: AdapterFiles, dtype: torch.dtype | None, trust: bool,
     config = load_config(adapter.base, key, trust)
     if getattr(config, "quantization_config", None) is not None:
         cause = f"its base {adapter.base} is quantized, and a merge would round what the adapter learned once more"
-        remedy = "python train.py stage=merge ... base_model=<the same model's bf16 checkpoint>"
+        remedy = "./launch_mono.sh stage=merge ... base_model=<the same model's bf16 checkpoint>"
         raise ConfigError(Fault(key, str(adapter.folder), cause, remedy))
     dtype = dtype or config.get_text_config().dtype or torch.float32
     tokenizer = load_tokenizer(tokenizer_of(str(adapter.folder), key), None, None, key, trust)

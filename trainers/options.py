@@ -13,6 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from trainers.settings.trl_choices import DERIVED, LOSSES, TRL_AUTO, TRL_CHOICES, TRL_LIMITS
 from trainers.settings.trl_options import trl_options
 
+STAGES = ("sft", "rl", "score", "rescore", "merge")
+TRAINING, SCORING, WITH_MODELS = ("sft", "rl"), ("rl", "score"), ("sft", "rl", "score")
+
 Reduction = Literal["mean", "sum", "min", "max", "median", "first_quartile", "last_quartile"]
 # The reference implementation writes "none" for what is null here.
 _NoneAsNull = BeforeValidator(lambda value: None if str(value).lower() == "none" else value)
@@ -258,8 +261,8 @@ class RLOptions(TrainOptions, RewardOptions):
     sentinel_tolerance: float | None = opt(
         None,
         "after each update, log-probs of a fixed prompt may differ between trainer and engine by so much, else the run "
-        "stops; default: 0.001 in fp32, 0.3 in bf16; in bf16 and on a GPU four times what it is before the first "
-        "update, if that is more, up to 1, and a single difference up to 1 is told and stops nothing",
+        "stops; default: 0.001 in fp32, 0.3 in bf16 and fp16; in these, and on a GPU, four times what it is before the "
+        "first update, if that is more, up to 1, and one difference up to ten times that, or 1, warns only",
         gt=0,
     )
     overlap_scoring: bool = opt(

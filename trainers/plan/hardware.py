@@ -8,6 +8,11 @@ from functools import cache
 from packaging.version import Version
 
 
+def num_processes() -> int:
+    """How many train together, as their launcher tells each (torchrun's WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def cuda_device() -> tuple[str, int, float]:
     """Name, bytes and compute capability of the first CUDA device that this process may use.
 

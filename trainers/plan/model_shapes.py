@@ -159,22 +159,32 @@ def read_config(path: str, key: str) -> dict[str, Any]:
     Raises:
         ConfigError: If it cannot be had.
     """
+    here = local_config(path)
+    if here is None and path in KNOWN_MODELS:
+        return KNOWN_MODELS[path]
+    if here is None:
+        config, reason = asked_config(path)
+        if config is None:
+            remedy = "give a local folder, or log in and connect: hf auth login, HF_TOKEN for gated models"
+            raise ConfigError(Fault(key, path, f"its config cannot be had: {reason}", remedy))
+        return config
+    try:
+        config = json.loads(here.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, no mapping")
+        return config
+    except (OSError, ValueError) as error:
+        remedy = "name a folder that save_pretrained() wrote, whole; of a download, remove that file"
+        raise ConfigError(Fault(key, path, f"{here} cannot be read: {error}", remedy)) from error
+
+
+def local_config(path: str) -> Path | None:
+    """The config.json of a model's folder, or of what an earlier download left of it; None where there is neither."""
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
-        try:
-            return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            remedy = "name a folder that save_pretrained() wrote, whole"
-            raise ConfigError(Fault(key, path, f"its config.json cannot be read: {error}", remedy)) from error
-    if kept := cached_file(path, "config.json"):
-        return json.loads(Path(kept).read_text(encoding="utf-8"))
-    if path in KNOWN_MODELS:
-        return KNOWN_MODELS[path]
-    config, reason = asked_config(path)
-    if config is None:
-        remedy = "give a local folder, or log in and connect: hf auth login, HF_TOKEN for gated models"
-        raise ConfigError(Fault(key, path, f"its config cannot be had: {reason}", remedy))
-    return config
+        return folder / "config.json"
+    kept = cached_file(path, "config.json")
+    return Path(kept) if kept else None
 
 
 def _float_written_out(value: dict[str, Any]) -> Any:

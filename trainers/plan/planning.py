@@ -3,38 +3,24 @@
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from trainers.config import REPO, named_run
 from trainers.errors import ConfigError, Fault
-from trainers.options import BaseOptions, CommonOptions, ModelOptions, TrainOptions
+from trainers.options import TRAINING, WITH_MODELS, BaseOptions, CommonOptions
 from trainers.plan.disks import Written, download_folder, downloads, in_turn
 from trainers.plan.known_models import KNOWN_MODELS
-from trainers.plan.machine import MIN_COMPUTE, Machine, read_machine
-from trainers.plan.model_shapes import AdapterShape, ModelShape, model_shape, read_config
+from trainers.plan.machine import Machine, read_machine
+from trainers.plan.model_shapes import local_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
+from trainers.plan.run_models import first_start, shape_of, shapes_of, warmups_ahead
 from trainers.plan.solve import Problem, Solved, device_of, precision_of, share_faults, slow_models, solve
-from trainers.plan.workload import GIB, TRAINING
-from trainers.settings.engine_specs import (
-    device_faults,
-    mixture_faults,
-    position_faults,
-    quantized_faults,
-    short_student,
-)
-from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
+from trainers.plan.start_faults import card_faults, config_faults, device_choice_faults, of_warmup, start_faults
+from trainers.plan.workload import GIB
+from trainers.settings.engine_specs import short_student
 from trainers.settings.reward_specs import model_keys
-from trainers.warmup import Waiting, waiting, warmup_folder, warmup_options
-from trainers.weights.adapter_files import (
-    LORA_OPTIONS,
-    base_of,
-    is_adapter,
-    is_continued,
-    looks_local,
-    lora_differences,
-    open_adapter,
-)
+from trainers.warmup import Waiting, warmup_folder
+from trainers.weights.adapter_files import base_of, looks_local
 from trainers.weights.hub import download_config
 
 logger = logging.getLogger(__name__)
@@ -65,64 +51,6 @@ def check_planned(options: CommonOptions) -> None:
     if options.stage not in TRAINING:
         cause = "only the memory of runs that train is planned"
         raise ConfigError(Fault("stage", options.stage, cause, "name a run with stage=rl or stage=sft"))
-
-
-def shapes_of(options: CommonOptions) -> tuple[ModelShape, ModelShape | None]:
-    """The sizes of the teacher and of the student, if one is asked.
-
-    Raises:
-        ConfigError: If the config of one cannot be had, or of both.
-    """
-    shapes: list[ModelShape | None] = []
-    faults = []
-    for key in model_keys(options):
-        path = getattr(options, key)
-        try:
-            fresh = path is None and options.stage == "sft"
-            shapes.append(
-                _named(options.model_init, "model_init", options) if fresh else _with_adapter(path, key, options)
-            )
-        except ConfigError as error:
-            faults += error.faults
-    if faults:
-        raise ConfigError(faults)
-    teacher, student = (*shapes, None)[:2]
-    return teacher, student
-
-
-def _with_adapter(path: str, key: str, options: CommonOptions) -> ModelShape:
-    return replace(_shape(path, key, options), adapter=_adapter(path, key, options))
-
-
-def _shape(path: str, key: str, options: CommonOptions) -> ModelShape:
-    start, its = _followed(path, options)
-    if start is None:
-        return _named(its.model_init, path, options)
-    return model_shape(read_config(base_of(start, key), key), start, options.trust_remote_code)
-
-
-def _followed(path: str | None, options: CommonOptions) -> tuple[str | None, CommonOptions]:
-    """Where the weights of a model first come from, and the options that name it: those of the first warm-up behind a
-    `run:NAME`, and no path where it begins with fresh weights."""
-    if name := named_run(path):
-        warmup = warmup_options(name, options, needs_device=False)[1]
-        return _followed(warmup.model_name_or_path, warmup)
-    return path, options
-
-
-def _adapter(path: str, key: str, options: CommonOptions) -> AdapterShape | None:
-    """Of the adapter that a path is, or will be once its warm-up has trained it."""
-    if name := named_run(path):
-        warmup = warmup_options(name, options, needs_device=False)[1]
-        start = warmup.model_name_or_path
-        kept = _adapter(start, "model_name_or_path", warmup) if start is not None and is_continued(warmup) else None
-        return (kept or AdapterShape(warmup.lora_r, warmup.lora_target_modules)) if warmup.use_peft else None
-    config = open_adapter(key, path).config if is_adapter(path) else {}
-    return AdapterShape(config["r"], config["target_modules"]) if config.get("peft_type") == "LORA" else None
-
-
-def _named(model_init: dict[str, Any], name: str, options: ModelOptions) -> ModelShape:
-    return model_shape({"vocab_size": 512} | model_init, name, options.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -165,13 +93,8 @@ class Assessment:
         """The faults of a kind, `memory` or `start`, with those of the warm-ups, which are named."""
         faults = list(getattr(self, kind))
         for name, warmup in self.warmups.items():
-            faults += [_of_warmup(name, fault) for fault in getattr(warmup, kind)]
+            faults += [of_warmup(name, fault) for fault in getattr(warmup, kind)]
         return faults
-
-
-def _of_warmup(name: str, fault: Fault) -> Fault:
-    remedy = f"train it by itself (./launch_mono.sh {name}.yaml ...) and name its folder: {fault.remedy}"
-    return replace(fault, key=f"run:{name}: {fault.key}", remedy=remedy)
 
 
 def problem_of(
@@ -209,16 +132,6 @@ def assess(problem: Problem, ahead: list[Waiting] | None = None) -> Assessment:
     sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", warmup_folder(), kept)]
     sizes.append(("disk", folder, sum(found.solved.plan.disk.values())))
     return replace(found, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
-
-
-def warmups_ahead(options: CommonOptions) -> list[Waiting]:
-    """The warm-ups that a run would train first, in turn, those of both models once.
-
-    Raises:
-        ConfigError: If one is not valid.
-    """
-    named = (getattr(options, key) for key in model_keys(options))
-    return list({warmup.folder: warmup for path in named for warmup in waiting(path, options)}.values())
 
 
 def _assess_alone(problem: Problem) -> Assessment:
@@ -267,89 +180,39 @@ def _download_configs(options: CommonOptions) -> None:
             download_config(base)
 
 
-def card_faults(solved: Solved, machine: Machine) -> list[Fault]:
-    """What is wrong with a card, however much memory it has."""
-    if solved.plan.work.device == "cpu" or machine.card.compute >= MIN_COMPUTE:
-        return []
-    cause = f"{machine.card.name} has compute capability {machine.card.compute}, and the packages, built for CUDA 13, "
-    return [Fault("GPU", ..., f"{cause}have no kernels below {MIN_COMPUTE}", "a newer card, or device=cpu")]
-
-
-def start_faults(solved: Solved) -> list[Fault]:
-    """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
-    work = solved.plan.work
-    faults = _device_faults(solved.options, work.device, work.precision)
-    return faults + (_config_faults(solved.options) if work.trains else [])
-
-
 def faults_ahead(options: CommonOptions) -> list[Fault]:
-    """What `start_faults` tells of a run and of the warm-ups before it without a plan and without the hub: of a model
-    that is neither in a folder here nor well known, nothing.
+    """What `planned` would refuse of a run and of the warm-ups before it that needs no plan and nothing of the hub: of
+    a model that is neither here nor well known, nothing.
 
     Raises:
-        ConfigError: If a warm-up is not valid, or transformers cannot build a model.
+        ConfigError: If a warm-up is not valid.
     """
-    if options.stage not in TRAINING:
+    if options.stage not in WITH_MODELS:
         return []
-    machine, key, faults = machine_for(options), "model_name_or_path", []
-    warmups = [(warmup.name, warmup.options) for warmup in warmups_ahead(options)]
-    for name, its in (*warmups, ("", options)):
-        found = _device_faults(its, device_of(its, machine), precision_of(its, machine))
-        start, _ = _followed(its.model_name_or_path, its)
-        base = None if start is None else base_of(start, key)
-        if base is None or looks_local(base) or base in KNOWN_MODELS:
-            found += _config_faults(its)
-        faults += [_of_warmup(name, fault) for fault in found] if name else found
+    machine, faults = machine_for(options), []
+    runs = [(warmup.name, warmup.options) for warmup in warmups_ahead(options)]
+    for name, its in (*runs, ("", options)):
+        found = device_choice_faults(its, device_of(its, machine), precision_of(its, machine))
+        found += _faults_of_configs_here(its)
+        faults += [of_warmup(name, fault) for fault in found] if name else found
     return faults
 
 
-def _device_faults(options: CommonOptions, device: str, precision: str) -> list[Fault]:
-    """What speaks against the options on this device, in this precision."""
-    dtype, faults = TORCH_DTYPES[precision], precision_faults(options, device)
-    if options.stage in TRAINING:
-        faults += optimizer_faults(options, device, dtype)
-    if options.stage == "rl":
-        faults += device_faults(options, device, dtype)
-        faults += _differences_from_warmup(options, options.model_name_or_path)
+def _faults_of_configs_here(options: CommonOptions) -> list[Fault]:
+    """What the configs of a run's models tell that are here or well known; its warm-ups' own are not looked at."""
+    faults = []
+    for key in model_keys(options):
+        path = getattr(options, key)
+        try:
+            start, _ = first_start(path, options)
+            base = None if start is None else base_of(start, key)
+            if base is None or base in KNOWN_MODELS or local_config(base) is not None:
+                shape_of(path, key, options)
+                if key == "model_name_or_path" and options.stage in TRAINING:
+                    faults += config_faults(options)
+        except ConfigError as error:
+            faults += error.faults
     return faults
-
-
-def _config_faults(options: TrainOptions) -> list[Fault]:
-    """What speaks against training a model of such a config. That of a warm-up's start speaks against the warm-up."""
-    path, key, faults = options.model_name_or_path, "model_name_or_path", []
-    start, its = _followed(path, options)
-    if start is None:
-        config = its.model_init
-    else:
-        base = base_of(start, key)
-        config = read_config(base, key)
-        if its is options and config.get("quantization_config") is not None:
-            faults += quantized_faults(options, base)
-    if options.stage == "rl":
-        faults += position_faults(options, _shape(path, key, options).max_positions)
-        faults += mixture_faults(options) if has_experts(config) else []
-    return faults
-
-
-def has_experts(config: dict[str, Any]) -> bool:
-    """Whether it is the config of a mixture of experts: each family has its own names for how many there are."""
-    named = {key: value for key, value in config.items() if "expert" in key or "moe" in key}
-    inner = [value for value in config.values() if isinstance(value, dict)]
-    return any(type(value) is int and value > 0 for value in named.values()) or any(map(has_experts, inner))
-
-
-def _differences_from_warmup(options: TrainOptions, path: str) -> list[Fault]:
-    """What is wrong with training on the adapter that a warm-up will leave, or with there being none."""
-    name = named_run(path)
-    if name is None or not is_continued(options):
-        return []
-    warmup = warmup_options(name, options, needs_device=False)[1]
-    if warmup.use_peft:
-        return list(lora_differences(options, {theirs: getattr(warmup, ours) for ours, theirs in LORA_OPTIONS.items()}))
-    if options.adapter_start == "auto":  # a fresh adapter on what it leaves
-        return []
-    cause = f"{path} leaves no adapter: it trains every weight"
-    return [Fault("adapter_start", options.adapter_start, cause, "adapter_start=auto")]
 
 
 def memory_faults(problem: Problem, solved: Solved, nearest: Change | None) -> list[Fault]:

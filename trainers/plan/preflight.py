@@ -18,8 +18,9 @@ from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.plan.machine import GB, Machine
-from trainers.plan.planning import Assessment, assess, check_planned, machine_for, shapes_of, warmups_ahead
+from trainers.plan.planning import Assessment, assess, check_planned, machine_for
 from trainers.plan.remedies import Change, is_roomy, roomier
+from trainers.plan.run_models import shapes_of, warmups_ahead
 from trainers.plan.solve import SPARE, Problem, Solved, device_of, slow_models
 from trainers.plan.workload import GIB
 from trainers.settings.reporting import reporters, wandb_is_offline

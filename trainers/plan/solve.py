@@ -12,10 +12,10 @@ from typing import Any
 
 from trainers.errors import ConfigError, Fault
 from trainers.memory import kv_least, kv_needed, make_plan, max_num_seqs
-from trainers.options import CommonOptions, ScoringOptions, TrainOptions
+from trainers.options import TRAINING, CommonOptions, ScoringOptions, TrainOptions
 from trainers.plan.machine import Machine
 from trainers.plan.model_shapes import ModelShape
-from trainers.plan.workload import GIB, TRAINING, Plan, Workload
+from trainers.plan.workload import GIB, Plan, Workload
 from trainers.settings.batch import micro_batch_choices
 from trainers.settings.engine_specs import CPU_KV_CACHE
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_name

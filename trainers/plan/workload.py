@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-from trainers.options import CommonOptions
+from trainers.options import TRAINING, CommonOptions
 from trainers.plan.hardware import cpu_converts_bf16
 from trainers.plan.model_shapes import AdapterShape, ModelShape
 from trainers.settings.batch import batch_plan
@@ -15,7 +15,6 @@ from trainers.weights.adapter_files import is_continued
 
 GIB = 2**30
 PHASES = ("load", "generate", "score", "update", "save")
-TRAINING = ("sft", "rl")  # stages
 SCORED_AT_ONCE = 256  # rows of stage=score that student and teacher read together
 # Padded tokens that go through a frozen model's layer together, which keep a GPU's matrix units busy (on a CPU memory
 # is dearer).

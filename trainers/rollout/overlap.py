@@ -32,7 +32,8 @@ class ScoreAhead:
 
     def wait(self) -> None:
         """Return when all groups are scored, or one has failed: `take` raises what it raised. Neither the trainer nor
-        a reference is to compute before: the student's head switches TF32 on and off for the whole process."""
+        a reference is to compute before: for its head the student switches TF32, and the size of TRL's tiles, for the
+        whole process."""
         futures = [future for _, future in self._pending]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         if len(done) < len(futures):

@@ -7,11 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainers.errors import Fault
-from trainers.options import options_class
+from trainers.options import STAGES, options_class
 from trainers.settings.trl_choices import DERIVED, RENAMED
 from trainers.settings.trl_options import trl_options
-
-STAGES = ("sft", "rl", "score", "rescore", "merge")
 
 
 def unknown_fault(key: str, value: Any, stage: str) -> Fault:
@@ -23,7 +21,7 @@ def unknown_fault(key: str, value: Any, stage: str) -> Fault:
     if key in RENAMED:
         return Fault(key, value, "unknown under this name", f"use {RENAMED[key]}")
     near = difflib.get_close_matches(key, options_class(stage).model_fields, n=2, cutoff=0.7)
-    remedy = f"did you mean {' or '.join(near)}?" if near else "python train.py --help lists every option"
+    remedy = f"did you mean {' or '.join(near)}?" if near else "./launch_mono.sh --help lists every option"
     return Fault(key, value, "unknown", remedy)
 
 
@@ -36,7 +34,7 @@ def invalid_faults(error: ValidationError) -> list[Fault]:
     for key, e in first.items():
         expected = " ".join(o["ctx"].get("expected", "") for o in error.errors() if o["loc"][0] == key and "ctx" in o)
         near = difflib.get_close_matches(str(e["input"]), re.findall(r"'([^']+)'", expected))
-        remedy = f"did you mean {near[0]}?" if near else "python train.py --help tells what it takes"
+        remedy = f"did you mean {near[0]}?" if near else "./launch_mono.sh --help tells what it takes"
         if e["type"] == "list_type":
             remedy = f"{key}=[{e['input']}]"
         faults.append(Fault(key, e["input"], e["msg"][0].lower() + e["msg"][1:], remedy))

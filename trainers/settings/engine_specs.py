@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from trainers.errors import Fault
-from trainers.options import RLOptions, TrainOptions
+from trainers.options import RLOptions
 from trainers.settings.reward_specs import reads_teacher_logprobs, uses_student
 from trainers.settings.trl_options import class_body, trl_options
 
@@ -241,21 +241,6 @@ def device_faults(options: RLOptions, device: str, dtype: str) -> list[Fault]:
     return faults
 
 
-def position_faults(options: RLOptions, limit: int) -> list[Fault]:
-    """Lengths that a teacher of so many positions has no room for, with the longest that fit."""
-    faults = []
-    if options.max_prompt_length + options.max_completion_length > limit:
-        cause = f"with max_prompt_length {options.max_prompt_length} it exceeds the teacher's {limit} positions"
-        remedy = f"max_completion_length={limit - options.max_prompt_length}"
-        if options.max_prompt_length >= limit:
-            remedy = f"max_prompt_length={limit // 2} max_completion_length={limit - limit // 2}"
-        faults.append(Fault("max_completion_length", options.max_completion_length, cause, remedy))
-    if (options.vllm_max_model_length or 0) > limit:
-        cause, remedy = f"the teacher has {limit} positions", "leave it out: prompt and completion decide it"
-        faults.append(Fault("vllm_max_model_length", options.vllm_max_model_length, cause, remedy))
-    return faults
-
-
 def short_student(options: RLOptions, limit: int) -> str | None:
     """What a student of so few positions will leave out; None where it reads whatever the teacher may."""
     longest = options.max_prompt_length + options.max_completion_length
@@ -268,51 +253,6 @@ def short_student(options: RLOptions, limit: int) -> str | None:
         f"the student has {limit} positions, fewer than {lengths}: explanations that are too long for it are left out, "
         f"without a reward or an advantage -> {remedy}a student_model that reads {longest} tokens"
     )
-
-
-def quantized_faults(options: TrainOptions, base: str) -> list[Fault]:
-    """What a model to train is refused with where its checkpoint, or its adapter's base, is quantized.
-
-    Args:
-        base: Where its config is: the model itself, or the base of the adapter that it is.
-    """
-    path = options.model_name_or_path
-    whose = "its weights are" if base == path else f"the weights of its base {base} are"
-    cause = (
-        f"{whose} quantized: they take no steps themselves, and adapters on them are of no use in RL: vLLM, which "
-        "shares the base, has no bitsandbytes weights, and repacks others (GPTQ, AWQ) for its kernels"
-    )
-    remedy = "model_name_or_path=<the same model's bf16 checkpoint>, with use_peft=true where memory is short"
-    if base != path:
-        remedy = f"merge it into the base's bf16 checkpoint: python train.py stage=merge model_name_or_path={path} "
-        remedy += "base_model=<that> output_dir=<new folder>"
-    return [Fault("model_name_or_path", path, cause, remedy)]
-
-
-# What transformers and checkpoints call the layers of an expert, and all of them.
-EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts"))
-
-
-def mixture_faults(options: RLOptions) -> list[Fault]:
-    """What a mixture of experts as a teacher is refused with. vLLM arranges experts for its kernels when it has loaded
-    them; where that was tried (on a CPU) neither `load_weights` nor vLLM's own reloading reached them any more."""
-    if not has_engine(options):
-        return []
-    faults, bridge = [], bridge_name(options)
-    if bridge != "restart":
-        cause = (
-            "the teacher is a mixture of experts, which vLLM arranges anew as it loads them: an engine that runs does "
-        )
-        cause += "not see what they learn"
-        remedy = "weight_bridge=restart, which takes seconds at each step, or use_vllm=false"
-        faults.append(Fault("weight_bridge", options.weight_bridge or bridge, cause, remedy))
-    targets = options.lora_target_modules
-    chosen = EXPERTS if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}
-    if options.use_peft and EXPERTS & chosen:
-        cause = "the teacher is a mixture of experts, and adapters of experts do not reach the engine"
-        remedy = "lora_target_modules=[q_proj,k_proj,v_proj,o_proj]"
-        faults.append(Fault("lora_target_modules", options.lora_target_modules, cause, remedy))
-    return faults
 
 
 def _bridge_faults(options: RLOptions) -> list[Fault]:

@@ -100,11 +100,12 @@ class MemoryWatch:
     def _see_given_back(self, phase: str) -> None:
         """Warn if of what torch took for a phase, since the one before it, more is left than its results.
 
-        Optimizer states and the like come to stay, whenever it is; only what happens again and again is told.
+        Optimizer states and the like come to stay, whenever it is; only what happens several times in a row is told.
         """
         began, most = self._allocated, torch.cuda.max_memory_allocated(self.device)
         self._allocated = torch.cuda.memory_allocated(self.device)
-        self._kept[phase] += phase in GIVES_BACK and self._allocated - began > ROLLOUT
+        keeps = phase in GIVES_BACK and self._allocated - began > ROLLOUT
+        self._kept[phase] = self._kept[phase] + 1 if keeps else 0
         if self._kept[phase] > WARM_UP:
             self._warn_of(f"the end of phase {phase}", most - self._allocated, most - began)
 

@@ -19,6 +19,7 @@ from transformers import ProgressCallback, TrainerCallback
 from trainers.config import REPO
 from trainers.errors import ConfigError, Fault
 from trainers.options import BaseOptions
+from trainers.plan.hardware import num_processes
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.watch.phases import PhaseTimer
 
@@ -75,7 +76,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 
 def launch_time() -> float:
     """Now; for one of several processes the start of their common launcher, so that all name the same folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_processes() == 1:
         return time.time()
     return psutil.Process(os.getppid()).create_time()
 

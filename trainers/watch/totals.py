@@ -23,6 +23,7 @@ class Totals(TrainerCallback):
     """Adds up what is logged of training steps; at the end tells it in a line and writes totals.json.
 
     Steps after the last log are in `seconds.wall` alone, and so is what runs between steps: evaluations, checkpoints.
+    What an earlier run of the folder took is removed as training begins.
 
     Args:
         sampler: What the run samples with.
@@ -40,6 +41,8 @@ class Totals(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start, self._first = time.perf_counter(), state.global_step
         self._last = self._first
+        if state.is_world_process_zero:
+            self.path.unlink(missing_ok=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "seconds/update" not in logs:  # an evaluation's, or of the end
@@ -62,15 +65,15 @@ class Totals(TrainerCallback):
 
     def totals(self, steps: int) -> dict[str, Any]:
         """What totals.json holds: `steps`, `seconds` by phase and in all (`wall`), and of the steps that were logged
-        `completions` and `tokens` sampled, `tokens_per_second` while they were, `peak_gib` with `peak_phase`, and
-        `planned_peak_gib` of the phases that a step goes through. On a GPU the peak is without what others held of it
-        when the run was planned."""
+        `completions` and `tokens`, `tokens_per_second` while they were sampled (not where they are replayed),
+        `peak_gib` with `peak_phase`, and `planned_peak_gib` of the phases that a step goes through. On a GPU the peak
+        is without what others held of it when the run was planned."""
         found: dict[str, Any] = {"steps": steps, "seconds": {"wall": time.perf_counter() - self._start}}
         if not self._seconds:  # nothing was logged
             return found
         found["seconds"] |= self._seconds
         found |= self._sampled
-        if self._seconds["generate"]:
+        if self._seconds["generate"] and self.sampler.replay is None:
             found["tokens_per_second"] = self._sampled["tokens"] / self._seconds["generate"]
         if self._peaks:
             found["peak_phase"] = max(self._peaks, key=self._peaks.get)
@@ -96,8 +99,8 @@ def totals_line(totals: dict[str, Any]) -> str:
         return line
     shares = sorted(((value / wall, name) for name, value in seconds.items()), reverse=True)
     told = [f"{name} {share:.0%}" for share, name in shares if share >= 0.01]
-    told.append(f"between steps {1 - sum(seconds.values()) / wall:.0%}")
-    line += f": {', '.join(told)}; {totals['completions']} completions of {totals['tokens']} tokens"
+    told.append(f"the rest {1 - sum(seconds.values()) / wall:.0%}")
+    line += f": {', '.join(told)}; {totals['completions']} completions, together {totals['tokens']} tokens"
     if "tokens_per_second" in totals:
         line += f", {totals['tokens_per_second']:.0f} a second while sampled"
     if "peak_gib" in totals:

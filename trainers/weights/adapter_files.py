@@ -85,7 +85,7 @@ def open_adapter(key: str, path: str, base: str | None = None) -> AdapterFiles:
         cause = "it holds both a LoRA adapter and a whole model, perhaps of two runs with one output_dir"
         faults.append(Fault(key, path, cause, "move one of them to a folder of its own"))
     found = base or find_base(folder, config.get("base_model_name_or_path"))
-    remedy = "python train.py stage=merge model_name_or_path=<it> base_model=<its base> output_dir=<new folder>"
+    remedy = "./launch_mono.sh stage=merge model_name_or_path=<it> base_model=<its base> output_dir=<new folder>"
     if not found:
         cause = f"its {CONFIG} names no base model (base_model_name_or_path)"
         faults.append(Fault(key, path, cause, remedy))
@@ -126,7 +126,7 @@ def tokenizer_of(path: str, key: str) -> str:
 
 def merge_command(path: str) -> str:
     """The command that merges an adapter."""
-    return f"python train.py stage=merge model_name_or_path={path} output_dir=<new folder>"
+    return f"./launch_mono.sh stage=merge model_name_or_path={path} output_dir=<new folder>"
 
 
 def is_continued(options: TrainOptions) -> bool:
@@ -256,7 +256,7 @@ def merge_faults(options: MergeOptions, num_devices: int) -> list[Fault]:
     path, output = options.model_name_or_path, options.output_dir
     if num_devices > 1:
         faults.append(
-            Fault("num_processes", num_devices, "merging takes one process", "python train.py stage=merge ...")
+            Fault("num_processes", num_devices, "merging takes one process", "./launch_mono.sh stage=merge ...")
         )
     if path is None:
         remedy = "model_name_or_path=<a folder with adapter_config.json>"

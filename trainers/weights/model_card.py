@@ -16,7 +16,8 @@ what it said in `training.log`.
 """
 
 USE = """
-It explains, given a question and its solution. In the folder of the project that trained it:
+It explains, given a question and its solution. As `ask.py` in the folder of the project that trained it, by
+`.venv/bin/python ask.py`:
 
 ```python
 import torch
@@ -28,14 +29,15 @@ from data.render import Renderer
 
 folder = {folder!r}
 tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-model = {loader}.from_pretrained(folder, dtype="auto"{trust})
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = {loader}.from_pretrained(folder, dtype="auto"{trust}).to(device)
 tags = TAG_FORMATS[{tag_format!r}].with_prompts({teacher!r}, {student!r})
 renderer = Renderer(tokenizer, tags, {template!r}, "model_name_or_path", {end_ids!r})
 
 
 def explain(question: str, solution: str) -> str:
     ids = renderer.encode_prompt(renderer.teacher_prompt(question, solution))  # as in training, token by token
-    asked, closing = torch.tensor([ids]), tags.explanation[1]
+    asked, closing = torch.tensor([ids], device=device), tags.explanation[1]
     stops = {{"max_new_tokens": {limit}, "stop_strings": [closing], "tokenizer": tokenizer}}
     stops["eos_token_id"] = list(renderer.end_ids)
     written = model.generate(asked, do_sample=True, temperature={temperature}, **stops)[0, len(ids) :]
@@ -45,8 +47,10 @@ def explain(question: str, solution: str) -> str:
 print(explain("What is 2+3?", "5"))
 ```
 
-vLLM takes the same `ids` as `prompt_token_ids`, with `stop=[closing]` and `skip_special_tokens=False`.
+vLLM takes the same `ids` as `prompt_token_ids`, with `stop=[closing]` and `skip_special_tokens=False`{merged}.
 """
+MERGED = """; for its plain
+engine merge the adapter first: `./launch_mono.sh stage=merge model_name_or_path={folder} output_dir=<new folder>`"""
 
 
 def write_model_card(folder: Path, options: TrainOptions, end_ids: tuple[int, ...]) -> None:
@@ -68,6 +72,7 @@ def write_model_card(folder: Path, options: TrainOptions, end_ids: tuple[int, ..
     text = HEAD.format(mark=MARK, title=title, base=base, data=options.dataset_id_or_path, how=how)
     if teaches:
         text += USE.format(
+            merged=MERGED.format(folder=folder) if options.use_peft else "",
             library="peft" if options.use_peft else "transformers",
             loader="AutoPeftModelForCausalLM" if options.use_peft else "AutoModelForCausalLM",
             folder=str(folder),

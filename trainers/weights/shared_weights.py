@@ -46,7 +46,7 @@ def engine_tensors(engine_model: nn.Module, names: list[str], strict: bool = Tru
     its fused layers (`output_sizes`), so no table of names for one architecture is needed.
 
     Args:
-        strict: False leaves a name out for which the engine has no tensor.
+        strict: False leaves a name out for which the engine has no tensor, or none whose parts are known.
 
     Raises:
         KeyError: If there is such a name, and it is not to be left out.
@@ -66,11 +66,11 @@ def engine_tensors(engine_model: nn.Module, names: list[str], strict: bool = Tru
         fused, index, _ = fused_into.get(leaf, (leaf, 0, 1))
         module_name = f"{parent}.{fused}"
         tensor = parameters.get(f"{module_name}.{kind}")
-        if tensor is None:
+        sizes = getattr(modules.get(module_name), "output_sizes", ())
+        if tensor is None or index >= len(sizes):
             if strict:
                 raise KeyError(name)
             continue
-        sizes = modules[module_name].output_sizes
         start = sum(sizes[:index])
         yield name, tensor.data[start : start + sizes[index]]
 
@@ -164,6 +164,6 @@ def _places(model: nn.Module, whose: str = "") -> Iterator[tuple[str, dict[str, 
 
 
 def _unshareable(cause: str) -> ConfigError:
-    # Experts that an engine has loaded cannot be written anew (engine_specs.mixture_faults).
+    # Experts that an engine has loaded cannot be written anew (plan/start_faults.py).
     remedy = "weight_bridge=restart" if "experts" in cause else "weight_bridge=copy"
     return ConfigError(Fault("weight_bridge", "shared", cause, remedy))
