@@ -53,7 +53,7 @@ def arguments_of(case: str, folder: Path) -> list[str]:
     overrides |= {"generation_kwargs": f"{{min_tokens: {BATCH['max_completion_length']}}}"}
     overrides |= {"include_teacher_think_entropy": False}
     # The student's texts are planned to be as long as the teacher's may be, and so they are.
-    overrides |= {"student_system_prompt": f"'Think, then solve.{5 * WORD}'"}
+    overrides |= {"student_system_prompt": f"'Think, then solve.{9 * WORD}'"}
     return [f"{key}={value}" for key, value in overrides.items()]
 
 
@@ -139,7 +139,8 @@ def measured(case: str) -> dict[str, dict[str, float]]:
     """Run a case in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model", SHAPES[CASES[case][0]])
-        write_rows(Path(folder) / "rows.jsonl", words=84)
+        # Explanations and solutions fill the tiles that a student's head computes at once, as is planned.
+        write_rows(Path(folder) / "rows.jsonl", words=3, solution=130 * WORD)
         command = [sys.executable, __file__, "--measure", case, "--folder", folder]
         found = run(command, MALLOC_MMAP_THRESHOLD_=str(2**17))
     if isinstance(found, str):

@@ -53,7 +53,7 @@ def made_model(models: Path, shape: str | None = None, name: str | None = None) 
     return path
 
 
-def write_rows(file: Path, words: int, count: int = 64) -> None:
-    """Write questions of so many words; a number keeps each apart from the others."""
-    rows = ({"question": f"{i} {QUESTIONS[i % 4]}" + WORD * words, "solution": "five " * 10} for i in range(count))
+def write_rows(file: Path, words: int, solution: str = "five " * 10, count: int = 64) -> None:
+    """Write questions of so many words, all with the same solution; a number keeps each apart from the others."""
+    rows = ({"question": f"{i} {QUESTIONS[i % 4]}" + WORD * words, "solution": solution} for i in range(count))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

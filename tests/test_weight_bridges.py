@@ -170,6 +170,24 @@ def test_each_weight_is_looked_at_in_turn_and_asking_moves_on_to_no_other(render
         assert set(named) == {name for name, p in fresh if p.dim() > 1}
 
 
+@pytest.mark.parametrize("side", ["lora_a_stacked", "lora_b_stacked"])
+def test_both_matrices_of_every_adapter_in_a_layer_are_compared(renderer, model_dir, tmp_path, prompts, side):
+    with running(renderer, model_dir, tmp_path, **WAYS["lora"]) as (engine, model):
+        bridge, looked_at = engine.bridge, 0
+        train_some(model, prompts)
+        for _ in bridge._layers:
+            bridge.sync()
+            layer, _ = bridge._layers[bridge._syncs % len(bridge._layers)]
+            for buffer in getattr(layer, side):
+                kept = buffer.clone()
+                buffer[0, 0, -1 if side == "lora_b_stacked" else 0, 0] += 1
+                assert bridge.stale() == layer.base_layer.prefix
+                buffer.copy_(kept)
+                assert bridge.stale() is None
+                looked_at += 1
+    assert looked_at == 7 * model.config.num_hidden_layers
+
+
 def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     once = sum(p.nbytes for p in model.parameters())

@@ -222,12 +222,13 @@ class LoraBridge(WeightBridge):
         """One layer is looked at, after each `sync` the next. In half precision an adapter's steps are less than the
         rounding that probabilities may differ by."""
         layer, parts = self._layers[self._syncs % len(self._layers)]
-        buffers = [buffer[0, 0] for buffer in layer.lora_b_stacked]
-        ours = [p and p.lora_B[ADAPTER].weight * p.scaling[ADAPTER] for p in parts]
-        if len(ours) < len(buffers):  # one layer of the trainer's, several of the engine's (Phi-3)
-            ours = ours[0].split([len(buffer) for buffer in buffers])
-        for own, buffer in zip(ours, buffers, strict=True):
-            if own is not None and not torch.equal(buffer[:, : own.shape[1]], own.to(buffer.dtype)):
+        theirs = [buffer[0, 0] for buffer in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+        a = [p and p.lora_A[ADAPTER].weight for p in parts]
+        b = [p and p.lora_B[ADAPTER].weight * p.scaling[ADAPTER] for p in parts]
+        if len(b) < layer.n_slices:  # one layer of the trainer's, several of the engine's (Phi-3)
+            a, b = a * layer.n_slices, b[0].split([len(buffer[0, 0]) for buffer in layer.lora_b_stacked])
+        for own, buffer in zip((*a, *b), theirs, strict=True):
+            if own is not None and not torch.equal(buffer[: len(own), : own.shape[1]], own.to(buffer.dtype)):
                 return layer.base_layer.prefix
         return None
 
