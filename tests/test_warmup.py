@@ -43,7 +43,7 @@ def test_a_warm_up_trains_what_it_starts_from_first_and_is_kept(trained, tmp_pat
     assert trained == [("student", 0, "stratos", None), ("teacher", 0, "stratos", student)]
     assert warmup_runs.ensure_model("run:teacher_sft_tiny", options(), tmp_path) == teacher
     assert len(trained) == 2  # nothing was trained again
-    assert not list(tmp_path.glob("results/warmup/*.partial*"))
+    assert not list(tmp_path.glob("results/run_models/*.partial*"))
     assert (Path(teacher) / "README.md").read_text() == f"in {teacher}"
 
 
@@ -107,7 +107,7 @@ def test_an_interrupted_warm_up_is_not_taken_for_a_whole_one(trained, tmp_path, 
     monkeypatch.setattr(warmup_runs, "run_sft", interrupted)
     with pytest.raises(KeyboardInterrupt):
         warmup_runs.ensure_model("run:student_sft_tiny", options(), tmp_path)
-    assert [p for p in tmp_path.glob("results/warmup/*") if ".partial" not in p.name] == []
+    assert [p for p in tmp_path.glob("results/run_models/*") if ".partial" not in p.name] == []
 
 
 def test_a_path_stays_as_it_is():
@@ -145,4 +145,4 @@ def test_a_warm_up_is_planned_for_its_own_disk_and_refused_before_it_leaves_anyt
     options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
     with pytest.raises(ConfigError, match="full"):
         warmup_runs.ensure_model("run:student_sft_tiny", options, tmp_path)
-    assert planned[0].parent == tmp_path / "results/warmup" and not planned[0].exists()
+    assert planned[0].parent == tmp_path / "results/run_models" and not planned[0].exists()

@@ -91,7 +91,7 @@ def _composed(name: str, asking: dict[str, Any]) -> dict[str, Any]:
 
 def warmup_folder(root: Path = REPO) -> Path:
     """Where the results of warm-ups are kept."""
-    return root / "results" / "warmup"
+    return root / "results" / "run_models"
 
 
 @cache
