@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainers.errors import Fault
+from trainers.masking import masked
 from trainers.options import STAGES, options_class
 from trainers.settings.trl_choices import DERIVED, RENAMED
 from trainers.settings.trl_options import trl_options
@@ -36,6 +37,6 @@ def invalid_faults(error: ValidationError) -> list[Fault]:
         near = difflib.get_close_matches(str(e["input"]), re.findall(r"'([^']+)'", expected))
         remedy = f"did you mean {near[0]}?" if near else "./launch_mono.sh --help tells what it takes"
         if e["type"] == "list_type":
-            remedy = f"{key}=[{e['input']}]"
+            remedy = f"{key}=[{masked(e['input'], key)}]"
         faults.append(Fault(key, e["input"], e["msg"][0].lower() + e["msg"][1:], remedy))
     return faults
