@@ -127,6 +127,7 @@ def test_all_faults_are_told_at_once_with_remedies():
     assert "no such file" in found["dataset_id_or_path"].cause
     assert "vllm_max_model_length=192" in found["vllm_max_model_length"].remedy
     assert "warmup_steps" in found["warmup_ratio"].remedy
+    assert "lr_scheduler_type=constant_with_warmup" in found["warmup_ratio"].remedy
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,7 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("student_mode=streamed student_quantization=4bit", "student_mode", "quantized", "student_mode=resident"),
         ("student_model=null", "student_model", "needs a student", "student_model="),
         ("eval_dataset_split=null", "eval_dataset_id_or_path", "none is named", "eval_size=64"),
+        ("eval_size=64", "eval_size", "eval_dataset_split=test is evaluated", "eval_dataset_split=null, or eval_size="),
         (
             "per_device_eval_batch_size=12 num_generations_eval=8",
             "per_device_eval_batch_size",

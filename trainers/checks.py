@@ -28,16 +28,18 @@ from trainers.plan.hardware import num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, iteration_faults, micro_batch_choices
 from trainers.settings.config_faults import invalid_faults, unknown_fault
 from trainers.settings.engine_specs import ENGINE_FAULTS, process_faults
-from trainers.settings.evaluation import evaluates, held_out_faults
+from trainers.settings.evaluation import eval_size_faults, evaluates, held_out_faults
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reporting import hub_faults, report_faults
 from trainers.settings.reward_specs import COEFFICIENTS, formula_faults, rescore_faults, reward_faults, uses_student
 from trainers.settings.trl_faults import (
     accelerator_faults,
     checkpointing_faults,
+    interval_faults,
     loss_faults,
     packing_faults,
     schedule_faults,
+    warmup_faults,
 )
 from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults, output_faults
 
@@ -306,10 +308,12 @@ CHECKS = (
     Check(WITH_MODELS, _precision_faults, of_device=True),
     Check(WITH_MODELS, _data_faults),
     Check(TRAINING, held_out_faults),
+    Check(TRAINING, eval_size_faults),
     Check(("rl",), process_faults, DEVICES),
     *(Check(("rl",), faults) for faults in (*ENGINE_FAULTS, loss_faults, reward_faults, accelerator_faults)),
     Check(("sft",), packing_faults),
-    *(Check(TRAINING, faults) for faults in (checkpointing_faults, schedule_faults, report_faults, hub_faults)),
+    *(Check(TRAINING, faults) for faults in (checkpointing_faults, schedule_faults, warmup_faults, interval_faults)),
+    *(Check(TRAINING, faults) for faults in (report_faults, hub_faults)),
     Check(("rescore",), rescore_faults),
     Check(SCORING, _formula_faults),
     Check(WITH_MODELS, _template_faults),
