@@ -270,6 +270,34 @@ def test_every_pair_with_spaces_is_told():
     assert [fault.remedy for fault in refused.value.faults] == ["max_steps=3", "beta=0.1", "top_p=0.9"]
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("-m seed=1,2", 'for seed in 1 2; do ./launch_mono.sh seed="$seed"; done'),
+        ("teacher_rlt_tiny --multirun", 'for seed in 1 2; do ./launch_mono.sh teacher_rlt_tiny seed="$seed"; done'),
+        (
+            "--multirun teacher_rlt_tiny +beta=0,0.1 max_steps=3 seed=range(1,3)",
+            'for beta in 0 0.1; do for seed in 1 2; do ./launch_mono.sh teacher_rlt_tiny beta="$beta" max_steps=3 '
+            'seed="$seed"; done; done',
+        ),
+        (
+            "-m vllm_kwargs.a={b:1},{b:2}",
+            "for vllm_kwargs_a in '{b:1}' '{b:2}'; do ./launch_mono.sh vllm_kwargs.a=\"$vllm_kwargs_a\"; done",
+        ),
+    ],
+)
+def test_a_sweep_is_a_loop_of_the_shell(words, remedy):
+    with pytest.raises(ConfigError) as refused:
+        hydra_arguments(words.split())
+    (fault,) = refused.value.faults
+    assert "one value for each option" in fault.cause and fault.remedy == remedy
+    told = re.sub(r"\./launch_mono\.sh", "echo", remedy)
+    ran = subprocess.run(["bash", "-c", told], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(ran) == (4 if "beta" in words else 2)
+    for line in ran:
+        hydra_arguments(line.split())
+
+
 def test_an_empty_value_may_be_followed_by_any_word_of_its_own():
     for behind in ("teacher_rlt_tiny", "--cfg", "~beta", "max_steps=3"):
         assert "++run_name=" in hydra_arguments(["run_name=", behind])
