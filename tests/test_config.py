@@ -154,7 +154,12 @@ def test_all_faults_are_told_at_once_with_remedies():
 @pytest.mark.parametrize(
     ("override", "key", "cause", "remedy"),
     [
-        ("num_generations=1", "num_generations", "greater than or equal to 2", "--help"),
+        ("num_generations=1", "num_generations", "greater than or equal to 2", "num_generations=2"),
+        ("lora_r=1000", "lora_r", "less than or equal to 512", "lora_r=512"),
+        ("beta=-1", "beta", "greater than or equal to 0", "beta=0"),
+        ("student_tokens_per_pass=0", "student_tokens_per_pass", "equal to 1", "student_tokens_per_pass=1"),
+        ("vllm_gpu_memory_utilization=2", "vllm_gpu_memory_utilization", "equal to 1", "vllm_gpu_memory_utilization=1"),
+        ("adam_beta1=1", "adam_beta1", "less than 1", "--help"),
         ("model_name_or_path=./nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
         ("model_name_or_path=results/nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
         ("beta=0,1", "beta", "choice of several values", "beta=[0,1]"),
@@ -457,6 +462,12 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(words):
     command = f"{sys.executable} {REPO / 'train.py'} {words} | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert len(done.stdout) == 1 and not done.stderr
+
+
+@pytest.mark.parametrize("word", ["stage=plan", "+stage=plan", "++stage=plan"])
+def test_a_plan_is_asked_for_in_any_of_hydra_s_ways(word):
+    done = run_train(word, "teacher_rlt_mono_24gb")
+    assert "update" in done.stdout and "no such stage" not in done.stdout + done.stderr
 
 
 def test_cfg_job_prints_the_composed_configuration():
