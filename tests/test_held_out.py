@@ -22,6 +22,7 @@ from trainers.memory import PROBES
 from trainers.plan.remedies import knobs
 from trainers.scoring.probes import MEANING
 from trainers.texts import check_enough, load_train_and_eval_rows
+from trainers.warmup import warmup_options
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.integers(1, 40), st.randoms(use_true_random=False))
@@ -101,6 +102,20 @@ def test_named_data_comes_before_eval_size(file, rows_file):
     named = options("teacher_rlt_tiny", file, "eval_size=5", f"eval_dataset_id_or_path={rows_file}")
     rows, held_out = load_train_and_eval_rows(named)
     assert len(rows) == 20 and set(held_out["question"]) == {row["question"] for row in ROWS}
+
+
+def test_questions_are_set_apart_or_a_split_is_evaluated_and_not_both(file):
+    for run in ("teacher_rlt_tiny", "teacher_sft_tiny"):
+        with pytest.raises(ConfigError, match="eval_size=5: eval_dataset_split=test is evaluated") as error:
+            load_options(compose_run(run, ["device=cpu", f"dataset_id_or_path={file}", "eval_size=5"]), repo=REPO)
+        assert [fault.remedy for fault in error.value.faults] == ["eval_dataset_split=null"]  # a file has no splits
+
+
+def test_a_run_that_names_a_file_beside_both_has_warm_ups_that_follow_its_split(file):
+    words = [f"eval_dataset_id_or_path={file}", "eval_size=5", "device=cpu"]
+    asking = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
+    asked = warmup_options("student_sft_tiny", asking)[1]
+    assert (asked.eval_dataset_split, asked.eval_size) == ("test", None)
 
 
 def test_a_file_of_one_s_own_is_not_judged_by_the_data_that_ships(file):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 from conftest import REPO
 
 from trainers.errors import ConfigError, Fault
+from trainers.options import options_class
 from trainers.watch import outputs
 from trainers.watch.outputs import MetricsWriter, Progress, make_output_dir, progress_line, save_config
 from trainers.watch.phases import PhaseTimer
@@ -41,6 +43,39 @@ def test_config_separates_what_was_set_and_hides_secrets(tmp_path):
     text = (tmp_path / "config.yaml").read_text()
     assert yaml.safe_load(text) == {"seed": 3, "hub_token": "***", "eos_token": "<|im_end|>", "max_steps": 7}
     assert text.index("max_steps") < text.index("# Defaults") < text.index("seed")
+
+
+def test_secrets_are_hidden_at_any_depth_and_what_sounds_like_them_is_not(tmp_path):
+    own = {"_target_": "judge.score", "api_key": "sk-1", "headers": [{"Authorization": "Bearer sk-2"}], "max_tokens": 9}
+    resolved = {
+        "reward_funcs": ["teacher_logprob_kl", own],
+        "vllm_kwargs": {"hf_token": "hf_3", "deep": {"apiKey": "sk-4", "X-API-KEY": "sk-5", "password": 123456}},
+        "secret": {"user": "sk-6", "keys": ["sk-7"]},
+        "max_completion_length": 64,
+        "generation_kwargs": {"stop_tokens": ["a"], "token": None, "use_key": True},
+    }
+    for composed in ({"max_completion_length": 64}, dict.fromkeys(list(resolved)[:3])):
+        save_config(tmp_path, composed, resolved)
+        text = (tmp_path / "config.yaml").read_text()
+        assert not re.search("sk-|hf_3|123456", text)
+        read = yaml.safe_load(text)
+        assert read["reward_funcs"][1]["_target_"] == "judge.score" and read["reward_funcs"][1]["max_tokens"] == 9
+        assert read["vllm_kwargs"]["hf_token"] == read["reward_funcs"][1]["api_key"] == "***"
+        assert read["max_completion_length"] == 64 and read["generation_kwargs"] == resolved["generation_kwargs"]
+    assert resolved["vllm_kwargs"]["hf_token"] == "hf_3"  # the run's own stays
+    assert "sk-1" not in str(Fault("reward_funcs", resolved["reward_funcs"], "cause", "remedy"))
+    assert "hf_3" not in str(Fault("hf_token", "hf_3", "unknown", "remedy"))
+
+
+def test_wandb_keeps_no_command_line_with_a_secret(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = ["train.py", "++vllm_kwargs={hf_token: hf_3}"]
+    monkeypatch.setattr(sys, "argv", list(words))
+    outputs.prepare_wandb(options_class("rl")(report_to="wandb"))
+    outputs.prepare_wandb(options_class("rl")(report_to="none", vllm_kwargs={"hf_token": "hf_3"}))
+    assert sys.argv == words
+    outputs.prepare_wandb(options_class("rl")(report_to="wandb", vllm_kwargs={"hf_token": "hf_3"}))
+    assert sys.argv == ["train.py"]
 
 
 def test_metrics_of_an_earlier_run_in_the_folder_are_kept_apart(tmp_path):

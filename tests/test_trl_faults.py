@@ -12,6 +12,8 @@ from trainers.errors import ConfigError
 from trainers.options import options_class
 from trainers.settings import reporting
 from trainers.settings.reporting import REPORTERS, reporters
+from trainers.settings.trl_faults import WITHOUT_WARMUP
+from trainers.settings.trl_options import enum_values
 
 
 def refused(run, *overrides):
@@ -43,11 +45,16 @@ RL, SFT = "teacher_rlt_tiny", "teacher_sft_tiny"
         (RL, "adam_beta1=2", "less than 1"),
         (RL, "log_level=loud", "'detail', 'debug'"),
         (SFT, "neftune_noise_alpha=-1", "greater than 0"),
+        (RL, "warmup_steps=0.1", "lr_scheduler_type=constant_with_warmup, or warmup_steps=0"),
+        (SFT, "lr_scheduler_type=constant", "lr_scheduler_type=constant_with_warmup, or warmup_steps=0"),
+        (RL, "eval_steps=25", "eval_strategy=steps, or leave it out"),
+        (SFT, "eval_steps=25 eval_strategy=epoch", "eval_strategy=epoch does not read it"),
+        (SFT, "save_steps=25", "save_strategy=steps, or leave it out"),
     ],
 )
 def test_what_would_be_told_late_is_told_at_once(run, override, told):
     extra = ["gradient_checkpointing=false"] if run == SFT and "selective" in override else []
-    message = refused(run, override, *extra)
+    message = refused(run, *([override] if "{" in override else override.split()), *extra)
     assert message.startswith("1 problem") and told in message
 
 
@@ -64,10 +71,33 @@ def test_packing_needs_a_length():
         ["gradient_checkpointing=true", "gradient_checkpointing_kwargs={selective: true}"],
         ["report_to=all"],
         ["report_to=null"],
+        ["lr_scheduler_type=constant_with_warmup"],
+        ["lr_scheduler_type=constant", "warmup_steps=0"],
+        ["save_strategy=steps", "save_steps=25", "eval_strategy=steps", "eval_steps=25"],
     ],
 )
 def test_what_goes_is_taken(overrides):
     load_options(compose_run(SFT, overrides), repo=REPO)
+
+
+def test_schedules_without_a_warm_up_are_those_that_transformers_takes_none_for():
+    """`get_scheduler` makes these before it looks whether it was given steps of warm-up, and all others after."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    names, without = enum_values("trainer_utils.py", "SchedulerType"), []
+    for name in names:
+        try:
+            get_scheduler(name, optimizer, num_warmup_steps=None, num_training_steps=4)
+            without.append(name)
+        except ValueError as error:
+            assert "requires `num_warmup_steps`" in str(error)
+    assert sorted(without) == sorted(WITHOUT_WARMUP)
+
+
+def test_a_preset_of_rl_may_be_told_to_save_otherwise():
+    load_options(compose_run(RL, ["save_strategy=no"]), repo=REPO)
 
 
 def test_names_of_reporters_are_those_of_transformers():

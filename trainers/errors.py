@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from trainers.masking import masked
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -14,7 +16,7 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        shown = "" if self.value is ... else f"={self.value!r}"
+        shown = "" if self.value is ... else f"={masked(self.value, self.key)!r}"
         return f"{self.key}{shown}: {self.cause}\n    -> {self.remedy}"
 
 

@@ -86,6 +86,8 @@ def _composed(name: str, asking: dict[str, Any]) -> dict[str, Any]:
     followed = {key: asking[key] for key in INHERITED if asking.get(key) is not None}
     if asking.get("dataset_id_or_path") == composed.get("dataset_id_or_path"):
         followed |= {key: asking[key] for key in HELD_OUT if key in asking}
+        if followed.get("eval_dataset_split"):  # a run that names a file may have both, which is a fault without one
+            followed["eval_size"] = None
     return composed | followed
 
 

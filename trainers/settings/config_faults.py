@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainers.errors import Fault
+from trainers.masking import masked
 from trainers.options import STAGES, options_class
 from trainers.settings.trl_choices import DERIVED, RENAMED
 from trainers.settings.trl_options import trl_options
@@ -36,6 +37,15 @@ def invalid_faults(error: ValidationError) -> list[Fault]:
         near = difflib.get_close_matches(str(e["input"]), re.findall(r"'([^']+)'", expected))
         remedy = f"did you mean {near[0]}?" if near else "./launch_mono.sh --help tells what it takes"
         if e["type"] == "list_type":
-            remedy = f"{key}=[{e['input']}]"
+            remedy = f"{key}=[{masked(e['input'], key)}]"
+        elif (limit := _nearest(e)) is not None:
+            remedy = f"{key}={limit:g}"
         faults.append(Fault(key, e["input"], e["msg"][0].lower() + e["msg"][1:], remedy))
     return faults
+
+
+def _nearest(e: Any) -> float | None:
+    """The legal value nearest to one beyond a limit that is legal itself; None for what is wrong otherwise."""
+    is_its_own = not any(isinstance(part, int) for part in e["loc"])  # no element of a list
+    limits = {"greater_than_equal": "ge", "less_than_equal": "le"}
+    return e["ctx"][limits[e["type"]]] if is_its_own and e["type"] in limits else None

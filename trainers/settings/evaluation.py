@@ -62,7 +62,25 @@ def held_out_faults(options: TrainOptions) -> list[Fault]:
             remedy += " ".join(f"{key}={off}" for key, off in given.items())
             cause = "held-out data is to be evaluated, but none is named"
             faults.append(Fault("eval_dataset_id_or_path", None, cause, remedy))
-    elif not options.eval_dataset_id_or_path and Path(data or "").expanduser().is_file():
+    elif not options.eval_dataset_id_or_path and options.eval_size is None and _is_file(data):
         remedy = f"{HOLD_OUT}, or eval_dataset_id_or_path=<a file of held-out rows>"
         faults.append(Fault("eval_dataset_split", split, f"{data} is a file and has no splits", remedy))
     return faults
+
+
+def eval_size_faults(options: TrainOptions) -> list[Fault]:
+    """Questions to be set apart beside a split, which is what would be evaluated.
+
+    A file that is named comes before the `eval_size` of a preset without a fault, as --help says.
+    """
+    split = options.eval_dataset_split
+    if options.eval_size is None or not split or options.eval_dataset_id_or_path:
+        return []
+    cause = f"eval_dataset_split={split} is evaluated, and nothing would be set apart beside it"
+    keeps_split = "" if _is_file(options.dataset_id_or_path) else ", or eval_size=null for that split"
+    return [Fault("eval_size", options.eval_size, cause, f"eval_dataset_split=null{keeps_split}")]
+
+
+def _is_file(data: str | None) -> bool:
+    """Whether the data has no splits."""
+    return Path(data or "").expanduser().is_file()

@@ -102,7 +102,8 @@ DERIVED = {
 
 # Names that users know from elsewhere.
 RENAMED = {
-    "warmup_ratio": "warmup_steps=<ratio>: below 1 it is a share of all steps",
+    "warmup_ratio": "warmup_steps=<ratio>: below 1 it is a share of all steps; RL's presets have "
+    "lr_scheduler_type=constant, which takes none: there with lr_scheduler_type=constant_with_warmup",
     "max_seq_length": "max_length",
     "max_steps_per_generation": "generation_aggregation_steps",
     "unbias_student_log_probs_temp": "student_temperature",

@@ -10,6 +10,7 @@ SCHEDULES = {
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps",),
 }
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # transformers drops it, and says nothing
 
 
 def schedule_faults(options: TrainOptions) -> list[Fault]:
@@ -23,6 +24,32 @@ def schedule_faults(options: TrainOptions) -> list[Fault]:
     value = {"num_decay_steps": "10"}.get(needed[0], "1e-7")
     remedy = f"lr_scheduler_kwargs={{{needed[0]}: {value}}}"
     return [Fault("lr_scheduler_type", options.lr_scheduler_type, f"it needs {' or '.join(needed)}", remedy)]
+
+
+def warmup_faults(options: TrainOptions) -> list[Fault]:
+    """A warm-up of the learning rate under a schedule that has none."""
+    schedule, given = options.lr_scheduler_type, options.warmup_steps
+    if not given or schedule not in WITHOUT_WARMUP:
+        return []
+    cause = f"lr_scheduler_type={schedule} has no warm-up, so it would have no effect"
+    remedy = "lr_scheduler_type=constant_with_warmup, or warmup_steps=0"
+    if schedule != "constant":
+        remedy = "warmup_steps=0, or another lr_scheduler_type"
+    return [Fault("warmup_steps", given, cause, remedy)]
+
+
+def interval_faults(options: TrainOptions) -> list[Fault]:
+    """Steps between evaluations or checkpoints where these do not come by steps."""
+    faults = []
+    if options.eval_steps is not None and options.eval_strategy != "steps":
+        cause = f"eval_strategy={options.eval_strategy} does not read it"
+        faults.append(Fault("eval_steps", options.eval_steps, cause, "eval_strategy=steps, or leave it out"))
+    # RL's presets say save_steps, and may be told to save otherwise; those of the warm-up do not.
+    is_asked = options.stage == "sft" and "save_steps" in options.model_fields_set
+    if is_asked and options.save_strategy != "steps":
+        cause = f"save_strategy={options.save_strategy} does not read it"
+        faults.append(Fault("save_steps", options.save_steps, cause, "save_strategy=steps, or leave it out"))
+    return faults
 
 
 def accelerator_faults(options: RLOptions) -> list[Fault]:

@@ -18,6 +18,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from trainers.config import REPO
 from trainers.errors import ConfigError, Fault
+from trainers.masking import masked
 from trainers.options import BaseOptions
 from trainers.plan.hardware import num_processes
 from trainers.settings.reporting import reporters, wandb_is_offline
@@ -25,7 +26,6 @@ from trainers.watch.phases import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
-SECRETS = ("token", "key", "password", "secret")
 LIBRARIES = ("vllm", "transformers", "datasets", "trl", "accelerate", "torch", "httpx", "urllib3", "filelock", "fsspec")
 
 
@@ -191,8 +191,15 @@ def take_over_library_logs() -> None:
 
 
 def prepare_wandb(options: BaseOptions) -> None:
-    """Let wandb log offline where it has no account to log to, rather than fail after the models are loaded."""
-    if "wandb" in reporters(options) and wandb_is_offline():
+    """Let wandb log offline where it has no account to log to, rather than fail after the models are loaded.
+
+    It keeps the command line with the run: not one that may hold a secret.
+    """
+    if "wandb" not in reporters(options):
+        return
+    if (written := options.model_dump()) != masked(written):
+        del sys.argv[1:]
+    if wandb_is_offline():
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("wandb: not logged in, so it logs offline (`wandb login`, or `wandb sync` the run afterwards)")
 
@@ -203,12 +210,8 @@ def use_tensorboard_dir(output_dir: Path) -> None:
 
 
 def save_config(output_dir: Path, composed: dict[str, Any], resolved: dict[str, Any]) -> None:
-    """Write config.yaml: every option with the value it has in this run, what was set apart from the defaults."""
-
-    def masked(mapping: dict[str, Any]) -> dict[str, Any]:
-        hide = lambda k, v: isinstance(v, str) and any(k.endswith(f"_{s}") or k == s for s in SECRETS)  # noqa: E731
-        return {k: "***" if hide(k, v) and k != "eos_token" else v for k, v in mapping.items()}
-
+    """Write config.yaml: every option with the value it has in this run, what was set apart from the defaults, and no
+    secrets."""
     defaults = {k: v for k, v in resolved.items() if k not in composed}
     text = "# Set by the run configuration and the command line\n"
     text += yaml.safe_dump(masked({k: resolved[k] for k in composed if k in resolved}), sort_keys=False)
