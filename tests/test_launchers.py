@@ -241,6 +241,25 @@ def test_launcher_works_from_another_folder(copy, tmp_path):
     assert calls.splitlines()[-1].endswith(f"{tmp_path}/train.py teacher_rlt_mono.yaml output_dir=out")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], ".venv-cpu"),
+        (["-m", "slow", "tests/test_gpu_engine.py"], ".venv-cpu"),  # whose GPU is simulated
+        (["-m", "slow and not gpu"], ".venv-cpu"),
+        (["-k", "gpu"], ".venv-cpu"),
+        (["-m", "gpu", "tests/test_streaming.py"], ".venv"),
+        (["-mgpu"], ".venv"),
+    ],
+)
+def test_tests_take_the_cpu_packages_unless_they_are_those_of_a_card(arguments, folder, copy, tmp_path):
+    (tmp_path / "driver").write_text("NVRM version: NVIDIA UNIX  580.65.06  Release Build\n")
+    done, calls = copy("run_tests.sh", *arguments, RLT_DRIVER=str(tmp_path / "driver"))
+    assert done.returncode == 0, done.stderr
+    assert calls.splitlines()[-1].startswith(f"{tmp_path}/{folder}/bin/python -m pytest ")
+    assert (tmp_path / "visible").read_text() == ("0\n" if folder == ".venv" else "\n")
+
+
 def test_launch_goes_through_accelerate_after_a_check(copy):
     done, calls = copy("launch.sh", "2", "cfgs/run_cfg/teacher_sft.yaml", "output_dir=out")
     assert done.returncode == 0, done.stderr
