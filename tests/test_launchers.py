@@ -265,8 +265,8 @@ def test_launch_goes_through_accelerate_after_a_check(copy):
     assert done.returncode == 0, done.stderr
     assert "WORLD_SIZE=2" in calls
     last = calls.splitlines()[-1]
-    assert "accelerate.commands.launch" in last
-    assert "--num_processes 2" in last
+    assert "accelerate.commands.launch --multi_gpu --num_processes 2" in last
+    assert "--cpu" not in last  # which it refuses beside the other; WSL has cards too, and no /proc/driver/nvidia
     assert last.endswith("train.py cfgs/run_cfg/teacher_sft.yaml output_dir=out")
 
 
