@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -258,6 +259,18 @@ def test_tests_take_the_cpu_packages_unless_they_are_those_of_a_card(arguments, 
     assert done.returncode == 0, done.stderr
     assert calls.splitlines()[-1].startswith(f"{tmp_path}/{folder}/bin/python -m pytest ")
     assert (tmp_path / "visible").read_text() == ("0\n" if folder == ".venv" else "\n")
+
+
+def test_ruff_leaves_the_environments_alone(tmp_path):
+    """Without git as well, as in an archive of the repository, where nothing is ignored."""
+    shutil.copy(REPO / "pyproject.toml", tmp_path)
+    for folder in (".venv", ".venv-cpu", ".venv.old"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "package.py").write_text("import os, sys;x=1")
+    for words in ("check .", "format --check ."):
+        command = [sys.executable, "-m", "ruff", *words.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 def test_launch_goes_through_accelerate_after_a_check(copy):
