@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment beside this repository, once: .venv, with the CUDA packages where an NVIDIA driver is, and with
+# Sets up the environment beside this repository, once: .venv, with the CUDA packages where an NVIDIA driver is, with
 # the CPU packages elsewhere. Sourced by the launchers; afterwards $PYTHON is the interpreter to use. A change of the lock
 # sets it up anew, but not under a run: what uses the environment holds it, and the change waits.
 #   RLT_CPU=1     run on the CPU although there is a driver: the CPU packages, then in .venv-cpu, and no card is seen
@@ -93,11 +93,13 @@ set_up() {
   if [[ -f $venv/installed-lock ]]; then mv "$venv" "$venv.old"; else rm -rf "$venv"; fi
   if install_packages "$python" "$log"; then return; fi
   bring_back
-  if [[ -f $venv/installed-lock ]]; then echo "$name is again what it was before; rm -r $name makes room, if it is the disk." >&2; fi
+  if [[ -f $venv/installed-lock ]]; then
+    echo "$name is again what it was before (if the disk is full, rm -r $name makes room)." >&2
+  fi
   return 1
 }
 
-# Who uses the environment holds this file with others, for as long as it lives (Python inherits it); who sets it up holds
+# Who uses the environment holds this file with others, for as long as it lives (Python inherits it); who sets it up has
 # it alone. False if others are in the way. Without flock, or where it fails (some network disks), nothing is held.
 held=
 if command -v flock >/dev/null; then
