@@ -16,8 +16,6 @@ done
 if ((processes == 1)); then exec "$PYTHON" "$here/train.py" "$@"; fi
 # A mistake in the configuration is told once, at once, before any process starts.
 WORLD_SIZE=$processes "$PYTHON" "$here/train.py" "$@" --check >/dev/null
-kind=()
-if ((processes > 1)); then kind=(--multi_gpu); fi
-if [[ ! -e /proc/driver/nvidia/version ]]; then kind+=(--cpu); fi
-exec "$PYTHON" -m accelerate.commands.launch "${kind[@]}" --num_processes "$processes" --num_machines 1 \
+# It has refused more processes than there are cards.
+exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$processes" --num_machines 1 \
   --mixed_precision no --dynamo_backend no "$here/train.py" "$@"

@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
-# Run the CPU test suite. Sets up .venv on first use.
+# Run the CPU test suite. Sets up the CPU packages on first use (with a card in .venv-cpu, see scripts/setup.sh).
 #   ./run_tests.sh [pytest arguments]     -m slow: the tests that take minutes each, left out otherwise
+#                                         -m gpu: those that need a card, with the CUDA packages
 #                                         -n 0: one after the other, as --pdb wants it
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+marks="" word_before=""
+for word in "$@"; do
+  if [[ $word_before == -m ]]; then marks=$word; elif [[ $word == -m?* ]]; then marks=${word#-m}; fi
+  word_before=$word
+done
+# Engines are built on the CPU, which the CUDA build of vLLM cannot.
+if [[ $marks != *gpu* || $marks == *"not gpu"* ]]; then export RLT_CPU=1; fi
 source "$here/scripts/setup.sh"
 cd "$here"
 "$PYTHON" -m ruff check .

@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
-# Sets up .venv beside this repository, once: the CUDA packages where an NVIDIA driver is, the CPU packages elsewhere.
-# Sourced by the launchers; afterwards $PYTHON is the interpreter to use. A change of the lock sets it up anew.
-#   RLT_CPU=1     take the CPU packages although there is a driver
+# Sets up the environment beside this repository, once: .venv, with the CUDA packages where an NVIDIA driver is, with
+# the CPU packages elsewhere. Sourced by the launchers; afterwards $PYTHON is the interpreter to use. A change of the lock
+# sets it up anew, but not under a run: what uses the environment holds it, and the change waits.
+#   RLT_CPU=1     run on the CPU although there is a driver: the CPU packages, then in .venv-cpu, and no card is seen
 #   RLT_DRIVER=   the file that tells the driver's version (default: /proc/driver/nvidia/version; where it is not, as in
 #                 WSL, nvidia-smi is asked)
-#   RLT_PYTHON=   the Python to build .venv with (3.11 or newer; default: the first suitable on the PATH)
+#   RLT_PYTHON=   the Python to build it with (3.11 or newer; default: the first suitable on the PATH)
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$repo/.venv"
-PYTHON="$venv/bin/python"
 lock="$repo/requirements-cpu.txt"
 driver=${RLT_DRIVER:-/proc/driver/nvidia/version}
 has_card() { [[ -e $driver ]] || nvidia-smi -L >/dev/null 2>&1; }
-if [[ -z ${RLT_CPU:-} ]] && has_card; then lock="$repo/requirements.txt"; fi
+if [[ -n ${RLT_CPU:-} ]]; then
+  export CUDA_VISIBLE_DEVICES=  # else the plan would be made for a card that these packages cannot use
+  if has_card; then venv="$repo/.venv-cpu"; fi
+elif has_card; then
+  lock="$repo/requirements.txt"
+fi
+PYTHON="$venv/bin/python"
+name=${venv##*/}
 
 find_python() {
-  local candidate
+  local candidate PATH=${PATH//"$venv/bin:"/}  # its own, where it is activated, is about to be put aside
   for candidate in ${RLT_PYTHON:-} python3.11 python3.12 python3.13 python3 python; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       command -v "$candidate"
@@ -42,13 +49,8 @@ check_driver() {
 }
 
 install_packages() {
-  local python log="$venv/setup.log"
-  python=$(find_python) || return 1
-  if [[ $lock == */requirements.txt ]]; then check_driver || return 1; fi
-  local takes="about 3 minutes, 4 GB"
-  if [[ $lock == */requirements.txt ]]; then takes="many GB"; fi
-  echo "First use: setting up .venv from ${lock##*/} with $("$python" --version) ($takes; log: $log)" >&2
-  rm -rf "$venv"
+  local python=$1 log=$2 wanted
+  wanted=$(sha256sum <"$lock")  # of what is installed, though a pull may change it meanwhile
   "$python" -m venv "$venv" || return 1
   # The lock is complete, so nothing is resolved. On a CPU it leaves out torchvision, torchaudio and torchcodec, which
   # vLLM asks for: there is no CPU build of them, and a CUDA build breaks the import of transformers.
@@ -63,9 +65,61 @@ install_packages() {
     echo "To avoid that, stop now, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds, and start again." >&2
     "$PYTHON" -m pip install --disable-pip-version-check "$(grep '^torch==' "$lock")" >>"$log" 2>&1 || return 1
   fi
-  sha256sum <"$lock" >"$venv/installed-lock"
+  echo "$wanted" >"$venv/installed-lock"  # last: what has it is complete
 }
 
-if [[ ! -f $venv/installed-lock ]] || [[ $(sha256sum <"$lock") != "$(<"$venv/installed-lock")" ]]; then
-  install_packages || exit 1
+is_ready() { [[ -f $venv/installed-lock && $(sha256sum <"$lock") == "$(<"$venv/installed-lock")" ]]; }
+
+# An environment cannot be moved to where it is used, so the new one is made in place, and the one before waits beside
+# it. It comes back if the new one fails, or if that was killed (then at the next launch).
+bring_back() {
+  if [[ -f $venv/installed-lock || ! -f $venv.old/installed-lock ]]; then return; fi
+  rm -rf "$venv"
+  mv "$venv.old" "$venv"
+}
+drop_old() { rm -rf "$venv.old/installed-lock" "$venv.old"; }  # in this order: half of it must not come back
+
+set_up() {
+  local python log="$venv.log" takes="about 3 minutes, 4 GB"
+  bring_back
+  if is_ready; then return; fi
+  python=$(find_python) || return 1
+  if [[ $lock == */requirements.txt ]]; then
+    check_driver || return 1
+    takes="many GB"
+  fi
+  echo "First use: setting up $name from ${lock##*/} with $("$python" --version) ($takes; log: $log)" >&2
+  drop_old
+  if [[ -f $venv/installed-lock ]]; then mv "$venv" "$venv.old"; else rm -rf "$venv"; fi
+  if install_packages "$python" "$log"; then return; fi
+  bring_back
+  if [[ -f $venv/installed-lock ]]; then
+    echo "$name is again what it was before (if the disk is full, rm -r $name makes room)." >&2
+  fi
+  return 1
+}
+
+# Who uses the environment holds this file with others, for as long as it lives (Python inherits it); who sets it up has
+# it alone. False if others are in the way. Without flock, or where it fails (some network disks), nothing is held.
+held=
+if command -v flock >/dev/null; then
+  { exec {held}<>"$venv.in-use" || exec {held}<"$venv.in-use"; } 2>/dev/null || held=
 fi
+hold() { [[ -z $held ]] || flock --nonblock "$1" "$held" 2>/dev/null || (($? != 1)); }
+
+told=
+until is_ready && hold --shared && is_ready; do
+  if hold --exclusive; then
+    set_up || exit 1
+    continue
+  fi
+  why="Another launch is setting up $name: waiting for it"
+  if [[ -f $venv/installed-lock ]]; then
+    why="A run uses $name, which ${lock##*/} would now change: waiting until it ends (fuser $name.in-use names it)"
+  fi
+  if [[ $why != "$told" ]]; then echo "$why" >&2; fi
+  told=$why
+  hold --unlock
+  sleep 2
+done
+if [[ -e $venv.old ]]; then drop_old || true; fi

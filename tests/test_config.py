@@ -70,7 +70,7 @@ def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
     monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
     found = faults(run)
     assert list(found) == ["device"]
-    assert "needs an NVIDIA GPU" in found["device"].cause
+    assert "needs an NVIDIA GPU" in found["device"].cause and "without RLT_CPU" in found["device"].remedy
 
 
 def test_the_cuda_build_of_vllm_is_refused_where_an_engine_would_start_without_a_gpu(monkeypatch, tmp_path):

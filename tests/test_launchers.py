@@ -5,38 +5,89 @@ The stand-in writes down how it was called; really installing the packages takes
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 from conftest import REPO
 
+# It stays at the call that has STAYS_AT in its words for as long as the file `stay` is there, and fails at FAILS_AT.
 STUB = """#!/usr/bin/env bash
 echo "$0 $*" >> "{log}"
+echo "${{CUDA_VISIBLE_DEVICES-all}}" > {folder}/visible
 case "$*" in
   *"-m venv"*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python" ;;
   *--check*) echo "WORLD_SIZE=$WORLD_SIZE" >> "{log}" ;;
 esac
+while [[ -n ${{STAYS_AT:-}} && "$*" == *"$STAYS_AT"* && -e {folder}/stay ]]; do sleep 0.1; done
+[[ -z ${{FAILS_AT:-}} || "$*" != *"$FAILS_AT"* ]]
 """
+
+
+class Copy:
+    """The launchers in a folder of their own, with a recording stand-in as the Python they find, and no card."""
+
+    def __init__(self, folder):
+        self.folder, self.log, self.environment = folder, folder / "calls", folder / ".venv"
+        for name in ("launch_mono.sh", "launch.sh", "run_tests.sh", "requirements.txt", "requirements-cpu.txt"):
+            shutil.copy(REPO / name, folder / name)
+        shutil.copytree(REPO / "scripts", folder / "scripts")
+        (folder / "bin").mkdir()
+        self.put("stub", STUB.format(log=self.log, folder=folder))
+        self.put("bin/nvidia-smi", "#!/usr/bin/env bash\nexit 9\n")
+
+    def put(self, name, text):
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def change_lock(self, name="requirements-cpu.txt"):
+        with (self.folder / name).open("a") as lock:
+            lock.write("six==1.16.0\n")
+
+    def start(self, script, *arguments, cwd=None, **variables):
+        """Popen, and where its stderr is written."""
+        with (self.folder / f"stderr-{time.monotonic_ns()}").open("w") as stderr:
+            own = {
+                "RLT_PYTHON": str(self.folder / "stub"),
+                "RLT_CPU": "",
+                "RLT_DRIVER": str(self.folder / "no-driver"),
+                "CUDA_VISIBLE_DEVICES": "0",
+                "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            }
+            started = subprocess.Popen(
+                [str(self.folder / script), *arguments],
+                env={**os.environ, **own, **variables},
+                cwd=cwd or self.folder,
+                stdout=stderr,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        return started, self.folder / stderr.name
+
+    def __call__(self, script, *arguments, **options):
+        self.log.write_text("")
+        started, stderr = self.start(script, *arguments, **options)
+        started.wait(60)
+        return subprocess.CompletedProcess([], started.returncode, "", stderr.read_text()), self.log.read_text()
+
+
+def wait_for(text, file):
+    end = time.monotonic() + 60
+    while not file.exists() or text not in file.read_text():
+        assert time.monotonic() < end, f"{text!r} never came to {file}"
+        time.sleep(0.05)
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """The launchers in a folder of their own, with a recording stand-in as the Python they find."""
-    for name in ("launch_mono.sh", "launch.sh", "run_tests.sh", "requirements.txt", "requirements-cpu.txt"):
-        shutil.copy(REPO / name, tmp_path / name)
-    shutil.copytree(REPO / "scripts", tmp_path / "scripts")
-    log, stub = tmp_path / "calls", tmp_path / "stub"
-    stub.write_text(STUB.format(log=log))
-    stub.chmod(0o755)
+    made = Copy(tmp_path)
+    yield made
+    (tmp_path / "stay").unlink(missing_ok=True)  # what still stays ends
 
-    def run(script, *arguments, cwd=tmp_path, **variables):
-        log.write_text("")
-        environment = {**os.environ, "RLT_PYTHON": str(stub), "RLT_CPU": "1", **variables}
-        command = [str(tmp_path / script), *arguments]
-        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
-        return done, log.read_text()
 
-    return run
+needs_flock = pytest.mark.skipif(not shutil.which("flock"), reason="nothing is held without flock")
 
 
 def test_first_use_sets_up_and_the_second_does_not(copy, tmp_path):
@@ -57,7 +108,7 @@ def test_an_old_driver_is_told_before_anything_is_downloaded(copy, tmp_path):
         ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n", True),
     ):
         driver.write_text(text + "GCC version:  gcc version 12.3.0\n")
-        done, calls = copy("launch_mono.sh", RLT_CPU="", RLT_DRIVER=str(driver))
+        done, calls = copy("launch_mono.sh", RLT_DRIVER=str(driver))
         assert (done.returncode == 0, "pip install" in calls) == (installs, installs), done.stderr
         assert ("driver is 550.54.14" in done.stderr) is not installs
     assert "from requirements.txt" in done.stderr
@@ -65,26 +116,122 @@ def test_an_old_driver_is_told_before_anything_is_downloaded(copy, tmp_path):
 
 def test_a_card_that_only_nvidia_smi_shows_gets_the_cuda_packages(copy, tmp_path):
     """As in WSL."""
-    (tmp_path / "bin").mkdir()
-    asked = {"RLT_CPU": "", "RLT_DRIVER": str(tmp_path / "none"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    stub = tmp_path / "bin" / "nvidia-smi"
     for driver, status, lock in (
         ("560.94", 0, ""),
         ("581.29", 0, "requirements.txt"),
         ("-", 9, "requirements-cpu.txt"),
     ):
-        stub.write_text(f"#!/usr/bin/env bash\n[[ $* == *driver_version* ]] && echo {driver}\nexit {status}\n")
-        stub.chmod(0o755)
-        done, _ = copy("launch_mono.sh", **asked)
+        copy.put(
+            "bin/nvidia-smi", f"#!/usr/bin/env bash\n[[ $* == *driver_version* ]] && echo {driver}\nexit {status}\n"
+        )
+        done, _ = copy("launch_mono.sh")
         assert (f"from {lock} " in done.stderr) if lock else ("driver is 560.94" in done.stderr), done.stderr
 
 
 def test_changed_lock_sets_up_again(copy, tmp_path):
     copy("launch_mono.sh")
-    with (tmp_path / "requirements-cpu.txt").open("a") as lock:
-        lock.write("six==1.16.0\n")
+    copy.change_lock()
     done, _ = copy("launch_mono.sh")
     assert "setting up" in done.stderr
+    assert not (tmp_path / ".venv.old").exists()
+
+
+@needs_flock
+def test_a_run_keeps_its_environment_and_a_changed_lock_waits(copy, tmp_path):
+    (tmp_path / "stay").touch()
+    run, _ = copy.start("launch_mono.sh", STAYS_AT="train.py")
+    wait_for("train.py", copy.log)
+    (copy.environment / "of the run").touch()
+    assert copy("launch_mono.sh", "--check")[0].returncode == 0  # beside it
+    copy.change_lock()
+    waiting, said = copy.start("launch_mono.sh", "--check")
+    wait_for("A run uses .venv, which requirements-cpu.txt would now change: waiting until it ends", said)
+    time.sleep(3)  # it asks again every two seconds
+    assert waiting.poll() is None and run.poll() is None
+    assert (copy.environment / "of the run").exists()
+    (tmp_path / "stay").unlink()
+    assert (run.wait(60), waiting.wait(60)) == (0, 0)
+    assert "setting up .venv" in said.read_text() and said.read_text().count("A run uses") == 1
+    assert not (copy.environment / "of the run").exists()
+
+
+@needs_flock
+def test_of_two_first_launches_the_second_waits_for_the_first(copy, tmp_path):
+    (tmp_path / "stay").touch()
+    first, _ = copy.start("launch_mono.sh", "first", STAYS_AT="pip install")
+    wait_for("pip install", copy.log)
+    second, said = copy.start("launch_mono.sh", "second")
+    wait_for("Another launch is setting up .venv: waiting for it", said)
+    (tmp_path / "stay").unlink()
+    assert (first.wait(60), second.wait(60)) == (0, 0)
+    calls = copy.log.read_text()
+    assert calls.count("-m venv") == 1
+    assert "train.py first" in calls and "train.py second" in calls
+    assert "setting up .venv from" not in said.read_text()
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_an_installation_that_fails_leaves_what_was_there(flock, copy):
+    if not flock:  # as on a network disk that knows no locks
+        copy.put("bin/flock", "#!/usr/bin/env bash\nexit 65\n")
+    copy("launch_mono.sh")
+    (copy.environment / "before").touch()
+    lock = (copy.folder / "requirements-cpu.txt").read_text()
+    copy.change_lock()
+    done, calls = copy("launch_mono.sh", FAILS_AT="pip install")
+    assert done.returncode == 1 and "train.py" not in calls
+    assert "could not be installed" in done.stderr and ".venv is again what it was before" in done.stderr
+    assert (copy.folder / ".venv.log").exists()  # which the message names
+    assert (copy.environment / "before").exists()
+    (copy.folder / "requirements-cpu.txt").write_text(lock)
+    done, calls = copy("launch_mono.sh")
+    assert done.returncode == 0 and len(calls.splitlines()) == 1
+
+
+@pytest.mark.parametrize("taken_back", [True, False])
+def test_a_set_up_that_is_killed_is_repaired_by_the_next_launch(taken_back, copy, tmp_path):
+    copy("launch_mono.sh")
+    (copy.environment / "before").touch()
+    lock = (tmp_path / "requirements-cpu.txt").read_text()
+    copy.change_lock()
+    (tmp_path / "stay").touch()
+    copy.log.write_text("")
+    killed, _ = copy.start("launch_mono.sh", STAYS_AT="pip install")
+    wait_for("pip install", copy.log)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait(60)
+    if taken_back:
+        (tmp_path / "requirements-cpu.txt").write_text(lock)
+    done, calls = copy("launch_mono.sh")
+    assert done.returncode == 0, done.stderr
+    assert ("pip install" not in calls) is taken_back
+    assert (copy.environment / "before").exists() is taken_back
+    assert not (tmp_path / ".venv.old").exists()
+
+
+def test_an_activated_environment_is_not_built_with_itself(copy):
+    """What `source .venv/bin/activate` puts first on the PATH is moved away before the new one is made."""
+    copy("launch_mono.sh")
+    copy.change_lock()
+    shutil.copy(copy.folder / "stub", copy.folder / "bin" / "python3.11")
+    shutil.copy(copy.folder / "stub", copy.environment / "bin" / "python3.11")
+    path = f"{copy.environment / 'bin'}:{copy.folder / 'bin'}:{os.environ['PATH']}"
+    done, _ = copy("launch_mono.sh", RLT_PYTHON="", PATH=path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_card_has_an_environment_of_its_own(copy, tmp_path):
+    (tmp_path / "driver").write_text("NVRM version: NVIDIA UNIX  580.65.06  Release Build\n")
+    card = {"RLT_DRIVER": str(tmp_path / "driver")}
+    copy("launch_mono.sh", **card)
+    (copy.environment / "of the card").touch()
+    done, calls = copy("launch_mono.sh", **card, RLT_CPU="1")
+    assert "setting up .venv-cpu from requirements-cpu.txt" in done.stderr
+    assert calls.splitlines()[-1].startswith(f"{tmp_path}/.venv-cpu/bin/python ")
+    assert (tmp_path / "visible").read_text() == "\n"  # nor is a run planned for the card
+    done, calls = copy("launch_mono.sh", **card)
+    assert (tmp_path / "visible").read_text() == "0\n"
+    assert len(calls.splitlines()) == 1 and (copy.environment / "of the card").exists()
 
 
 def test_launcher_works_from_another_folder(copy, tmp_path):
@@ -95,13 +242,44 @@ def test_launcher_works_from_another_folder(copy, tmp_path):
     assert calls.splitlines()[-1].endswith(f"{tmp_path}/train.py teacher_rlt_mono.yaml output_dir=out")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], ".venv-cpu"),
+        (["-m", "slow", "tests/test_gpu_engine.py"], ".venv-cpu"),  # whose GPU is simulated
+        (["-m", "slow and not gpu"], ".venv-cpu"),
+        (["-k", "gpu"], ".venv-cpu"),
+        (["-m", "gpu", "tests/test_streaming.py"], ".venv"),
+        (["-mgpu"], ".venv"),
+    ],
+)
+def test_tests_take_the_cpu_packages_unless_they_are_those_of_a_card(arguments, folder, copy, tmp_path):
+    (tmp_path / "driver").write_text("NVRM version: NVIDIA UNIX  580.65.06  Release Build\n")
+    done, calls = copy("run_tests.sh", *arguments, RLT_DRIVER=str(tmp_path / "driver"))
+    assert done.returncode == 0, done.stderr
+    assert calls.splitlines()[-1].startswith(f"{tmp_path}/{folder}/bin/python -m pytest ")
+    assert (tmp_path / "visible").read_text() == ("0\n" if folder == ".venv" else "\n")
+
+
+def test_ruff_leaves_the_environments_alone(tmp_path):
+    """Without git as well, as in an archive of the repository, where nothing is ignored."""
+    shutil.copy(REPO / "pyproject.toml", tmp_path)
+    for folder in (".venv", ".venv-cpu", ".venv.old"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "package.py").write_text("import os, sys;x=1")
+    for words in ("check .", "format --check ."):
+        command = [sys.executable, "-m", "ruff", *words.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 def test_launch_goes_through_accelerate_after_a_check(copy):
     done, calls = copy("launch.sh", "2", "cfgs/run_cfg/teacher_sft.yaml", "output_dir=out")
     assert done.returncode == 0, done.stderr
     assert "WORLD_SIZE=2" in calls
     last = calls.splitlines()[-1]
-    assert "accelerate.commands.launch" in last
-    assert "--num_processes 2" in last
+    assert "accelerate.commands.launch --multi_gpu --num_processes 2" in last
+    assert "--cpu" not in last  # which it refuses beside the other; WSL has cards too, and no /proc/driver/nvidia
     assert last.endswith("train.py cfgs/run_cfg/teacher_sft.yaml output_dir=out")
 
 

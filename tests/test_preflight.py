@@ -188,8 +188,11 @@ def test_packages_are_compared_with_the_lock(monkeypatch, version, level):
         return version
 
     monkeypatch.setattr(preflight.importlib.metadata, "version", fake)
-    (finding,) = preflight._packages()
-    assert finding.level == level and "trl" in finding.message
+    for folder, launcher in ((".venv", "./launch_mono.sh"), (".venv-cpu", "RLT_CPU=1 ./launch_mono.sh")):
+        monkeypatch.setattr(preflight.sys, "prefix", f"/repo/{folder}")
+        (finding,) = preflight._packages()
+        assert finding.level == level and "trl" in finding.message
+        assert finding.remedy.startswith(f"rm -r {folder}, then {launcher} sets")
 
 
 def test_wandb_without_an_account_is_told(monkeypatch, tmp_path):

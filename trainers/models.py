@@ -43,9 +43,7 @@ def resolve_device(device: str) -> torch.device:
     if not torch.cuda.is_available():
         if device == "cuda":
             cause = "there is a GPU, but the torch that is installed is the CPU build"
-            raise ConfigError(
-                Fault("device", "cuda", cause, "set up the CUDA packages: rm -r .venv, then ./launch_mono.sh")
-            )
+            raise ConfigError(Fault("device", "cuda", cause, "./launch_mono.sh without RLT_CPU takes the CUDA build"))
         return torch.device("cpu")
     return torch.device("cuda")
 

@@ -156,6 +156,8 @@ def _packages() -> list[Finding]:
         if found.partition("+")[0] != version.partition("+")[0]:  # "+cpu" is a build of the same version
             other.append(f"{name} {found} (lock: {version})")
     remedy = "rm -r .venv, then ./launch_mono.sh sets it up anew"
+    if Path(sys.prefix).name == ".venv-cpu":  # the CPU packages of a machine with a card
+        remedy = "rm -r .venv-cpu, then RLT_CPU=1 ./launch_mono.sh sets it up anew"
     findings = []
     if missing:
         findings.append(Finding("packages", "error", f"not installed: {', '.join(missing)}", remedy))
@@ -193,7 +195,7 @@ def _card(options: CommonOptions, machine: Machine, vram_gb: float | None) -> li
         findings.append(Finding("CUDA", "ok", f"driver {card.driver}"))
     if lock_file().name == "requirements-cpu.txt":
         message = "the packages that are installed are the CPU build"
-        findings.append(Finding("CUDA", "error", message, "rm -r .venv, then ./launch_mono.sh"))
+        findings.append(Finding("CUDA", "error", message, "./launch_mono.sh without RLT_CPU sets up the CUDA build"))
     findings.append(_compiler())
     if card.holders:
         held = "; ".join(map(str, card.holders))
