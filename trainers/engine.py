@@ -16,6 +16,7 @@ from trainers.options import RLOptions
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.rollout.rollouts import Ended, Rollout, request_seed
 from trainers.settings.engine_specs import bridge_name
+from trainers.watch.out_of_memory import is_out_of_memory
 from trainers.watch.phases import Written
 from trainers.weights.shared_weights import held_bytes
 
@@ -112,7 +113,7 @@ class Engine:
         try:
             return LLM(**arguments)
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            if not self._asked:
+            if not self._asked or is_out_of_memory(error):
                 raise
             raise refused_arguments(self._asked, error) from error
 

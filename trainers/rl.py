@@ -38,6 +38,7 @@ from trainers.warmup_runs import ensure_model
 from trainers.watch.health import HealthWatch
 from trainers.watch.heartbeat import heartbeat
 from trainers.watch.memory_watch import MemoryWatch
+from trainers.watch.out_of_memory import out_of_memory_told
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.watch.result import write_result
@@ -78,7 +79,7 @@ def run_rl(options: RLOptions, output_dir: Path, plan: Plan | None = None) -> No
     if named_run(options.model_name_or_path):
         refuse_architecture(options, start.path, device, dtype)
     timer = PhaseTimer(MemoryWatch(device))  # before anything is on the device
-    with heartbeat(timer, output_dir):
+    with heartbeat(timer, output_dir), out_of_memory_told(timer, device, plan, output_dir):
         model = load_teacher(options, start.path, dtype, start.adapter)
         # First on the device: the weights go straight to where the engine keeps them.
         sampler = make_sampler(options, model, teacher, start.path, train_set[0]["prompt"], dtype, output_dir, timer)

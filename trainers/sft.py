@@ -21,9 +21,11 @@ from trainers.models import (
 )
 from trainers.optimizers import OwnOptimizer
 from trainers.options import SFTOptions, trl_arguments
+from trainers.plan.workload import Plan
 from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.texts import check_traces, load_train_and_eval_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.watch.heartbeat import heartbeat
+from trainers.watch.out_of_memory import out_of_memory_told
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapter_files import base_of, tokenizer_of
@@ -45,7 +47,9 @@ class WarmupTrainer(OwnOptimizer, OwnSaving, SFTTrainer):
         self.watch_updates()
 
 
-def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1) -> None:
+def run_sft(
+    options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1, plan: Plan | None = None
+) -> None:
     """Train, and save the model with its tokenizer and template to `output_dir`.
 
     Args:
@@ -53,6 +57,7 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
         output_dir: Where everything goes.
         model_path: The model or the adapter to start from; None makes the model of `options.model_init`.
         num_devices: Processes that train together.
+        plan: Of its memory: told where that runs out.
     """
     tell_length(options)
     device, dtype = resolve_place(options)
@@ -71,7 +76,7 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
     arguments = sft_config(options, output_dir, num_devices, dtype)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    with heartbeat(timer, output_dir):
+    with heartbeat(timer, output_dir), out_of_memory_told(timer, device, plan, output_dir):
         if start is None:
             model = make_model(options.model_init, tokenizer, options.seed, dtype, options.attn_implementation)
         else:
