@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run, resolved
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, OutOfMemory
 from trainers.options import BaseOptions
 from trainers.plan.hardware import num_processes, prepare_allocator
 from trainers.plan.planning import faults_ahead, planned, run_plan
@@ -83,7 +83,8 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
         from trainers.sft import run_sft
         from trainers.warmup_runs import ensure_model
 
-        run_sft(options, output_dir, ensure_model(options.model_name_or_path, options), num_devices)
+        start = ensure_model(options.model_name_or_path, options)
+        run_sft(options, output_dir, start, num_devices, solved.plan)
         logging.getLogger(__name__).info("model saved to %s", output_dir)
     elif options.stage == "score":
         from trainers.score import run_score
@@ -101,7 +102,7 @@ def main(config: DictConfig) -> None:
         composed = resolved(config)
         options = load_options(composed, num_processes(), REPO)
         run(options, composed, HydraConfig.get().runtime.choices["run_cfg"])
-    except ConfigError as error:
+    except (ConfigError, OutOfMemory) as error:
         sys.exit(str(error))
 
 

@@ -186,6 +186,14 @@ def test_completions_of_one_prompt_differ(engine_and_model, prompts):
     assert len({tuple(c) for c in completions}) > 1
 
 
+def test_how_far_it_is_can_be_read_while_it_writes(engine_and_model, prompts):
+    engine, _, _ = engine_and_model
+    seen = []
+    rollout = engine.generate(prompts, SAMPLING, 0, lambda *_: seen.append(engine.written))
+    assert seen[-1][:2] == (len(prompts), len(prompts)) and engine.written is None
+    assert seen[-1].tokens == pytest.approx(sum(map(len, rollout.completion_ids)), rel=0.15)
+
+
 def test_limits_are_kept(engine_and_model, prompts, renderer):
     engine, _, _ = engine_and_model
     rollout = engine.generate(prompts, {**SAMPLING, "max_tokens": 5}, number=0)

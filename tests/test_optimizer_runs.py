@@ -14,6 +14,7 @@ from trainers.models import load_model
 from trainers.optimizers import CombinedOptimizer, MasterAdamW
 from trainers.options import options_class
 from trainers.sft import WarmupTrainer, sft_config
+from trainers.watch.phases import PhaseTimer
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ def test_warm_up_uses_the_optimizer_too(model_dir, tokenizer, tmp_path):
     )
     trainer = WarmupTrainer(
         options=options,
+        timer=PhaseTimer(),
         model=load_model(str(model_dir), torch.bfloat16, None, "model_name_or_path", False),
         args=sft_config(options, tmp_path, 1, torch.bfloat16),
         train_dataset=Dataset.from_list([{"input_ids": [10, 20, 30], "labels": [-100, 20, 30]}] * 4),

@@ -28,7 +28,7 @@ def trained(monkeypatch):
     """Records what would be trained, in order."""
     calls = []
 
-    def run_sft(options, output_dir, start):
+    def run_sft(options, output_dir, start, plan):
         calls.append((options.sft_role, options.seed, options.tag_format, start))
         (output_dir / "config.json").write_text("{}")
         (output_dir / "README.md").write_text(f"in {output_dir}")
@@ -59,7 +59,7 @@ def test_each_file_that_a_warm_up_imports_is_counted_or_known_not_to_matter():
     """One that is in neither list is to be put into one: a change of it trains warm-ups anew, or does not."""
     harmless = ("trainers/plan/", "trainers/watch/", "trainers/checks.py", "trainers/config.py", "trainers/errors.py")
     harmless += ("trainers/warmup.py", "trainers/weights/hub.py", "trainers/weights/model_card.py")
-    harmless += ("trainers/masking.py", "trainers/weights/saving.py")
+    harmless += ("trainers/masking.py", "trainers/memory.py", "trainers/weights/saving.py")
     harmless += tuple(f"trainers/settings/{name}.py" for name in OF_CHECKS)
     code = "import sys, trainers.sft\nfor m in list(sys.modules.values()): print(getattr(m, '__file__', ''))"
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)  # noqa: S603
@@ -101,7 +101,7 @@ def test_a_warm_up_on_the_same_data_holds_out_what_the_run_evaluates(rows_file):
 
 
 def test_an_interrupted_warm_up_is_not_taken_for_a_whole_one(trained, tmp_path, monkeypatch):
-    def interrupted(options, output_dir, start):
+    def interrupted(options, output_dir, start, plan):
         (output_dir / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -124,7 +124,7 @@ def test_only_a_warm_up_can_be_named():
 def test_a_warm_up_that_leaves_an_adapter_is_kept_too(monkeypatch, tmp_path):
     calls = []
 
-    def run_sft(options, output_dir, start):
+    def run_sft(options, output_dir, start, plan):
         calls.append(start)
         (output_dir / "adapter_config.json").write_text("{}")
         (output_dir / "README.md").touch()
@@ -142,7 +142,7 @@ def test_a_warm_up_is_planned_for_its_own_disk_and_refused_before_it_leaves_anyt
         planned.append(Path(options.output_dir))
         raise ConfigError(Fault("disk", ..., "full", "make room"))
 
-    monkeypatch.setattr(warmup_runs, "planned_options", refuse)
+    monkeypatch.setattr(warmup_runs, "planned", refuse)
     options = load_options(compose_run("teacher_rlt_tiny"), repo=REPO)
     with pytest.raises(ConfigError, match="full"):
         warmup_runs.ensure_model("run:student_sft_tiny", options, tmp_path)

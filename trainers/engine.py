@@ -16,6 +16,8 @@ from trainers.options import RLOptions
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.rollout.rollouts import Ended, Rollout, request_seed
 from trainers.settings.engine_specs import bridge_name
+from trainers.watch.out_of_memory import is_out_of_memory
+from trainers.watch.phases import Written
 from trainers.weights.shared_weights import held_bytes
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Engine:
         if self.can_release:
             self._arguments["enable_sleep_mode"] = True  # its allocator is what can release the KV cache
         self._released = False
+        self.written: Written | None = None  # while `generate` is at work; another thread may read it
         self._output_dir = output_dir
         self._along: list[tuple[tuple[tuple[int, ...], Any], list[int], OnAnswer]] = []  # asked with the next requests
         self._build()
@@ -110,7 +113,7 @@ class Engine:
         try:
             return LLM(**arguments)
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            if not self._asked:
+            if not self._asked or is_out_of_memory(error):
                 raise
             raise refused_arguments(self._asked, error) from error
 
@@ -249,6 +252,7 @@ class Engine:
         completions: list[list[int]] = [[]] * len(prompt_ids)
         logprobs: list[list[float]] = [[]] * len(prompt_ids)
         ended: list[Ended] = ["length"] * len(prompt_ids)
+        self.written = Written(0, len(prompt_ids), 0)
         for index, output in self._run(requests):
             for place, sample in zip(groups[index], sorted(output.outputs, key=lambda o: o.index), strict=True):
                 completions[place] = list(sample.token_ids)
@@ -260,6 +264,7 @@ class Engine:
             if on_group is not None:
                 at = groups[index]
                 on_group(at, [completions[i] for i in at], [logprobs[i] for i in at])
+        self.written = None
         return Rollout(prompt_ids, completions, logprobs, [[] for _ in prompt_ids], ended)
 
     def given_logprobs(self, prompt_ids: list[list[int]], count: int, temperature: float) -> list[list[float]]:
@@ -319,7 +324,9 @@ class Engine:
         engine = self.llm.llm_engine
         try:
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                outputs = engine.step()
+                self._note_written()
+                for output in outputs:
                     if not output.finished:
                         continue
                     at = place[output.request_id] - len(along)
@@ -330,6 +337,13 @@ class Engine:
                         yield at, output
         finally:
             engine.abort_request(ids, internal=True)  # those that an error has left
+
+    def _note_written(self) -> None:
+        """A step of vLLM's is done, in which each completion in work got a token."""
+        if self.written is not None:
+            scheduler, (_, asked, tokens) = self._core.scheduler, self.written
+            done = max(0, asked - scheduler.get_num_unfinished_requests())
+            self.written = Written(done, asked, tokens + len(scheduler.running))
 
 
 def next_token_params(tokens: list[int], temperature: float) -> Any:

@@ -20,6 +20,10 @@ class Fault:
         return f"{self.key}{shown}: {self.cause}\n    -> {self.remedy}"
 
 
+class OutOfMemory(RuntimeError):
+    """The device ran out of memory: what a run ends with that was planned to fit."""
+
+
 class ConfigError(ValueError):
     """Raised before anything is loaded, with every fault that was found."""
 

@@ -36,7 +36,9 @@ from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.texts import check_enough, load_train_and_eval_rows, rl_rows, show_sample, tell_whole_questions
 from trainers.warmup_runs import ensure_model
 from trainers.watch.health import HealthWatch
+from trainers.watch.heartbeat import heartbeat
 from trainers.watch.memory_watch import MemoryWatch
+from trainers.watch.out_of_memory import out_of_memory_told
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.watch.result import write_result
@@ -77,35 +79,36 @@ def run_rl(options: RLOptions, output_dir: Path, plan: Plan | None = None) -> No
     if named_run(options.model_name_or_path):
         refuse_architecture(options, start.path, device, dtype)
     timer = PhaseTimer(MemoryWatch(device))  # before anything is on the device
-    model = load_teacher(options, start.path, dtype, start.adapter)
-    # First on the device: the weights go straight to where the engine keeps them.
-    sampler = make_sampler(options, model, teacher, start.path, train_set[0]["prompt"], dtype, output_dir, timer)
-    with sampler.stopped_at_the_end():
-        if student is None:
-            student_reward = None
-            logger.info("no reward function asks the student: none is loaded")
-        else:
-            scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
-            student_reward = make_student_reward(options, scorer, device)
-            sampler.ahead = student_reward.ahead
-        watches = [Progress(), HealthWatch(options), Totals(sampler, output_dir, plan)]
-        trainer = TeacherGRPOTrainer(
-            options=options,
-            sampler=sampler,
-            timer=timer,
-            model=model,
-            reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
-            args=arguments,
-            reference=load_reference(options, arguments, start.path, device, dtype),
-            probes=make_probes(options, student_reward),
-            student_reward=student_reward,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            processing_class=teacher.tokenizer,
-            callbacks=[MetricsWriter(output_dir, timer), *watches],
-        )
-        timer.memory.note("load")
-        train_and_report(trainer, options, output_dir)
+    with heartbeat(timer, output_dir), out_of_memory_told(timer, device, plan, output_dir):
+        model = load_teacher(options, start.path, dtype, start.adapter)
+        # First on the device: the weights go straight to where the engine keeps them.
+        sampler = make_sampler(options, model, teacher, start.path, train_set[0]["prompt"], dtype, output_dir, timer)
+        with sampler.stopped_at_the_end():
+            if student is None:
+                student_reward = None
+                logger.info("no reward function asks the student: none is loaded")
+            else:
+                scorer = make_scorer(options, output_dir, *student, teacher, device, dtype, samples_of(rows))
+                student_reward = make_student_reward(options, scorer, device)
+                sampler.ahead = student_reward.ahead
+            watches = [Progress(), HealthWatch(options), Totals(sampler, output_dir, plan)]
+            trainer = TeacherGRPOTrainer(
+                options=options,
+                sampler=sampler,
+                timer=timer,
+                model=model,
+                reward_funcs=make_reward_funcs(options, teacher, student_reward, own),
+                args=arguments,
+                reference=load_reference(options, arguments, start.path, device, dtype),
+                probes=make_probes(options, student_reward),
+                student_reward=student_reward,
+                train_dataset=train_set,
+                eval_dataset=eval_set,
+                processing_class=teacher.tokenizer,
+                callbacks=[MetricsWriter(output_dir, timer), *watches],
+            )
+            timer.memory.note("load")
+            train_and_report(trainer, options, output_dir)
 
 
 def resolve_student(options: RLOptions, output_dir: Path, dtype: torch.dtype) -> tuple[str, Renderer]:

@@ -21,8 +21,11 @@ from trainers.models import (
 )
 from trainers.optimizers import OwnOptimizer
 from trainers.options import SFTOptions, trl_arguments
+from trainers.plan.workload import Plan
 from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.texts import check_traces, load_train_and_eval_rows, sft_parts, sft_rows, show_sample, tag_format
+from trainers.watch.heartbeat import heartbeat
+from trainers.watch.out_of_memory import out_of_memory_told
 from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapter_files import base_of, tokenizer_of
@@ -32,15 +35,21 @@ from trainers.weights.starts import load_teacher, resolve_start
 
 
 class WarmupTrainer(OwnOptimizer, OwnSaving, SFTTrainer):
-    """TRL's trainer with the optimizer of our options."""
+    """TRL's trainer with the optimizer of our options.
 
-    def __init__(self, options: SFTOptions, **kwargs: Any) -> None:
-        self.options = options
+    Args:
+        timer: Is told what goes on.
+    """
+
+    def __init__(self, options: SFTOptions, timer: PhaseTimer, **kwargs: Any) -> None:
+        self.options, self.timer = options, timer
         super().__init__(**kwargs)
         self.watch_updates()
 
 
-def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1) -> None:
+def run_sft(
+    options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1, plan: Plan | None = None
+) -> None:
     """Train, and save the model with its tokenizer and template to `output_dir`.
 
     Args:
@@ -48,6 +57,7 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
         output_dir: Where everything goes.
         model_path: The model or the adapter to start from; None makes the model of `options.model_init`.
         num_devices: Processes that train together.
+        plan: Of its memory: told where that runs out.
     """
     tell_length(options)
     device, dtype = resolve_place(options)
@@ -64,24 +74,26 @@ def run_sft(options: SFTOptions, output_dir: Path, model_path: str | None, num_d
     first = next(row for row in rows if row["reasoning_trace"])
     show_sample(f"first {options.sft_role} text", sft_parts(first, renderer, options.sft_role))
     arguments = sft_config(options, output_dir, num_devices, dtype)
-    if start is None:
-        model = make_model(options.model_init, tokenizer, options.seed, dtype, options.attn_implementation)
-    else:
-        model = load_teacher(options, start.path, dtype, start.adapter)
     use_tensorboard_dir(output_dir)
     timer = PhaseTimer()
-    trainer = WarmupTrainer(
-        options=options,
-        model=model,
-        args=arguments,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        callbacks=[MetricsWriter(output_dir, timer), Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.save_model(str(output_dir))
+    with heartbeat(timer, output_dir), out_of_memory_told(timer, device, plan, output_dir):
+        if start is None:
+            model = make_model(options.model_init, tokenizer, options.seed, dtype, options.attn_implementation)
+        else:
+            model = load_teacher(options, start.path, dtype, start.adapter)
+        trainer = WarmupTrainer(
+            options=options,
+            timer=timer,
+            model=model,
+            args=arguments,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            callbacks=[MetricsWriter(output_dir, timer), Progress()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.save_model(str(output_dir))
     if trainer.is_world_process_zero():
         write_model_card(output_dir, options, renderer.end_ids)
 

@@ -200,7 +200,7 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         was_training = self.model.training
         interrupted, memory = self.timer.take(), self.timer.memory
         completions, self._evaluation = deepcopy(self._logs), Evaluation()
-        with memory.interrupted() if memory is not None else nullcontext():
+        with memory.interrupted() if memory is not None else nullcontext(), self.timer.during("evaluation", "loss"):
             metrics = super().evaluate(*args, **kwargs)
         self._logs = completions
         self.model.train(was_training)

@@ -9,8 +9,9 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 
 from trainers.config import REPO, named_run
+from trainers.errors import OutOfMemory
 from trainers.options import CommonOptions
-from trainers.plan.planning import planned_options
+from trainers.plan.planning import planned
 from trainers.sft import run_sft
 from trainers.warmup import cached_path, is_kept, warmup_options
 
@@ -31,9 +32,13 @@ def ensure_model(path: str | None, options: CommonOptions, root: Path = REPO) ->
     logger.info("%s: training it now, later runs find it in %s", path, folder)
     # A folder of its own until it is whole: neither an interrupted warm-up nor one beside this can be taken for it.
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    planned = planned_options(checked.model_copy(update={"output_dir": str(partial)}))  # its disk counts
+    solved = planned(checked.model_copy(update={"output_dir": str(partial)}))  # its disk counts
     partial.mkdir(parents=True, exist_ok=True)
-    run_sft(planned, partial, start)
+    try:
+        run_sft(solved.options, partial, start, plan=solved.plan)
+    except OutOfMemory as error:
+        alone = f"train it by itself with these, ./launch_mono.sh {name}.yaml ..., and name its folder"
+        raise OutOfMemory(f"{path}: {error}\n  {alone}") from error
     _end_reports()
     clear_device_cache(garbage_collection=True)  # a trainer holds itself: what comes next is planned with what is free
     if folder.exists():  # another run was first; both are alike

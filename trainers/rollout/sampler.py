@@ -59,6 +59,8 @@ class RolloutSampler:
     ) -> None:
         self.options, self.renderer, self.timer = options, renderer, timer
         self.engine, self.sentinel = engine, sentinel
+        if engine is not None:
+            timer.written = lambda: engine.written
         self.sampled = Counter(completions=0, tokens=0)
         self.record, self.replay = (
             RolloutFiles(Path(folder).expanduser()) if folder else None

@@ -30,6 +30,14 @@ def forget_resident_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def used_bytes(device: torch.device) -> int:
+    """Bytes in use now: of a GPU all of it that is taken, by whomever; without one this process's resident set."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    return psutil.Process().memory_info().rss
+
+
 class MemoryWatch:
     """Notes the memory in use at the end of each phase: of the GPU, or, without one, the resident set of the process.
 
@@ -53,11 +61,8 @@ class MemoryWatch:
             forget_resident_peak()
 
     def used(self) -> int:
-        """Bytes in use now. On a GPU all of it that is taken, by whomever."""
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            return total - free
-        return psutil.Process().memory_info().rss
+        """Bytes in use now."""
+        return used_bytes(self.device)
 
     def peak(self) -> int:
         """Bytes in use at most since this was last asked. Without a GPU the largest resident set that the kernel saw.

@@ -220,7 +220,7 @@ def save_config(output_dir: Path, composed: dict[str, Any], resolved: dict[str, 
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every logged step to metrics.jsonl, and measures the seconds of each optimizer step."""
+    """Appends every logged step to metrics.jsonl, and times each optimizer step."""
 
     def __init__(self, output_dir: Path, timer: PhaseTimer) -> None:
         self.path, self.timer, self._start = output_dir / "metrics.jsonl", timer, 0.0
@@ -228,11 +228,13 @@ class MetricsWriter(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
+        self.timer.begin("step", "update")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.timer.add("step", time.perf_counter() - self._start)
         if self.timer.memory is not None:
             self.timer.memory.step()
+        self.timer.begin("between steps")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from trainers.plan.workload import GIB, Plan
 from trainers.rollout.sampler import RolloutSampler
+from trainers.watch.phases import clock
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def totals_line(totals: dict[str, Any]) -> str:
     """Totals in words, the longest phases first."""
     seconds = dict(totals["seconds"])
     wall = seconds.pop("wall")
-    line = f"{totals['steps']} steps in {_clock(wall)}"
+    line = f"{totals['steps']} steps in {clock(wall)}"
     if not seconds:
         return line
     shares = sorted(((value / wall, name) for name, value in seconds.items()), reverse=True)
@@ -108,9 +109,3 @@ def totals_line(totals: dict[str, Any]) -> str:
         if "planned_peak_gib" in totals:
             line += f", planned {totals['planned_peak_gib']:.2f}"
     return line
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trainers.plan.host_memory import SHARD
+from trainers.watch.phases import PhaseTimer
 
 
 class OwnSaving:
@@ -15,10 +16,16 @@ class OwnSaving:
     in shards of 50 GB, as transformers writes them, that is the whole model.
     """
 
+    timer: PhaseTimer
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """TRL's tells of another use, and would take the place of a README.md that is there: see model_card.py."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self.timer.during("save"):
+            self._save_in_shards(output_dir, state_dict)
+
+    def _save_in_shards(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel):  # adapters are one small file
             super()._save(output_dir, state_dict)
