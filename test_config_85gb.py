@@ -16,6 +16,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+if __name__ == "__main__":
+    from trainers.own_python import use_own_python
+
+    use_own_python()
 
 from trainers.plan.plan_table import plan_text
 from trainers.plan.preflight import preflight
