@@ -234,8 +234,7 @@ def _memory(assessed: Assessment) -> list[Finding]:
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
     for told in slow_models(assessed.problem, assessed.solved):
-        key, _, cause = told.partition(": ")
-        findings.append(Finding(key, "warning", cause, "a smaller model there, or one that can be streamed"))
+        findings.append(Finding(f"{told.key}={told.value}", "warning", told.cause, told.remedy))
     for name, warmup in assessed.warmups.items():
         findings += _warmup(name, warmup, rest)
     for written in assessed.written:
