@@ -6,8 +6,8 @@
     python test_config_85gb.py --config NAME --vram-gb 24     plan for a card that is not here
     python test_config_85gb.py --json                     for programs
 
-Presets, packages against the lock, GPU and driver, memory phase by phase, host memory, disk, wandb, access to the
-models. The exit status is 1 where the run could not work.
+Presets, packages against the lock, GPU and driver, memory phase by phase, host memory, disk, wandb, access to models
+and data. The exit status is 1 where the run could not work.
 """
 
 import argparse
@@ -16,6 +16,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+if __name__ == "__main__":
+    from trainers.own_python import use_own_python
+
+    use_own_python()
 
 from trainers.plan.plan_table import plan_text
 from trainers.plan.preflight import preflight

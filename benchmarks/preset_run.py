@@ -152,7 +152,7 @@ def used_of_card() -> int:
     as CUDA counts them."""
     if read_card() is None:
         return 0
-    return int(nvidia_smi("--query-gpu=memory.used")[0][0]) * MIB
+    return int(nvidia_smi("--query-gpu=memory.used")[0]) * MIB
 
 
 def planned(options: Any) -> tuple[Solved, str]:

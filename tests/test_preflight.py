@@ -347,26 +347,6 @@ def test_what_needs_no_config_is_told_where_two_cannot_be_had_and_nobody_waits()
     assert named == ["model_name_or_path", "student_model"]
 
 
-def test_the_hub_is_asked_once_for_each_model(monkeypatch):
-    import huggingface_hub
-
-    asked = []
-
-    class Session:
-        def get(self, url, **request):
-            asked.append((url.rsplit("/resolve")[0].rsplit("/", 2)[1:], request["timeout"]))
-            raise OSError("the line is dead")
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    words = ["model_name_or_path=nobody/a", "student_model=nobody/b"]
-    found = preflight.preflight("teacher_rlt_mono_24gb", words, 24)
-    assert asked == [(["nobody", "a"], 1.0), (["nobody", "b"], 1.0)]
-    for key in ("model_name_or_path", "student_model"):
-        (told,) = (finding for finding in found.findings if finding.check == key)
-        assert told.message.endswith("cannot be had: the line is dead")
-
-
 SEVEN, SMALL = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"
 LARGE = {"run:teacher_sft_24gb": SEVEN}
 
@@ -386,7 +366,9 @@ def test_models_that_warm_ups_start_from_are_asked_for_each_once(teacher, studen
     monkeypatch.setattr(preflight, "is_downloaded", lambda path: False)
     monkeypatch.setattr(preflight, "asked_config", lambda path: (None, paths.append(path) or "you have no access"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(preflight, "ask_ahead", lambda models, data: None)
     words = [f"model_name_or_path={teacher}", f"student_model={student}", "max_prompt_length=128"]
+    words += ["dataset_id_or_path=.", "eval_size=null", "report_before_after=false"]
     findings = preflight.preflight("teacher_rlt_mono_24gb", words, 24).findings
     told = {f.check: f.message.removeprefix("model_name_or_path: ") for f in findings if "no access" in f.message}
     assert told == {key: f"{path} cannot be had: you have no access" for key, path in asked.items()}

@@ -54,6 +54,33 @@ def test_what_was_set_and_costs_too_much_goes_back_to_its_default_before_texts_a
     assert change.settings == offered and change.solved.plan.fits
 
 
+@pytest.mark.parametrize(
+    ("words", "given_up"),
+    [
+        (["disable_student_offloading=true"], {}),
+        (["offload_untrained_models=false"], {}),
+        (["student_mode=resident"], {"student_mode": "streamed"}),
+    ],
+)
+def test_where_a_student_beside_the_engine_has_no_room_the_host_is_offered_for_it_too(words, given_up):
+    there = asked("teacher_rlt_mono_24gb", machine(24, 64), "overlap_scoring=true", *words)
+    assert solve(there).options.student_mode == "resident" and not solve(there).plan.fits
+    change = nearest_fit(there)
+    assert change.settings == {"overlap_scoring": False} | given_up
+    kept = change.overlapped
+    assert kept.settings == {"student_mode": "cpu"} and kept.solved.plan.fits and is_roomy(kept.solved.plan)
+    assert kept.solved.options.overlap_scoring and f", or {kept.as_remedy()}" in str(refuse(solve(there), change))
+    assert "student_mode=cpu" in map(str, knobs(there))
+    short = replace(there.machine, host_free=16 * GIB)  # of which the student alone takes 14.2
+    if found := nearest_fit(replace(there, machine=short)):
+        assert found.overlapped is None
+
+
+def test_without_scoring_beside_the_engine_a_student_on_the_host_is_offered_nowhere():
+    there = asked("teacher_rlt_mono_24gb", machine(20, 64), "student_mode=resident")
+    assert nearest_fit(there).overlapped is None and "student_mode=cpu" not in map(str, knobs(there))
+
+
 def test_graphs_and_activations_are_given_up_before_texts_are_shortened():
     tight = nearest_fit(asked("teacher_rlt_mono_24gb", machine(20, 64)))
     assert tight.settings == {"enforce_eager": True, "activation_offloading": True}

@@ -85,6 +85,11 @@ def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
         (["offload_untrained_models=false"], "resident", "resident"),
         (["disable_student_offloading=true"], "resident", "streamed"),
         (["student_quantization=4bit"], "resident", "streamed"),
+        (["overlap_scoring=true"], "cpu", "streamed"),  # which takes no streamed student
+        (["overlap_scoring=true", "disable_student_offloading=true"], "resident", "streamed"),
+        (["overlap_scoring=true", "offload_untrained_models=false"], "resident", "resident"),
+        (["overlap_scoring=true", "student_mode=resident"], "resident", "streamed"),
+        (["overlap_scoring=true", "student_quantization=4bit"], "resident", "streamed"),
         (["student_mode=cpu", "reference_mode=resident"], "cpu", "resident"),
         (["offload_untrained_models=false", "student_mode=streamed"], "streamed", "resident"),
     ],
@@ -121,6 +126,29 @@ def test_a_mixture_of_experts_that_the_card_has_no_room_for_is_read_on_the_host_
         assert found.text(full=False).count("  warning: student_mode=cpu: it cannot be streamed") == warned
         findings = [f for f in preflight._memory(found) if f.check == "student_mode=cpu"]
         assert [finding.level for finding in findings] == ["warning"] * warned
+
+
+def test_a_student_that_is_kept_off_the_card_beside_the_engine_is_read_on_the_host_with_a_warning():
+    for words, warned in (([], 1), (["student_mode=cpu"], 0)):
+        words = ["overlap_scoring=true", *words]
+        options = load_options(compose_run("teacher_rlt_mono_24gb", words), repo=REPO, needs_device=False)
+        found = assess(problem(options, machine(24)))
+        work, said = found.solved.plan.work, found.text(full=False)
+        assert (work.student_mode, found.solved.options.student_mode) == ("cpu", "cpu") and found.solved.plan.fits
+        assert found.solved.plan.host["student"] == 2 * work.student.num_parameters
+        assert "student" not in found.solved.plan.phases["generate"] and "student_mode=cpu" in said
+        assert said.count("  warning: student_mode=cpu: offload_untrained_models keeps it off the card") == warned
+        findings = [f for f in preflight._memory(found) if f.check == "student_mode=cpu"]
+        told = [("warning", "overlap_scoring=false, or disable_student_offloading=true")] * warned
+        assert [(finding.level, finding.remedy) for finding in findings] == told
+
+
+def test_on_a_cpu_a_student_beside_the_engine_is_resident():
+    words = ["overlap_scoring=true", "offload_untrained_models=true", "model_name_or_path=Qwen/Qwen2.5-1.5B-Instruct"]
+    words.append("student_model=Qwen/Qwen2.5-1.5B-Instruct")
+    options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
+    solved = solve(problem(options, Machine(None, 99 * GIB, 99 * GIB, 999 * GIB)))
+    assert solved.options.student_mode == "resident"
 
 
 def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):

@@ -44,6 +44,7 @@ from trainers.settings.trl_faults import (
     warmup_faults,
 )
 from trainers.weights.adapter_files import adapter_faults, is_adapter, looks_local, merge_faults, output_faults
+from trainers.weights.hub import ELSEWHERE
 
 
 class _InvalidOption(Exception):
@@ -250,11 +251,20 @@ def _data_faults(options: CommonOptions) -> list[Fault]:
     faults = []
     for key in ("dataset_id_or_path", "eval_dataset_id_or_path"):
         value = getattr(options, key, None)
-        if value is not None and value.endswith(LOCAL_DATA) and not Path(value).expanduser().is_file():
-            where = Path(value).expanduser().absolute().parent
-            cause = "there is no such file" if where.is_dir() else f"there is no folder {where}"
+        if value is None or not _is_local_data(value):
+            continue
+        path = Path(value).expanduser()
+        kind = "file" if value.endswith(LOCAL_DATA) else "file or folder"
+        if not (path.is_file() if kind == "file" else path.exists()):
+            where = path.absolute().parent
+            cause = f"there is no such {kind}" if where.is_dir() else f"there is no folder {where}"
             faults.append(Fault(key, value, cause, "paths are relative to the folder the launcher was started in"))
     return faults
+
+
+def _is_local_data(value: str) -> bool:
+    """Whether it names a file or folder here; a hub id can only be judged when it is asked for."""
+    return not value.startswith(ELSEWHERE) and (value.endswith(LOCAL_DATA) or looks_local(value))
 
 
 def _formula_faults(options: ScoringOptions) -> list[Fault]:

@@ -177,7 +177,8 @@ class RewardOptions(FormulaOptions):
         "auto",
         "where the student rests: `resident` (on the device), `streamed` (in host memory or on disk; its layers pass "
         "through the device one by one), `cpu` (it computes there); auto: resident, on a GPU only if the plan of "
-        "memory finds room and offload_untrained_models is off, else streamed",
+        "memory finds room and offload_untrained_models is off, else streamed; with overlap_scoring resident, or cpu "
+        "where offload_untrained_models keeps it off a GPU",
     )
     student_quantization: Literal["8bit", "4bit"] | None = opt(
         None, "keep the student in 8 or 4 bits (bitsandbytes); what that changes in the reward is printed at the start"
@@ -267,7 +268,8 @@ class RLOptions(TrainOptions, RewardOptions):
     )
     overlap_scoring: bool = opt(
         False,
-        "score a question's explanations while the engine still writes those of others; not with student_mode=streamed",
+        "score a question's explanations while the engine still writes those of others; not with "
+        "student_mode=streamed (see there)",
     )
     record_rollouts: str | None = opt(None, "folder in which every sampled batch is kept")
     replay_rollouts: str | None = opt(

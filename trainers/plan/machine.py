@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 MIN_COMPUTE = 7.5  # what the CUDA 13 builds of torch and vLLM have kernels for begins with Turing
+SMI_TIMEOUT = 20.0  # seconds; where the driver was not loaded before, it takes some
 GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
 
 
@@ -162,35 +163,70 @@ def read_card() -> Card | None:
     if num_cuda_devices() == 0:
         return None
     if shutil.which("nvidia-smi") is None:  # as in a container with the driver alone
-        name, size, capability = cuda_device()
+        try:
+            name, size, capability = cuda_device()
+        except OSError as error:
+            raise _unknown(f"there is no nvidia-smi, and {error}") from error
         logger.warning("there is no nvidia-smi: all %.1f GiB of %s are taken to be free", size / 2**30, name)
         return Card(name, size, size, capability)
-    name, total, free, compute, driver = nvidia_smi(
-        "--query-gpu=name,memory.total,memory.free,compute_cap,driver_version"
-    )[0]
+    lines = nvidia_smi("--query-gpu=name,memory.total,memory.free,compute_cap,driver_version")
+    cells = _cells(lines[0] if lines else "", 1, 4)
+    if cells is None:
+        raise _unknown(f"nvidia-smi does not tell of the card; it says {' '.join(lines)!r}")
+    name, total, free, compute, driver = cells
     if not (total.isdigit() and free.isdigit()):  # one that shares the memory of the host
         raise _unknown(f"nvidia-smi does not tell how much memory {name} has")
-    holders = [
-        Holder(int(pid), process.rpartition("/")[2], int(used) * MIB)
-        for pid, process, used in nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
-        if used.isdigit()  # "[N/A]" where the driver does not tell, as in a container
-    ]
-    return Card(name, int(total) * MIB, int(free) * MIB, float(compute), driver, holders)
+    try:
+        capability = float(compute)
+    except ValueError:  # "[N/A]"
+        raise _unknown(f"nvidia-smi does not tell the compute capability of {name}") from None
+    driver = driver if driver.partition(".")[0].isdigit() else ""
+    return Card(name, int(total) * MIB, int(free) * MIB, capability, driver, _holders())
+
+
+def _holders() -> list[Holder]:
+    """The processes that hold memory of the card, as far as the driver tells."""
+    found = []
+    for line in nvidia_smi("--query-compute-apps=pid,process_name,used_memory"):
+        cells = _cells(line, 2, 1)  # the name is the start of a command line, with commas in it
+        if cells is not None and cells[0].isdigit() and cells[2].isdigit():  # "[N/A]", as in a container
+            pid, command, used = cells
+            program = command.partition(" --")[0]  # its arguments may be paths too
+            found.append(Holder(int(pid), program.rpartition("/")[2], int(used) * MIB))
+    return found
+
+
+def _cells(line: str, before: int, after: int) -> list[str] | None:
+    """Cells of a line, of which one may hold commas: nvidia-smi quotes nothing.
+
+    Args:
+        before: The number of that cell, from 1 on.
+        after: How many follow it.
+    """
+    *first, rest = line.split(",", before - 1)
+    cells = [*first, *rest.rsplit(",", after)]
+    return [cell.strip() for cell in cells] if len(cells) == before + after else None
 
 
 def _unknown(cause: str) -> ConfigError:
     return ConfigError(Fault("GPU", ..., cause, "put nvidia-smi right; stage=plan vram_gb=<GB> plans without it"))
 
 
-def nvidia_smi(query: str) -> list[list[str]]:
-    """Cells of what `nvidia-smi` answers about the card that this process computes on.
+def nvidia_smi(query: str) -> list[str]:
+    """Lines of what `nvidia-smi` answers about the card that this process computes on.
 
     Raises:
-        ConfigError: If it fails.
+        ConfigError: If it fails, or does not answer.
     """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # an index or a UUID
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={first}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    read = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}  # the name of a process is any bytes
+    try:
+        done = subprocess.run(command, timeout=SMI_TIMEOUT, **read)
+    except subprocess.TimeoutExpired as error:
+        raise _unknown(f"nvidia-smi has not answered in {SMI_TIMEOUT:g} s") from error
+    except OSError as error:
+        raise _unknown(f"nvidia-smi cannot be run: {error}") from error
     if done.returncode:
         raise _unknown(f"nvidia-smi failed: {(done.stderr.strip() or done.stdout.strip() or done.returncode)}")
-    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return [line for line in done.stdout.splitlines() if line.strip()]

@@ -76,7 +76,9 @@ class Assessment:
     def text(self, full: bool) -> str:
         """The table; with `full` the items of each phase, and what each knob would change."""
         lines = [plan_text(self.solved, self.problem.machine, full)]
-        lines += [f"  warning: {told}" for told in slow_models(self.problem, self.solved)]
+        lines += [
+            f"  warning: {told.key}={told.value}: {told.cause}" for told in slow_models(self.problem, self.solved)
+        ]
         for name, warmup in self.warmups.items():
             plan = warmup.solved.plan
             lines.append(f"  run:{name} is trained first: peak {plan.peak / GIB:.2f} GiB ({plan.peak_phase})")

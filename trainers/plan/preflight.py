@@ -26,9 +26,11 @@ from trainers.plan.workload import GIB
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import Waiting
-from trainers.weights.hub import asked_config, is_downloaded
+from trainers.weights.hub import ELSEWHERE, HUB_DATA, ask_ahead, asked_config, asked_data, is_downloaded, is_prepared
 
 Level = Literal["error", "warning", "ok"]
+Source = tuple[str, str, str]  # the warm-up that names a model or data, none where the run does; the option; the path
+DATA = ("dataset_id_or_path", "eval_dataset_id_or_path")
 CUDA_DRIVER = 580  # the first driver branch for CUDA 13, which the lock is built for
 
 
@@ -94,7 +96,8 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
         ahead = warmups_ahead(options)
     except ConfigError as error:
         return Preflight(findings + _configuration(error.faults), None, None)
-    machine = solved = None
+    sources, machine, solved = _sources(options, ahead), None, None
+    _ask_ahead(sources)
     try:
         machine = machine_for(options, vram_gb)
         findings += _card(options, machine, vram_gb)
@@ -104,7 +107,7 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
             solved = found.solved
     except ConfigError as error:  # there is no plan, and the rest is looked at all the same
         findings += _configuration(error.faults) + _unplanned(options, machine)
-    there = [_wandb(options), *_models(options, ahead)]
+    there = [_wandb(options), *map(_source, sources)]
     if machine is not None and not machine.is_here:  # what the machine that has the card can reach is not known here
         there = [replace(f, level="warning") if f.level == "error" else f for f in there]
     return Preflight(findings + there, solved, machine)
@@ -233,8 +236,7 @@ def _memory(assessed: Assessment) -> list[Finding]:
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
     for told in slow_models(assessed.problem, assessed.solved):
-        key, _, cause = told.partition(": ")
-        findings.append(Finding(key, "warning", cause, "a smaller model there, or one that can be streamed"))
+        findings.append(Finding(f"{told.key}={told.value}", "warning", told.cause, told.remedy))
     for name, warmup in assessed.warmups.items():
         findings += _warmup(name, warmup, rest)
     for written in assessed.written:
@@ -288,30 +290,56 @@ def _wandb(options: CommonOptions) -> Finding:
     return Finding("wandb", "ok", "logged in")
 
 
-def _models(options: CommonOptions, ahead: list[Waiting]) -> list[Finding]:
-    """Of the models that a run names, and of those that its warm-ups start from, each of these once."""
-    named = {key: path for key in model_keys(options) if (path := getattr(options, key, None))}
-    findings, seen = [_model(key, path) for key, path in named.items()], set(named.values())
+def _sources(options: CommonOptions, ahead: list[Waiting]) -> list[Source]:
+    """The models and the data that a run names, and those that its warm-ups start from, each of these once."""
+    named = (*model_keys(options), *DATA)
+    found = [("", key, path) for key in named if (path := getattr(options, key, None))]
+    seen = {(key in DATA, path) for _, key, path in found}
     for warmup in ahead:
-        key, path = "model_name_or_path", warmup.options.model_name_or_path
-        if path is not None and not named_run(path) and path not in seen:
-            seen.add(path)
-            found = _model(key, path)
-            findings.append(replace(found, check=f"run:{warmup.name}", message=f"{key}: {found.message}"))
-    return findings
+        for key in ("model_name_or_path", *DATA):
+            path = getattr(warmup.options, key)
+            if path and not named_run(path) and (key in DATA, path) not in seen:
+                seen.add((key in DATA, path))
+                found.append((warmup.name, key, path))
+    return found
 
 
-def _model(key: str, path: str) -> Finding:
-    if named_run(path):
+def _ask_ahead(sources: list[Source]) -> None:
+    """Let the hub answer while the memory is planned."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return
+    asked = [(key in DATA, path) for _, key, path in sources if not _here(key, path)]
+    ask_ahead([path for is_data, path in asked if not is_data], [path for is_data, path in asked if is_data])
+
+
+def _source(source: Source) -> Finding:
+    warmup, key, path = source
+    found = _found(key, path)
+    return replace(found, check=f"run:{warmup}", message=f"{key}: {found.message}") if warmup else found
+
+
+def _here(key: str, path: str) -> Finding | None:
+    """Of a model or data that the hub need not be asked for."""
+    is_data = key in DATA
+    if not is_data and named_run(path):
         return Finding(key, "ok", f"{path} is trained when it is first needed")
+    if is_data and path.removeprefix(HUB_DATA).startswith(ELSEWHERE):
+        return Finding(key, "warning", f"{path} is not looked for before the run starts")
     if Path(path).expanduser().exists():
         return Finding(key, "ok", f"{path} is here")
-    if is_downloaded(path):
+    if is_prepared(path) if is_data else is_downloaded(path):
         return Finding(key, "ok", f"{path} was downloaded before")
+    return None
+
+
+def _found(key: str, path: str) -> Finding:
+    if here := _here(key, path):
+        return here
+    local = "a file or folder" if key in DATA else "a folder"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        remedy = "HF_HUB_OFFLINE=0, or give a local folder"
+        remedy = f"HF_HUB_OFFLINE=0, or {key}=<{local} here>"
         return Finding(key, "error", f"{path} is not here, and HF_HUB_OFFLINE=1", remedy)
-    config, reason = asked_config(path)
-    if config is None:
-        return Finding(key, "error", f"{path} cannot be had: {reason}", "connect, hf auth login, or a folder")
+    if reason := asked_data(path) if key in DATA else asked_config(path)[1]:
+        remedy = f"connect, hf auth login, or {key}=<{local}, or another hub id>"
+        return Finding(key, "error", f"{path} cannot be had: {reason}", remedy)
     return Finding(key, "ok", f"{path} is on the hub")

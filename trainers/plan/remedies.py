@@ -63,6 +63,8 @@ PLACES: tuple[tuple[tuple[Settings, int], ...], ...] = (
     (({"optim": "cpu_offload"}, 3), ({"optim": "adamw_8bit"}, 2)),
     (({"activation_offloading": True}, 7), ({"activation_offloading": False}, 4)),
 )
+# What takes the place of a student on the card where explanations are scored beside the engine.
+ON_HOST: Settings = {"student_mode": "cpu"}
 # Adapters take ten times the rate of all weights, as in the presets (cfgs/trainer_cfg/grpo_mono_lora.yaml); one that is
 # above what all weights have there was made larger by the user, and stays.
 FULL_RATES = {"rl": 1e-6, "sft": 1e-5}
@@ -80,18 +82,20 @@ OTHERS: tuple[Settings, ...] = (
 
 @dataclass(frozen=True)
 class Change:
-    """Other settings, the plan with them, and what fits with less of a change, but with less to spare."""
+    """Other settings, the plan with them, what fits with less of a change, but with less to spare, and what fits too
+    and keeps scoring beside the engine, where these give it up."""
 
     settings: Settings
     solved: Solved
     tighter: "Change | None" = None
+    overlapped: "Change | None" = None
 
     def as_remedy(self) -> str:
         """To be pasted, and what it leads to."""
         plan = self.solved.plan
         spare = "" if is_roomy(plan) else f", only {100 * plan.spare:.1f} % to spare"
-        other = "" if self.tighter is None else f", or {self.tighter.as_remedy()}"
-        return f"{self}   (peak {plan.peak / GIB:.1f} GiB{spare}){other}"
+        others = "".join(f", or {other.as_remedy()}" for other in (self.tighter, self.overlapped) if other is not None)
+        return f"{self}   (peak {plan.peak / GIB:.1f} GiB{spare}){others}"
 
     def __str__(self) -> str:
         return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
@@ -140,7 +144,7 @@ def knobs(problem: Problem) -> list[Change]:
     changes = []
     now = _outcome(solve(problem))
     places = (settings for row in PLACES for settings, _ in row)
-    for knob in (*FRUGAL, *places, RANK, *SHORTER, LORA, *OTHERS):
+    for knob in (*FRUGAL, *places, ON_HOST, RANK, *SHORTER, LORA, *OTHERS):
         settings = _changed(problem.options, knob, problem.teacher.max_positions)
         if settings and _applies(problem, settings):
             try:
@@ -195,6 +199,8 @@ def _may_rest(problem: Problem, settings: Settings, device: str) -> bool:
     shape = problem.student if of_student else problem.teacher if reads_teacher(problem.options) else None
     if shape is None:
         return False
+    if settings == ON_HOST:  # elsewhere a streamed one is faster
+        return device == "cuda" and getattr(problem.options, "overlap_scoring", False)
     return shape.can_stream if "streamed" in settings.values() else device == "cuda"
 
 
@@ -205,6 +211,24 @@ def nearest_fit(problem: Problem) -> Change | None:
     what changes it. None of it is needless. The solver's share is kept free if that can be had, and then what fits
     with less of a change, but more tightly, is told beside it.
     """
+    found = _nearest(problem)
+    return None if found is None else replace(found, overlapped=_overlapped(problem, found))
+
+
+def _overlapped(problem: Problem, found: Change) -> Change | None:
+    """What fits with a student that is read on the host, where scoring beside the engine would be given up."""
+    if "overlap_scoring" not in found.settings:
+        return None
+    given_up = ("overlap_scoring", "student_mode", "student_quantization")
+    settings = {key: value for key, value in found.settings.items() if key not in given_up} | ON_HOST
+    if problem.options.student_mode == "cpu" or not _applies(problem, settings):
+        return None
+    change = Change(settings, solve(problem.changed(settings)))
+    as_roomy = is_roomy(change.solved.plan) or not is_roomy(found.solved.plan)
+    return change if change.solved.plan.fits and as_roomy else None
+
+
+def _nearest(problem: Problem) -> Change | None:
     tighter = None
     for steps in _methods(problem):
         found = _nearest_with(problem, steps)

@@ -178,9 +178,9 @@ def _optimizers(options: TrainOptions, precision: str, device: str) -> list[str]
 def _student_modes(options: ScoringOptions, student: ModelShape, device: str) -> list[str]:
     if options.student_quantization and options.student_mode == "auto":
         return ["resident"]
-    if getattr(options, "overlap_scoring", False) and options.student_mode == "auto":
-        return ["resident"]  # a streamed student reads a whole batch at once
     offload = options.offload_untrained_models and not options.disable_student_offloading
+    if getattr(options, "overlap_scoring", False) and options.student_mode == "auto" and student.can_stream:
+        return ["cpu"] if offload and device == "cuda" else ["resident"]  # a streamed one reads a whole batch at once
     return _modes(options.student_mode, student, device, offload)
 
 
@@ -200,14 +200,18 @@ def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str
     return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
 
 
-def slow_models(problem: Problem, solved: Solved) -> list[str]:
+def slow_models(problem: Problem, solved: Solved) -> list[Fault]:
     """What is told of models that were put where they are read slowly, unasked."""
     work = solved.plan.work
     found = []
-    for key in ("student_mode", "reference_mode"):
+    for key, shape in (("student_mode", work.student), ("reference_mode", work.teacher)):
         if work.device == "cuda" and getattr(work, key) == "cpu" and getattr(problem.options, key) == "auto":
-            cause = "it cannot be streamed, and the card has no room for it: it is read on the host's processor, slowly"
-            found.append(f"{key}=cpu: {cause}")
+            why = "it cannot be streamed, and the card has no room for it"
+            remedy = "a smaller model there, or one that can be streamed"
+            if shape.can_stream:
+                why = "offload_untrained_models keeps it off the card, and overlap_scoring takes no streamed one"
+                remedy = "overlap_scoring=false, or disable_student_offloading=true"
+            found.append(Fault(key, "cpu", f"{why}: it is read on the host's processor, slowly", remedy))
     return found
 
 
