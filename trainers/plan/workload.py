@@ -21,7 +21,7 @@ SCORED_AT_ONCE = 256  # rows of stage=score that student and teacher read togeth
 MICRO_TOKENS = {"cuda": 4096, "cpu": 512}
 # Positions and vocabulary entries of its head that are computed together. On a CPU many rows, and a part of the head
 # that its cache holds, run at twice the speed of few rows and the whole head.
-SCORE_TILE = {"cuda": (4096, 32768), "cpu": (384, 2048)}
+SCORE_TILE = {"cuda": (4096, 32768), "cpu": (256, 2048)}
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
