@@ -65,15 +65,15 @@ install_packages() {
     echo "To avoid that, stop now, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds, and start again." >&2
     "$PYTHON" -m pip install --disable-pip-version-check "$(grep '^torch==' "$lock")" >>"$log" 2>&1 || return 1
   fi
-  echo "$wanted" >"$venv/installed-lock"  # last: what has it is complete
+  echo "$wanted" >"$venv/installed-lock.part" && mv "$venv/installed-lock.part" "$venv/installed-lock"  # complete
 }
 
-is_ready() { [[ -f $venv/installed-lock && $(sha256sum <"$lock") == "$(<"$venv/installed-lock")" ]]; }
+is_ready() { [[ -s $venv/installed-lock && $(sha256sum <"$lock") == "$(<"$venv/installed-lock")" ]]; }
 
 # An environment cannot be moved to where it is used, so the new one is made in place, and the one before waits beside
 # it. It comes back if the new one fails, or if that was killed (then at the next launch).
 bring_back() {
-  if [[ -f $venv/installed-lock || ! -f $venv.old/installed-lock ]]; then return; fi
+  if [[ -s $venv/installed-lock || ! -s $venv.old/installed-lock ]]; then return; fi
   rm -rf "$venv"
   mv "$venv.old" "$venv"
 }
@@ -88,12 +88,14 @@ set_up() {
     check_driver || return 1
     takes="many GB"
   fi
-  echo "First use: setting up $name from ${lock##*/} with $("$python" --version) ($takes; log: $log)" >&2
+  local why="First use"
+  if [[ -s $venv/installed-lock ]]; then why="Other packages are wanted than are there"; fi
+  echo "$why: setting up $name from ${lock##*/} with $("$python" --version) ($takes; log: $log)" >&2
   drop_old
-  if [[ -f $venv/installed-lock ]]; then mv "$venv" "$venv.old"; else rm -rf "$venv"; fi
+  if [[ -s $venv/installed-lock ]]; then mv "$venv" "$venv.old"; else rm -rf "$venv"; fi
   if install_packages "$python" "$log"; then return; fi
   bring_back
-  if [[ -f $venv/installed-lock ]]; then
+  if [[ -s $venv/installed-lock ]]; then
     echo "$name is again what it was before (if the disk is full, rm -r $name makes room)." >&2
   fi
   return 1
@@ -114,8 +116,9 @@ until is_ready && hold --shared && is_ready; do
     continue
   fi
   why="Another launch is setting up $name: waiting for it"
-  if [[ -f $venv/installed-lock ]]; then
-    why="A run uses $name, which ${lock##*/} would now change: waiting until it ends (fuser $name.in-use names it)"
+  if [[ -s $venv/installed-lock ]]; then
+    why="A run uses $name, which ${lock##*/} would now change: waiting until it ends (fuser $venv.in-use names it;
+$PYTHON $repo/train.py ... starts with what is there)"
   fi
   if [[ $why != "$told" ]]; then echo "$why" >&2; fi
   told=$why

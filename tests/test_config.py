@@ -303,6 +303,29 @@ def test_a_sweep_is_a_loop_of_the_shell(words, remedy):
         hydra_arguments(line.split())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hub_token=hf SECRET x,"],
+        ["hub_token=hf_SECRET,b"],
+        ["hub_token", "=", "hf_SECRET"],
+        ["hub_token=", "hf_SECRET"],
+        ["-m", "hub_token=hf_SECRET", "seed=1,2"],
+        ["vllm_kwargs={hf_token: hf_SECRET x,}"],
+    ],
+)
+def test_words_that_cannot_be_read_are_told_without_their_secrets(words):
+    with pytest.raises(ConfigError) as refused:
+        hydra_arguments(words)
+    assert "SECRET" not in str(refused.value) and "<value>" in str(refused.value)
+
+
+def test_a_run_with_a_space_behind_it_is_no_pair():
+    with pytest.raises(ConfigError, match="no such run") as refused:
+        hydra_arguments(["teacher_rlt_tiny "])
+    assert "did you mean teacher_rlt_tiny.yaml" in str(refused.value)
+
+
 def test_an_empty_value_may_be_followed_by_any_word_of_its_own():
     for behind in ("teacher_rlt_tiny", "--cfg", "~beta", "max_steps=3"):
         assert "++run_name=" in hydra_arguments(["run_name=", behind])

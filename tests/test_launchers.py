@@ -132,8 +132,20 @@ def test_changed_lock_sets_up_again(copy, tmp_path):
     copy("launch_mono.sh")
     copy.change_lock()
     done, _ = copy("launch_mono.sh")
-    assert "setting up" in done.stderr
+    assert "Other packages are wanted than are there: setting up" in done.stderr
     assert not (tmp_path / ".venv.old").exists()
+
+
+def test_a_set_up_that_could_not_be_recorded_is_not_taken_for_one(copy, tmp_path):
+    """As on a full disk: the record is there, and empty."""
+    copy("launch_mono.sh")
+    (copy.environment / "whole").touch()
+    (copy.environment / "installed-lock").write_text("of another lock")
+    copy.environment.rename(tmp_path / ".venv.old")
+    copy.environment.mkdir()
+    (copy.environment / "installed-lock").touch()
+    copy("launch_mono.sh", FAILS_AT="pip install")
+    assert (copy.environment / "whole").exists()
 
 
 @needs_flock

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from trainers.errors import ConfigError, OutOfMemory
 from trainers.plan import planning
 from trainers.plan.workload import GIB
 from trainers.rl import run_rl
+from trainers.score import run_score
 from trainers.sft import run_sft
 from trainers.watch import outputs
-from trainers.watch.out_of_memory import is_out_of_memory, remedies_of
+from trainers.watch.out_of_memory import is_out_of_memory, out_of_memory_told, remedies_of
+from trainers.watch.phases import PhaseTimer
 
 TORCH = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1.16 GiB.")
 VLLM = ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`")
@@ -98,6 +101,37 @@ def test_a_warm_up_ends_so_too_and_one_of_another_run_is_named(model_dir, rows_f
         "run:student_sft_tiny: out of memory in the phase update",
         "  train it by itself with these, ./launch_mono.sh student_sft_tiny.yaml ..., and name its folder",
     ]
+
+
+def test_scoring_ends_so_too(model_dir, rows_file, tmp_path, monkeypatch):
+    """A mock, as above."""
+    monkeypatch.setattr("trainers.scoring.explanation_scorer.ExplanationScorer.score", raising(TORCH))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "a", "solution": "b", "explanation": "c"}\n')
+    words = ["stage=score", f"model_name_or_path={model_dir}", f"student_model={model_dir}", "device=cpu"]
+    words += [f"dataset_id_or_path={rows}", f"output_dir={tmp_path}"]
+    message, log = ends(tmp_path, run_score, load_options(compose_run("", words), repo=REPO), tmp_path)
+    assert message.startswith("out of memory in the phase score: ") and "GiB are planned then" not in message
+    assert "a card that nothing else uses" in message and "Tried to allocate 1.16 GiB" in log
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "CUDA Error: out of memory at csrc/cumem_allocator.cpp:139",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_what_libraries_say_of_it_is_known_and_a_card_that_tells_no_more_hides_it_not(told, tmp_path):
+    """A mock: the texts are those of their sources; the memory of a card whose context is broken cannot be read."""
+    timer = PhaseTimer(SimpleNamespace(peak=raising(RuntimeError("CUDA error: an illegal memory access"))))
+    with pytest.raises(OutOfMemory, match="cannot be read any more .CUDA error: an illegal") as ended:  # noqa: SIM117
+        with out_of_memory_told(timer, torch.device("cpu"), None, tmp_path):
+            raise RuntimeError(told)
+    assert "in the phase load" in str(ended.value) and told.split()[0] in str(ended.value)
 
 
 def test_the_program_ends_with_the_message_alone(tmp_path):

@@ -47,6 +47,7 @@ def test_config_separates_what_was_set_and_hides_secrets(tmp_path):
 
 def test_secrets_are_hidden_at_any_depth_and_what_sounds_like_them_is_not(tmp_path):
     own = {"_target_": "judge.score", "api_key": "sk-1", "headers": [{"Authorization": "Bearer sk-2"}], "max_tokens": 9}
+    own |= {"per_token": -0.01, "sep_token": "<s>"}
     resolved = {
         "reward_funcs": ["teacher_logprob_kl", own],
         "vllm_kwargs": {"hf_token": "hf_3", "deep": {"apiKey": "sk-4", "X-API-KEY": "sk-5", "password": 123456}},
@@ -60,6 +61,7 @@ def test_secrets_are_hidden_at_any_depth_and_what_sounds_like_them_is_not(tmp_pa
         assert not re.search("sk-|hf_3|123456", text)
         read = yaml.safe_load(text)
         assert read["reward_funcs"][1]["_target_"] == "judge.score" and read["reward_funcs"][1]["max_tokens"] == 9
+        assert (read["reward_funcs"][1]["per_token"], read["reward_funcs"][1]["sep_token"]) == (-0.01, "<s>")
         assert read["vllm_kwargs"]["hf_token"] == read["reward_funcs"][1]["api_key"] == "***"
         assert read["max_completion_length"] == 64 and read["generation_kwargs"] == resolved["generation_kwargs"]
     assert resolved["vllm_kwargs"]["hf_token"] == "hf_3"  # the run's own stays

@@ -24,8 +24,8 @@ def run(*command, cwd):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
-def put_python(folder, script):
-    python = folder / ".venv" / "bin" / "python"
+def put_python(folder, script, name=".venv"):
+    python = folder / name / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/usr/bin/env bash\n{script}\n")
     python.chmod(0o755)
@@ -55,6 +55,11 @@ def test_an_environment_without_packages_does_not_start_itself_again(script, cop
     done = run(*BARE, script, cwd=copy)
     assert (done.returncode, done.stdout) == (1, "started\n")
     assert "rm -r .venv, then ./launch_mono.sh --check sets up .venv anew" in done.stderr
+
+
+def test_where_only_the_cpu_packages_are_they_are_taken(copy):
+    put_python(copy, "exit 7", ".venv-cpu")
+    assert run(*BARE, "train.py", cwd=copy).returncode == 7
 
 
 def test_with_packages_nothing_is_started_over(copy):

@@ -191,6 +191,23 @@ def test_all_are_asked_at_the_same_time_and_who_does_not_answer_is_not_waited_fo
     words = ["model_name_or_path=nobody/a", "student_model=nobody/b", "dataset_id_or_path=nobody/c"]
     levels = told(*words, run="teacher_rlt_mono_24gb", vram_gb=24)
     for key in ("model_name_or_path", "student_model", "dataset_id_or_path"):
-        assert levels[key][1].endswith("cannot be had: the hub has not answered in 1.5 s")
+        assert levels[key][1].endswith("be had: the hub has not answered in 1.5 s")
     assert len(asked) == 3
     end.set()
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_hub_that_takes_its_time_is_no_reason_not_to_start(slow, session, monkeypatch):
+    """A run that starts waits longer; one that cannot be reached is another thing."""
+    import httpx
+
+    error = httpx.ReadTimeout("The read operation timed out") if slow else httpx.ConnectError("no route")
+    session(lambda url, **_: (_ for _ in ()).throw(error))
+    found = preflight._found("dataset_id_or_path", "some/data")
+    assert found.level == ("warning" if slow else "error") and str(error) in found.message
+    monkeypatch.setattr(hub, "HUB_PATIENCE", 0.05)
+    end = threading.Event()
+    session(lambda url, **_: end.wait(10))
+    found = preflight._found("model_name_or_path", "some/model")
+    end.set()
+    assert found.level == "warning" and "not answered in 0.05 s" in found.message

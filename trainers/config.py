@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainers.errors import ConfigError, Fault
+from trainers.masking import hides
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO / "cfgs"
@@ -110,10 +111,11 @@ def _refuse_spaces(arguments: list[str]) -> None:
             meant.append((before, word.removeprefix("=") or after))
         elif word.endswith("=") and word.count("=") == 1 and after and not _is_a_word_of_its_own(after):
             meant.append((word.removesuffix("="), after))
-        elif (key := word.partition("=")[0]) != key.rstrip():  # in the shell's quotes
+        elif "=" in word and (key := word.partition("=")[0]) != key.rstrip():  # in the shell's quotes
             meant.append((key.rstrip(), word.partition("=")[2].strip()))
     cause = "there are spaces around the equals sign"
     if meant:
+        meant = [(key, _shown(f"{key}={value}").partition("=")[2]) for key, value in meant]
         pairs = [(f"{key} = {value}", f"{key or '<option>'}={value or '<value>'}") for key, value in meant]
         raise ConfigError([Fault(written, ..., cause, remedy) for written, remedy in pairs])
 
@@ -128,7 +130,7 @@ def _refuse_sweeps(arguments: list[str]) -> None:
     if flag is None:
         return
     loops, words, parser = [], [], OverridesParser.create()
-    for word in (word for word in arguments if word not in MULTIRUN):
+    for word in (_shown(word) for word in arguments if word not in MULTIRUN):
         key = word.lstrip("+").partition("=")[0]
         try:
             override = parser.parse_override(word) if "=" in word else None
@@ -149,6 +151,11 @@ def _refuse_sweeps(arguments: list[str]) -> None:
     raise ConfigError(Fault(flag, ..., "a run has one value for each option; a shell loop starts several", remedy))
 
 
+def _shown(word: str) -> str:
+    """A word of the command line as a message may repeat it: one that holds a secret without its value."""
+    return f"{word.partition('=')[0]}=<value>" if hides(word) else word
+
+
 def _is_a_word_of_its_own(word: str) -> bool:
     """Whether it is no value that a space has parted from its key."""
     is_flag = re.match(r"--?[a-zA-Z]|~[^/]", word) is not None  # neither a negative number nor a folder
@@ -158,7 +165,7 @@ def _is_a_word_of_its_own(word: str) -> bool:
 def _check_grammar(overrides: Iterable[str]) -> None:
     faults, parser = [], OverridesParser.create()
     for word in overrides:
-        key, _, value = word.lstrip("+").partition("=")
+        key, _, value = _shown(word.lstrip("+")).partition("=")
         remedy = f"""in quotes, the shell's around Hydra's: '{key}="{value}"'"""
         try:
             if parser.parse_override(word).is_sweep_override():

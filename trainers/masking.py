@@ -4,8 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-SECRETS = ("token", "key", "apikey", "password", "passwd", "secret", "credentials", "authorization")
-MARKERS = ("eos_token", "bos_token", "pad_token", "unk_token")  # texts of a tokenizer, which are no secrets
+PASSWORDS = ("password", "passwd", "secret")  # which may be numbers
+SECRETS = ("token", "key", "apikey", "credentials", "authorization", *PASSWORDS)
+# Texts of a tokenizer, which are no secrets.
+MARKERS = tuple(f"{name}_token" for name in ("eos", "bos", "pad", "unk", "sep", "cls", "mask", "image"))
 HIDDEN = "***"
 
 
@@ -16,14 +18,21 @@ def masked(value: Any, name: str = "") -> Any:
         name: What the value itself is called.
     """
     if isinstance(value, Mapping):
-        return {key: masked(inner, name if _is_secret(name) else str(key)) for key, inner in value.items()}
+        return {key: masked(inner, name if _is_secret(name, inner) else str(key)) for key, inner in value.items()}
     if isinstance(value, list):
         return [masked(inner, name) for inner in value]
-    is_hidden = _is_secret(name) and value is not None and not isinstance(value, bool)
-    return HIDDEN if is_hidden else value
+    return HIDDEN if _is_secret(name, value) else value
 
 
-def _is_secret(name: str) -> bool:
-    """By the last of its words: `hub_token`, `apiKey` and `X-API-KEY` are, `max_tokens` is none."""
+def hides(text: str) -> bool:
+    """Whether words that could not be read as values have the name of a secret among them."""
+    return any(_is_secret(name, text) for name in re.findall(r"[\w-]+(?=\s*[:=])", text))
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    """By the last word of its name: `hub_token`, `apiKey` and `X-API-KEY` are, `max_tokens` is none; nor is a number,
+    such as a reward `per_token`."""
+    if value is None or isinstance(value, bool) or name in MARKERS:
+        return False
     words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    return words[-1:] != [] and words[-1] in SECRETS and name not in MARKERS
+    return bool(words) and words[-1] in (PASSWORDS if isinstance(value, int | float) else SECRETS)

@@ -91,8 +91,9 @@ class TrainOptions(CommonOptions):
     eval_dataset_split: str | None = opt(None, "split of the held-out data, where that is no file")
     eval_size: int | None = opt(
         None,
-        "so many questions of the training data are not trained on but evaluated, where no held-out data is named; "
-        "with the same number the same ones in every run on that data, RL or warm-up, whatever max_samples is",
+        "so many questions of the training data are not trained on but evaluated, unless eval_dataset_id_or_path names "
+        "held-out data (with eval_dataset_split it is to be null); with the same number the same ones in every run on "
+        "that data, RL or warm-up, whatever max_samples is",
         ge=1,
     )
     max_eval_samples: int | None = opt(None, "evaluate on the first so many rows of the held-out data", ge=1)

@@ -17,9 +17,10 @@ def use_own_python() -> None:
     missing = [name for name in FIRST if importlib.util.find_spec(name) is None]
     if not missing:
         return
-    own = REPO / ".venv" / "bin" / "python"
-    is_own = started_over or Path(sys.executable) == own  # not resolved: both may be links to one Python
-    if not is_own and os.access(own, os.X_OK):
+    ours = [REPO / name / "bin" / "python" for name in (".venv", ".venv-cpu")]
+    is_own = started_over or Path(sys.executable) in ours  # not resolved: all may be links to one Python
+    own = next((python for python in ours if os.access(python, os.X_OK)), None)
+    if not is_own and own is not None:
         os.environ[STARTED_OVER] = "1"
         os.execv(str(own), [str(own), *sys.argv])
     remedy = "./launch_mono.sh --check sets up .venv, which has all that is needed"

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from data.explanation import written_explanation
@@ -15,14 +16,17 @@ from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
 from trainers.options import ScoreOptions
-from trainers.plan.planning import planned_options
+from trainers.plan.planning import planned, planned_options
 from trainers.plan.workload import SCORED_AT_ONCE
 from trainers.scoring.explanation_scorer import NOT_FINITE, Scored, teacher_logprobs
 from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
 from trainers.scoring.quantized import samples_of
 from trainers.texts import tag_format
 from trainers.warmup_runs import ensure_model
+from trainers.watch.heartbeat import heartbeat
+from trainers.watch.out_of_memory import out_of_memory_told
 from trainers.watch.outputs import whole_file
+from trainers.watch.phases import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,22 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
         planned_options(options, longest=1)  # what cannot be, however short the texts, is told before they are trained
     options = options.model_copy(update={key: ensure_model(getattr(options, key), options) for key in MODELS})
     teacher, student = (make_renderer(options, getattr(options, key), key) for key in MODELS)
-    options = planned_options(options, longest=longest_text(rows, teacher, student))
+    solved = planned(options, longest=longest_text(rows, teacher, student))
+    timer = PhaseTimer()
+    with heartbeat(timer, output_dir), out_of_memory_told(timer, device, solved.plan, output_dir):
+        return _load_and_score(solved.options, output_dir, rows, (teacher, student), (device, dtype), timer)
+
+
+def _load_and_score(
+    options: ScoreOptions,
+    output_dir: Path,
+    rows: Dataset,
+    renderers: tuple[Renderer, Renderer],
+    place: tuple[torch.device, torch.dtype],
+    timer: PhaseTimer,
+) -> Path:
+    """The part of `run_score` that needs the models' weights."""
+    (teacher, student), (device, dtype) = renderers, place
     teacher_path, student_path = (whole_model(options, key, getattr(options, key), output_dir, dtype) for key in MODELS)
     samples = samples_of(rows)
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
@@ -61,6 +80,7 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
     path = output_dir / "scores.jsonl"
     rewards: list[float] = []
     poisoned: list[int] = []
+    timer.begin("score")
     with whole_file(path) as file:
         for start in range(0, len(rows), SCORED_AT_ONCE):
             batch = rows.select(range(start, min(start + SCORED_AT_ONCE, len(rows)))).to_list()

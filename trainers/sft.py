@@ -46,6 +46,10 @@ class WarmupTrainer(OwnOptimizer, OwnSaving, SFTTrainer):
         super().__init__(**kwargs)
         self.watch_updates()
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.timer.during("evaluation", "loss"):
+            return super().evaluate(*args, **kwargs)
+
 
 def run_sft(
     options: SFTOptions, output_dir: Path, model_path: str | None, num_devices: int = 1, plan: Plan | None = None

@@ -26,7 +26,16 @@ from trainers.plan.workload import GIB
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import Waiting
-from trainers.weights.hub import ELSEWHERE, HUB_DATA, ask_ahead, asked_config, asked_data, is_downloaded, is_prepared
+from trainers.weights.hub import (
+    ELSEWHERE,
+    HUB_DATA,
+    NO_ANSWER,
+    ask_ahead,
+    asked_config,
+    asked_data,
+    is_downloaded,
+    is_prepared,
+)
 
 Level = Literal["error", "warning", "ok"]
 Source = tuple[str, str, str]  # the warm-up that names a model or data, none where the run does; the option; the path
@@ -340,6 +349,8 @@ def _found(key: str, path: str) -> Finding:
         remedy = f"HF_HUB_OFFLINE=0, or {key}=<{local} here>"
         return Finding(key, "error", f"{path} is not here, and HF_HUB_OFFLINE=1", remedy)
     if reason := asked_data(path) if key in DATA else asked_config(path)[1]:
+        if "timed out" in reason or NO_ANSWER in reason:  # a run that starts waits longer
+            return Finding(key, "warning", f"{path} is not here, and it is not known whether it can be had: {reason}")
         remedy = f"connect, hf auth login, or {key}=<{local}, or another hub id>"
         return Finding(key, "error", f"{path} cannot be had: {reason}", remedy)
     return Finding(key, "ok", f"{path} is on the hub")

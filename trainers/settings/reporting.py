@@ -3,6 +3,7 @@
 import importlib.util
 import netrc
 import os
+import sys
 from contextlib import suppress
 
 from trainers.errors import Fault
@@ -44,7 +45,7 @@ def report_faults(options: TrainOptions) -> list[Fault]:
             remedy = f"none, all, or a list of: {', '.join(REPORTERS)}"
             faults.append(Fault("report_to", name, "nothing is known by that name", remedy))
         elif package := _lacks(name):
-            remedy = f".venv/bin/pip install {package}, or report_to=tensorboard"
+            remedy = f"{sys.executable} -m pip install {package}, or report_to=tensorboard"
             faults.append(Fault("report_to", name, f"it needs the package {package}, which is not installed", remedy))
     return faults
 

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from importlib.machinery import PathFinder
@@ -131,7 +132,8 @@ def reward_faults(options: RLOptions) -> list[Fault]:
         faults.append(Fault("length_soft_cache", length_soft_cache(options), cause, remedy))
     if "accuracy" in entries and _module_is_missing("math_verify"):
         cause = "accuracy needs the package math-verify, which is not installed"
-        faults.append(Fault("reward_funcs", entries, cause, ".venv/bin/pip install 'math-verify[antlr4_9_3]'"))
+        remedy = f"{sys.executable} -m pip install 'math-verify[antlr4_9_3]'"
+        faults.append(Fault("reward_funcs", entries, cause, remedy))
     if not options.unbias_teacher_log_probs and options.temperature != 1 and reads_teacher_logprobs(options):
         cause = f"the reward reads the log-probs of the rollout, which are those at temperature {options.temperature:g}"
         remedy = "unbias_teacher_log_probs=true, or temperature=1; stage=score can do without"

@@ -85,7 +85,8 @@ class Heartbeat:
         if still < patience or now == self._written_of:
             return
         self._written_of, self._patience[phase] = now, 2 * patience
-        what = "still in %s, and for %s nothing was seen to move: the stacks are in %s (the run goes on)"
+        # Of an update or the student's scoring nothing is seen but its end.
+        what = "still in %s, for %s without a sign of progress, which may be normal: the stacks are in %s"
         logger.info(what, phase, clock(still), self.log)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(f"Process {os.getpid()}, still in {phase}\n")

@@ -21,8 +21,10 @@ from trainers.watch.memory_watch import used_bytes
 from trainers.watch.phases import PhaseTimer
 
 # Of vLLM, which has no class for it: at its start there is no room for its cache, or a pool's pages are not to be had.
-OF_VLLM = ("No available memory for the cache blocks", "larger than the available KV cache memory")
-OF_VLLM += ("less than desired GPU memory utilization", "CUDA Error: out of memory")
+# And of CUDA, Triton and the libraries, whose handles, graphs and kernels come from what torch has left.
+IN_OTHER_WORDS = ("no available memory for the cache blocks", "larger than the available kv cache memory")
+IN_OTHER_WORDS += ("less than desired gpu memory utilization", "cuda error: out of memory", "_status_alloc_failed")
+IN_OTHER_WORDS += ("triton error [cuda]: out of memory",)
 # Where a phase that is timed is planned with another one; whatever is not named is the update's.
 PLANNED_WITH = {"kv_cache": "generate", "sync": "generate", "sentinel": "generate", "probe": "score"}
 PLANNED_WITH |= {name: name for name in ("load", "generate", "score", "save")}
@@ -33,7 +35,8 @@ Settings = dict[str, Any]
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what it comes from, is that the device has no memory left."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OF_VLLM):
+        told = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError) or any(words in told for words in IN_OTHER_WORDS):
             return True
         error = error.__cause__
     return False
@@ -55,14 +58,23 @@ def out_of_memory_told(timer: PhaseTimer, device: torch.device, plan: Plan | Non
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        memory = timer.memory
-        used = memory.peak() if memory is not None else used_bytes(device)
+        used = _used(timer, device)
         raise OutOfMemory(_message(timer.now.phase, used, plan, error, output_dir)) from error
 
 
-def _message(named: str, used: int, plan: Plan | None, error: Exception, output_dir: Path) -> str:
+def _used(timer: PhaseTimer, device: torch.device) -> str:
+    """How much of the device was in use, in words."""
+    try:
+        if timer.memory is not None:
+            return f"{timer.memory.peak() / GIB:.2f} GiB of the device were in use at most"
+        return f"{used_bytes(device) / GIB:.2f} GiB of the device are in use after it"
+    except RuntimeError as error:  # such an error may leave CUDA unusable
+        return f"what was in use cannot be read any more ({str(error).partition(chr(10))[0]})"
+
+
+def _message(named: str, used: str, plan: Plan | None, error: Exception, output_dir: Path) -> str:
     phase = PLANNED_WITH.get(named, "update")
-    lines = [f"out of memory in the phase {named}: {used / GIB:.2f} GiB of the device were in use at most"]
+    lines = [f"out of memory in the phase {named}: {used}"]
     remedies = []
     if plan is not None:
         of = "" if named == phase else f" (as {phase})"
@@ -121,7 +133,7 @@ def _smaller(work: Workload, phase: str) -> Iterator[Settings]:
         yield from ({"per_device_train_batch_size": n} for n in smaller[:1])
     if work.is_rl:
         yield {"max_completion_length": o.max_completion_length // 2}
-    else:
+    elif work.trains:
         yield {"max_length": work.length // 2}
 
 

@@ -14,6 +14,8 @@ from typing import Any
 HUB_TIMEOUT = 1.0  # seconds to connect, and to be answered
 HUB_PATIENCE = 1.5  # for all that is asked at the same time: looking up the hub's name heeds no timeout
 
+NO_ANSWER = "the hub has not answered"
+
 
 class _Question:
     """A request to the hub on its way: one try.
@@ -49,7 +51,7 @@ class _Question:
         if self._error is not None:
             raise self._error
         if self._response is None:
-            raise TimeoutError(f"the hub has not answered in {HUB_PATIENCE:g} s")
+            raise TimeoutError(f"{NO_ANSWER} in {HUB_PATIENCE:g} s")
         return self._response
 
 

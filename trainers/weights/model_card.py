@@ -1,5 +1,6 @@
 """The README.md beside a trained model: what it is, and the lines that ask it for an explanation."""
 
+import sys
 from pathlib import Path
 
 from trainers.options import TrainOptions
@@ -17,7 +18,7 @@ what it said in `training.log`.
 
 USE = """
 It explains, given a question and its solution. As `ask.py` in the folder of the project that trained it, by
-`.venv/bin/python ask.py`:
+`{venv}/bin/python ask.py`:
 
 ```python
 import torch
@@ -72,6 +73,7 @@ def write_model_card(folder: Path, options: TrainOptions, end_ids: tuple[int, ..
     text = HEAD.format(mark=MARK, title=title, base=base, data=options.dataset_id_or_path, how=how)
     if teaches:
         text += USE.format(
+            venv=name if (name := Path(sys.prefix).name).startswith(".venv") else ".venv",
             merged=MERGED.format(folder=folder) if options.use_peft else "",
             library="peft" if options.use_peft else "transformers",
             loader="AutoPeftModelForCausalLM" if options.use_peft else "AutoModelForCausalLM",
