@@ -91,7 +91,9 @@ def _measure(
         optimizer.step()
         optimizer.zero_grad()
     moved = min((p - weights[name]).abs().max().item() for name, p in model.named_parameters() if name in weights)
-    engine.sync_weights()
+    for _ in getattr(engine.bridge, "_layers", [None]):  # each layer's adapters are looked at in turn
+        engine.sync_weights()
+        assert engine.bridge.stale() is None
     in_cache = sum(int(cache.count_nonzero()) for cache in engine._kv_caches())
     after = largest_difference(model, prompts, engine.generate(prompts, sampling, 1))
     found = {"before": before, "after": after, "least_moved": moved, "in_cache": in_cache}
