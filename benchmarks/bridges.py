@@ -28,7 +28,8 @@ the engine's is in `generate`.
 
 Each way runs in a process of its own: one step that is not counted, then `--steps` that are. The ways take turns step
 by step, so that what else happens on the machine meets them alike; with `--one-by-one` (always on a GPU, which would
-not hold them all) one ends before the next begins. Medians are printed, `rest` is the update, and what each
+not hold them all) one ends before the next begins. A machine that drops what rests of memory makes a way pay for having
+waited: there `sync` and `sentinel` are to be taken one by one. Medians are printed, `rest` is the update, and what each
 step took as it ends, so that a way that is cut off has told of its steps; the ratios are medians over the rounds. The
 last line is JSON.
 """
