@@ -219,7 +219,9 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     masks = mask_elements(work, shape)  # elements for each token
     if mode != "streamed":
         layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)
-        return _fragmented(work, {"scoring buffers": max(layer, head + texts * length * hidden * size)})
+        # The hidden states of this micro-batch and of the one before; those of a tile once more, and in fp32.
+        states = 2 * texts * length * hidden * size + positions * hidden * (size + 4 if size < 4 else size)
+        return _fragmented(work, {"scoring buffers": max(layer, head + states)})
     batch = SCORED_AT_ONCE
     if work.is_rl:
         batch = max(completions_at_once(work.options), PROBES * work.num_probes)
