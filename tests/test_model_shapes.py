@@ -75,8 +75,8 @@ def test_any_other_decoder_is_built_by_transformers_without_memory(family):
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"),  # of the model cards: 0.49, 1.54, 3.09 and 7.61
-    [("0.5B", 0.494), ("1.5B", 1.544), ("3B", 3.086), ("7B", 7.616)],
+    ("name", "billions"),  # of the model cards: 0.49, 1.54, 3.09, 7.61, 14.7 and 32.5
+    [("0.5B", 0.494), ("1.5B", 1.544), ("3B", 3.086), ("7B", 7.616), ("14B", 14.770), ("32B", 32.764)],
 )
 def test_known_models_have_the_sizes_of_their_cards(name, billions):
     shape = model_shape(KNOWN_MODELS[f"Qwen/Qwen2.5-{name}-Instruct"])

@@ -18,6 +18,7 @@ from trainers.plan.workload import GIB, PHASES
 
 RUNS = sorted(path.stem for path in (CONFIG_DIR / "run_cfg").glob("*.yaml"))
 CARDS = [run for run in RUNS if run.startswith("teacher_rlt_mono")]
+SIZES = [12, 16, 24, 32, 40, 48, 80, 96]  # GB of the cards that are sold
 READ_ONLY = {"rescore", "merge"}  # they compute with no model on a device: nothing is planned (tests/test_config.py)
 SCORED = ["dataset_id_or_path=some/data", "model_name_or_path=Qwen/Qwen2.5-7B-Instruct"]
 SCORED += ["student_model=bespokelabs/Bespoke-Stratos-7B"]
@@ -80,6 +81,26 @@ def test_table_of_presets_tells_what_is_composed_and_planned(run):
         f"{plan.peak / GIB:.1f} of {plan.available / GIB:.1f} ({plan.peak_phase})",
         "{}, {}".format(*host_and_disk(plan)),
     ]
+
+
+def smallest_card(model, *overrides):
+    """The cell of the table of sizes: the first card with 8 % to spare."""
+    pair = (f"model_name_or_path={model}", f"student_model={model}")
+    for size in SIZES:
+        plan = planned("teacher_rlt_mono", *pair, *overrides, gb=size)[0].plan
+        if plan.peak <= 0.92 * plan.available:
+            return f"{size} GB (host {host_and_disk(plan)[0]})"
+    return "none"
+
+
+@pytest.mark.parametrize("size", ["0.5B", "1.5B", "3B", "7B", "14B", "32B"])
+def test_table_of_sizes_tells_what_is_planned(size):
+    text = (REPO / "README_MONO_GPU.md").read_text()
+    (lora,) = set(re.findall(r"with LoRA: `(use_peft=true .*)`", text))
+    ways = [lora.split(), [], ["weight_bridge=copy"]]
+    cells = [smallest_card(f"Qwen/Qwen2.5-{size}-Instruct", *way) for way in ways]
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {size} "))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [size, *cells]
 
 
 def test_readme_tells_of_each_card_what_is_composed_and_planned():

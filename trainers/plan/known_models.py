@@ -1,4 +1,4 @@
-"""Configs of the models that the presets name, so that a plan needs neither a download nor a network.
+"""Configs of the models that presets and README_MONO_GPU.md name, so that a plan needs no download.
 
 As in the `config.json` of each on the hub, reduced to what decides its size.
 """
@@ -30,5 +30,7 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-1.5B-Instruct": _qwen2(1536, 8960, 28, 12, 2, 151936, True),
     "Qwen/Qwen2.5-3B-Instruct": _qwen2(2048, 11008, 36, 16, 2, 151936, True),
     "Qwen/Qwen2.5-7B-Instruct": _qwen2(3584, 18944, 28, 28, 4, 152064, False),
+    "Qwen/Qwen2.5-14B-Instruct": _qwen2(5120, 13824, 48, 40, 8, 152064, False),
+    "Qwen/Qwen2.5-32B-Instruct": _qwen2(5120, 27648, 64, 40, 8, 152064, False),
     "bespokelabs/Bespoke-Stratos-7B": _qwen2(3584, 18944, 28, 28, 4, 152064, False),
 }
