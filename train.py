@@ -31,9 +31,10 @@ from omegaconf import DictConfig
 from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run, resolved
 from trainers.errors import ConfigError, OutOfMemory
-from trainers.options import BaseOptions
+from trainers.options import WITH_MODELS, BaseOptions
 from trainers.plan.hardware import num_processes, prepare_allocator
 from trainers.plan.planning import faults_ahead, planned, run_plan
+from trainers.settings.reward_specs import model_keys
 from trainers.warmup import warmup_options
 
 PLAN = {"stage=plan", "+stage=plan", "++stage=plan"}
@@ -58,8 +59,8 @@ def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
 
 def check_warmups(options: BaseOptions) -> None:
     """A fault of one is told now, not after the first warm-up."""
-    for path in (getattr(options, "model_name_or_path", None), getattr(options, "student_model", None)):
-        if name := named_run(path):
+    for key in model_keys(options) if options.stage in WITH_MODELS else ():
+        if name := named_run(getattr(options, key)):
             warmup_options(name, options)
 
 

@@ -253,6 +253,9 @@ def test_options_with_the_adapter_are_taken(adapter_dir):
     ):
         assert checked(named, *words).model_name_or_path == str(adapter_dir)
         assert checked(named, *words, "model_init=null", run="student_sft_tiny").model_name_or_path == str(adapter_dir)
+    for run in ("teacher_rlt_mono_24gb", "teacher_sft_24gb"):  # no preset sets what its adapter may have otherwise
+        words = [named, "precision=fp32", "per_device_train_batch_size=1", "optim=adamw_torch"]
+        assert checked(*words, run=run).use_peft
     assert "is no folder with" in faults("adapter_start=merge", "model_name_or_path=a/b")["adapter_start"].cause
     assert (
         "one process"

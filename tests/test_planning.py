@@ -309,6 +309,7 @@ def test_what_a_warm_up_starts_from_is_judged_before_it_is_trained(quantized, tm
         ("teacher_rlt_tiny", ["vllm_kwargs={enable_chunked_prefill: true}"], "vllm_kwargs"),
         ("teacher_rlt_tiny", ["adapter_start=continue", "use_peft=true"], "adapter_start"),
         ("teacher_rlt_tiny", ["model_name_or_path=run:teacher_rlt_tiny"], "run:teacher_rlt_tiny"),
+        ("teacher_rlt_tiny", ["student_model=run:teacher_rlt_tiny"], "run:teacher_rlt_tiny"),
     ],
 )
 def test_check_tells_what_a_start_would_of_models_that_are_here(run, words, key, quantized, monkeypatch):
@@ -317,6 +318,12 @@ def test_check_tells_what_a_start_would_of_models_that_are_here(run, words, key,
     with pytest.raises(ConfigError) as refused:
         train.check([run, "device=cpu", *words])
     assert [fault.key for fault in refused.value.faults] == [key]
+
+
+def test_a_student_that_no_reward_asks_is_not_looked_at(capsys):
+    for student in ("run:teacher_rlt_tiny", "run:nothing", "./nowhere"):
+        train.check(["teacher_rlt_tiny", "device=cpu", "reward_funcs=[format]", f"student_model={student}"])
+    assert capsys.readouterr().out.count("valid") == 3
 
 
 def test_check_tells_of_what_a_warm_up_starts_from(quantized, monkeypatch):

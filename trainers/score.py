@@ -21,6 +21,7 @@ from trainers.plan.workload import SCORED_AT_ONCE
 from trainers.scoring.explanation_scorer import NOT_FINITE, Scored, teacher_logprobs
 from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
 from trainers.scoring.quantized import samples_of
+from trainers.settings.reward_specs import model_keys
 from trainers.texts import tag_format
 from trainers.warmup_runs import ensure_model
 from trainers.watch.heartbeat import heartbeat
@@ -31,7 +32,6 @@ from trainers.watch.phases import PhaseTimer
 logger = logging.getLogger(__name__)
 
 MEASURED = 64  # texts whose tokens are counted before anything is loaded
-MODELS = ("model_name_or_path", "student_model")
 # What data may say of the closing tag, as text; nothing: it is there.
 CLOSED = dict.fromkeys(("true", "1", "1.0", "none", ""), True) | dict.fromkeys(("false", "0", "0.0"), False)
 
@@ -52,10 +52,11 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
         raise ConfigError(Fault("dataset_id_or_path", options.dataset_id_or_path, cause, "name another output_dir"))
     rows = load_score_rows(options)
     check_models(options)
-    if any(named_run(getattr(options, key)) for key in MODELS):
+    keys = model_keys(options)
+    if any(named_run(getattr(options, key)) for key in keys):
         planned_options(options, longest=1)  # what cannot be, however short the texts, is told before they are trained
-    options = options.model_copy(update={key: ensure_model(getattr(options, key), options) for key in MODELS})
-    teacher, student = (make_renderer(options, getattr(options, key), key) for key in MODELS)
+    options = options.model_copy(update={key: ensure_model(getattr(options, key), options) for key in keys})
+    teacher, student = (make_renderer(options, getattr(options, key), key) for key in keys)
     solved = planned(options, longest=longest_text(rows, teacher, student))
     timer = PhaseTimer()
     with heartbeat(timer, output_dir), out_of_memory_told(timer, device, solved.plan, output_dir):
@@ -72,7 +73,9 @@ def _load_and_score(
 ) -> Path:
     """The part of `run_score` that needs the models' weights."""
     (teacher, student), (device, dtype) = renderers, place
-    teacher_path, student_path = (whole_model(options, key, getattr(options, key), output_dir, dtype) for key in MODELS)
+    teacher_path, student_path = (
+        whole_model(options, key, getattr(options, key), output_dir, dtype) for key in model_keys(options)
+    )
     samples = samples_of(rows)
     scorer = make_scorer(options, output_dir, student_path, student, teacher, device, dtype, samples)
     temperature = options.temperature if options.unbias_teacher_log_probs else 1.0

@@ -13,6 +13,7 @@ from typing import Any
 from trainers.config import named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions, MergeOptions, TrainOptions
+from trainers.settings.reward_specs import model_keys
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -167,9 +168,8 @@ def adapter_faults(options: CommonOptions, num_devices: int, trains: bool) -> li
     faults = []
     if trains:
         faults += start_faults(options, options.model_name_or_path, num_devices) + list(_fresh_faults(options))
-    for key in ("student_model",) if trains else ("model_name_or_path", "student_model"):
-        path = getattr(options, key, None)
-        if is_adapter(path):
+    for key in model_keys(options)[1 if trains else 0 :]:
+        if is_adapter(path := getattr(options, key)):
             try:
                 open_adapter(key, path)
             except ConfigError as error:
