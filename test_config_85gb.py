@@ -47,8 +47,8 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(found.as_dict()))
     else:
-        if found.solved is not None:
-            print(plan_text(found.solved, found.machine, full=True) + "\n")
+        if found.plan is not None:
+            print(plan_text(found.plan, found.machine, full=True) + "\n")
         for finding in found.findings:
             print(finding)
         print("\nthis run could work" if found.works else "\nthis run could not work: see FAIL above")

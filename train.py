@@ -68,10 +68,10 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
     """Plan it, write its config.yaml, and run it."""
     from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs
 
-    solved = None
+    plan = None
     if options.stage in ("rl", "sft"):
-        solved = planned(options, num_devices)
-        options = solved.options
+        plan = planned(options, num_devices)
+        options = plan.options
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
     prepare_wandb(options)
@@ -90,7 +90,7 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
         from trainers.warmup_runs import ensure_model
 
         start = ensure_model(options.model_name_or_path, options)
-        run_sft(options, output_dir, start, num_devices, solved.plan)
+        run_sft(options, output_dir, start, num_devices, plan)
         logging.getLogger(__name__).info("model saved to %s", output_dir)
     elif options.stage == "score":
         from trainers.score import run_score
@@ -99,7 +99,7 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
     else:
         from trainers.rl import run_rl
 
-        run_rl(options, output_dir, solved.plan)
+        run_rl(options, output_dir, plan)
 
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")

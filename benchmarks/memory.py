@@ -69,7 +69,7 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
     from trainers.watch.memory_watch import resident_peak
 
     options = load_options(compose_run("teacher_rlt_tiny", arguments_of(case, folder)))
-    solved = solve(problem_of(options))
+    plan = solve(problem_of(options))
     found: dict[str, float] = {}
 
     class Watched(rl.TeacherGRPOTrainer):
@@ -95,17 +95,17 @@ def measure(case: str, folder: Path) -> dict[str, dict[str, float]]:
             return result
 
     rl.TeacherGRPOTrainer = Watched
-    rl.run_rl(solved.options, folder / "out")
+    rl.run_rl(plan.options, folder / "out")
     metrics = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
     peaks = [value * 2**30 for row in metrics for name, value in row.items() if name.endswith("_peak")]
-    phases = solved.plan.phases
+    phases = plan.phases
     resting = ("weights", "engine's weights", "adapters", "engine's adapters")
     planned = {
         "weights": sum(phases["update"].get(name, 0) for name in resting),
         "gradients": phases["update"]["gradients"],
         "optimizer": phases["save"].get("optimizer", 0) + phases["save"].get("optimizer on the host", 0),
         "scoring": sum(phases["score"].get(n, 0) for n in ("scoring buffers", "hidden states", "streaming buffers")),
-        "peak": solved.plan.peak,
+        "peak": plan.peak,
     }
     found["peak"] = max([*peaks, resident_peak()])
     return {name: {"planned": planned[name], "measured": found[name]} for name in planned}

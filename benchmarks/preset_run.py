@@ -22,8 +22,8 @@ from trainers.memory import max_num_seqs
 from trainers.plan.hardware import prepare_allocator
 from trainers.plan.machine import MIB, nvidia_smi, read_card
 from trainers.plan.planning import problem_of
-from trainers.plan.solve import Solved, device_of, solve
-from trainers.plan.workload import GIB
+from trainers.plan.solve import device_of, solve
+from trainers.plan.workload import GIB, Plan
 
 PEAKS = {"load": "load_peak", "generate": "generate_peak", "score": "score_peak", "update": "step_peak"}
 PEAKS |= {"save": "save_peak"}
@@ -155,7 +155,7 @@ def used_of_card() -> int:
     return int(nvidia_smi("--query-gpu=memory.used")[0]) * MIB
 
 
-def planned(options: Any) -> tuple[Solved, str]:
+def planned(options: Any) -> tuple[Plan, str]:
     """The plan of a run, and what it makes of host memory; on a GPU it judges the card alone.
 
     Host memory that is free now is no measure where a machine takes it from a larger one as it is needed (micro-VMs,
@@ -164,9 +164,9 @@ def planned(options: Any) -> tuple[Solved, str]:
     problem = problem_of(options)
     if device_of(options, problem.machine) != "cuda":
         return solve(problem), ""
-    solved = solve(replace(problem, machine=replace(problem.machine, host_free=sys.maxsize)))
-    need, free, total = solved.plan.host_need / GIB, problem.machine.host_free / GIB, problem.machine.host_total / GIB
-    return solved, f"it would take {need:.1f} GiB of host memory; {free:.1f} of {total:.1f} GiB were free before"
+    plan = solve(replace(problem, machine=replace(problem.machine, host_free=sys.maxsize)))
+    need, free, total = plan.host_need / GIB, problem.machine.host_free / GIB, problem.machine.host_total / GIB
+    return plan, f"it would take {need:.1f} GiB of host memory; {free:.1f} of {total:.1f} GiB were free before"
 
 
 def measure(order: dict[str, Any]) -> None:
@@ -175,15 +175,15 @@ def measure(order: dict[str, Any]) -> None:
     folder = Path(order["folder"])
     options = compose(order["config"], order["overrides"], folder, Path(order["models"]), order["shape"])
     before = used_of_card()
-    solved, host = planned(options)
+    plan, host = planned(options)
     with suppress(OSError):  # not every sandbox has it
         # Where host memory does not suffice, the kernel ends this process before any other.
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-    work = solved.plan.work
+    work = plan.work
     chosen = {"optim": work.optimizer, "micro_batch": work.micro_batch, "student_mode": work.student_mode}
     chosen |= {"host memory": host} if host else {}
     wanted = [phase for phase in PEAKS if phase != "save" or order["saves"]]
-    phases = {phase: solved.plan.total(phase) / GIB for phase in wanted if phase in solved.plan.phases}
+    phases = {phase: plan.total(phase) / GIB for phase in wanted if phase in plan.phases}
     begin = {"planned": phases, "plan": chosen, "used_before": before / GIB}
     (folder / PLAN).write_text(json.dumps(begin), encoding="utf-8")
     import torch
@@ -206,7 +206,7 @@ def measure(order: dict[str, Any]) -> None:
                 file.write(json.dumps(memory.take()) + "\n")
 
     rl.TeacherGRPOTrainer = Watched
-    rl.run_rl(solved.options, folder / "out")
+    rl.run_rl(plan.options, folder / "out")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def work(given, precision, mode="resident", tokens=TOKENS, **overrides):
     lengths = {"max_prompt_length": tokens // 2, "max_completion_length": tokens - tokens // 2}
     chosen = (
         {"attn_implementation": "eager", "gradient_checkpointing": True, "student_tokens_per_pass": 4 * tokens}
+        | {"optim": "adamw_torch", "student_mode": mode, "beta": 0}
         | batch
         | lengths
         | overrides
@@ -61,7 +62,7 @@ def work(given, precision, mode="resident", tokens=TOKENS, **overrides):
     words = [f"{key}={str(value).lower()}" for key, value in chosen.items()]
     options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
     shape = model_shape(given)
-    return Workload(options, shape, shape, "cpu", precision, "adamw_torch", mode, None, 0)
+    return Workload(options, shape, shape, "cpu", precision, 0)
 
 
 def activations(planned):
@@ -290,7 +291,7 @@ def test_what_transformers_generates_with_is_planned(given, completion, attentio
 def test_a_tied_head_s_gradient_waits_for_the_embedding_s():
     """Beside what was accumulated before; of a model that is not tied it is added at once."""
     tied, untied = (
-        planned_run("teacher_rlt_mono_80gb", f"model_name_or_path=Qwen/{name}", "per_device_train_batch_size=2")[0].plan
+        planned_run("teacher_rlt_mono_80gb", f"model_name_or_path=Qwen/{name}", "per_device_train_batch_size=2")[0]
         for name in ("Qwen2.5-1.5B-Instruct", "Qwen2.5-7B-Instruct")
     )
     assert tied.work.teacher.ties_head and not untied.work.teacher.ties_head

@@ -184,9 +184,9 @@ def test_host_memory_that_is_not_free_yet_is_told_and_tried(monkeypatch):
     small = Machine(Card("a card", 80 * GB, 80 * GB), 64 * 2**30, 2 * 2**30, 10**12)  # it may grow
     options = load_options(compose_run("teacher_rlt_mono_48gb"), needs_device=False)
     monkeypatch.setattr(preset_run, "problem_of", lambda asked: Problem(asked, *shapes_of(asked), small))
-    solved, host = preset_run.planned(options.model_copy(update={"optim": "cpu_offload"}))
-    need = solved.plan.host_need / 2**30
-    assert solved.plan.fits and need > 64
+    plan, host = preset_run.planned(options.model_copy(update={"optim": "cpu_offload"}))
+    need = plan.host_need / 2**30
+    assert plan.fits and need > 64
     assert host == f"it would take {need:.1f} GiB of host memory; 2.0 of 64.0 GiB were free before"
 
 

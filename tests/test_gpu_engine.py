@@ -100,7 +100,7 @@ def test_what_the_engine_holds_and_takes_is_planned(on_gpu, tmp_path):
     for sequences in (8, 64):
         here = [f"{key}={tmp_path}" for key in ("model_name_or_path", "student_model")]
         tokens = "vllm_kwargs={max_num_batched_tokens: 1024}"
-        plans.append(planned("teacher_rlt_mono", *here, f"max_num_seqs={sequences}", tokens, gb=24)[0].plan.phases)
+        plans.append(planned("teacher_rlt_mono", *here, f"max_num_seqs={sequences}", tokens, gb=24)[0].phases)
         measured.append(on_gpu("resting", tmp_path, sequences, SIMULATED_TRITON=TRITON))
     held = measured[1]["held"] - measured[0]["held"]
     assert held == pytest.approx(plans[1]["score"][STATE] - plans[0]["score"][STATE], rel=0.02)

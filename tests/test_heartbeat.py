@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.plan.planning import planned_options
+from trainers.plan.planning import planned
 from trainers.rl import run_rl
 from trainers.sft import run_sft
 from trainers.watch import heartbeat as beats
@@ -160,7 +160,7 @@ def test_a_run_has_one_thread_for_it_from_loading_on_and_none_behind_an_error(
     words += ["eval_dataset_split=null", "report_before_after=false", "num_probes=0"] if stage == "rl" else []
     words += [f"student_model={model_dir}"] if stage == "rl" else ["model_init=null", "eval_dataset_split=null"]
     run = "teacher_rlt_tiny" if stage == "rl" else "teacher_sft_tiny"
-    options = planned_options(load_options(compose_run(run, [*words, f"output_dir={tmp_path}"]), repo=REPO))
+    options = planned(load_options(compose_run(run, [*words, f"output_dir={tmp_path}"]), repo=REPO)).options
     with pytest.raises(ZeroDivisionError):
         run_rl(options, tmp_path) if stage == "rl" else run_sft(options, tmp_path, str(model_dir))
     assert not threads()

@@ -142,12 +142,12 @@ def test_the_best_checkpoint_is_not_told_by_a_loss_that_tells_nothing():
 def test_teacher_that_reads_probes_is_planned():
     assert len(MEANING) + 1 == PROBES
     small = ["student_model=Qwen/Qwen2.5-0.5B-Instruct", "beta=0", "sync_ref_model=false"]
-    probed, plain = (planned("teacher_rlt_mono_80gb", *small, f"num_probes={n}")[0].plan for n in (32, 0))
+    probed, plain = (planned("teacher_rlt_mono_80gb", *small, f"num_probes={n}")[0] for n in (32, 0))
     assert probed.phases["score"]["scoring buffers"] > 2 * plain.phases["score"]["scoring buffers"]
     for never in ("report_before_after=false", "reward_funcs=[student_answer]"):
-        silent = planned("teacher_rlt_mono_80gb", *small, never)[0].plan
+        silent = planned("teacher_rlt_mono_80gb", *small, never)[0]
         assert silent.phases["score"] == plain.phases["score"]
-    ahead = planned("teacher_rlt_mono_80gb", *small, "overlap_scoring=true", "student_mode=resident")[0].plan
+    ahead = planned("teacher_rlt_mono_80gb", *small, "overlap_scoring=true", "student_mode=resident")[0]
     assert ahead.phases["generate"]["scoring buffers"] < probed.phases["score"]["scoring buffers"] / 2
 
 
@@ -156,8 +156,8 @@ def test_an_evaluation_counts_for_the_engine_only_where_there_is_one():
     assert planned("teacher_rlt_mono_24gb", *words)[0].options.max_num_seqs == 32
     assert planned("teacher_rlt_mono_24gb", *words, "report_before_after=false")[0].options.max_num_seqs == 8
     large = planned("teacher_rlt_mono_24gb", *words, "use_vllm=false", "per_device_eval_batch_size=64")
-    assert not large[0].plan.fits
-    fits = [str(change) for change in knobs(problem(large[1], machine(24))) if change.solved.plan.fits]
+    assert not large[0].fits
+    fits = [str(change) for change in knobs(problem(large[1], machine(24))) if change.plan.fits]
     assert "report_before_after=false" in fits
 
 

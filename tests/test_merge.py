@@ -200,7 +200,7 @@ def test_continued_adapter_is_planned_with_its_own_rank_and_its_copy(model_dir, 
 
     def planned(*words):
         chosen = checked(f"model_name_or_path={adapter_dir}", "use_peft=true", *words)
-        plan = solve(problem(chosen, SMALL)).plan
+        plan = solve(problem(chosen, SMALL))
         return plan, plan.phases["load"]
 
     chosen = options(use_peft=True, beta=0.1)
@@ -225,7 +225,7 @@ def test_adapter_of_a_warm_up_is_planned_before_it_is_there(monkeypatch, model_d
     for module in (run_models, start_faults):
         monkeypatch.setattr(module, "warmup_options", lambda name, options, **_: ({}, warmup))
     rl = checked("use_peft=true", "model_name_or_path=run:teacher_sft_tiny", f"student_model={model_dir}")
-    work = solve(problem(rl, SMALL)).plan.work
+    work = solve(problem(rl, SMALL)).work
     assert work.adapter == (3, ["q_proj"]) and work.trained_bytes == 2 * 4 * 3 * (64 + 64)  # two layers, fp32
 
 

@@ -73,11 +73,10 @@ def test_rl_ends_with_the_phase_what_it_took_and_what_helps(
     monkeypatch.setattr(place, raising(error))
     words = ["teacher_rlt_tiny", f"student_model={model_dir}", "kv_cache_gib=1", "report_before_after=false"]
     words += ["train_batch_size=64", "per_device_train_batch_size=64", "num_probes=0", "share_prompts=false"]
-    solved = small(model_dir, rows_file, tmp_path, *words, "vllm_kwargs={disable_log_stats: true}")
-    message, log = ends(tmp_path, run_rl, solved.options, tmp_path, solved.plan)
+    plan = small(model_dir, rows_file, tmp_path, *words, "vllm_kwargs={disable_log_stats: true}")
+    message, log = ends(tmp_path, run_rl, plan.options, tmp_path, plan)
     first, said, help, *_, last = message.splitlines()
     assert first.startswith(f"out of memory in the phase {phase}: ")
-    plan = solved.plan
     assert f"; {plan.total(phase) / GIB:.2f} are planned for it, of {plan.available / GIB:.2f} that were free" in first
     assert said == f"  {' '.join(str(error).split())}" and help.startswith(f"  -> {remedy}")
     assert last == f"  the traceback is in {tmp_path}/training.log"
@@ -88,8 +87,8 @@ def test_a_warm_up_ends_so_too_and_one_of_another_run_is_named(model_dir, rows_f
     """A mock, as above."""
     monkeypatch.setattr("trl.SFTTrainer.compute_loss", raising(TORCH))
     words = ["teacher_sft_tiny", "model_init=null", "train_batch_size=64", "per_device_train_batch_size=64"]
-    solved = small(model_dir, rows_file, tmp_path, *words)
-    message, log = ends(tmp_path, run_sft, solved.options, tmp_path, str(model_dir), 1, solved.plan)
+    plan = small(model_dir, rows_file, tmp_path, *words)
+    message, log = ends(tmp_path, run_sft, plan.options, tmp_path, str(model_dir), 1, plan)
     assert message.startswith("out of memory in the phase update: ") and "in failing" in log
     assert "\n  -> gradient_checkpointing=true" in message and "\n  or per_device_train_batch_size=32   (" in message
 
@@ -176,7 +175,7 @@ OFFERED = (
 
 @pytest.mark.parametrize(("run", "phase", "words", "offered"), OFFERED)
 def test_what_is_offered_applies_to_the_run_in_order(run, phase, words, offered):
-    plan = planned(run, *words)[0].plan
+    plan = planned(run, *words)[0]
     assert [told.split()[0] for told, _ in remedies_of(plan, phase)] == offered
 
 
@@ -184,10 +183,10 @@ def test_what_is_offered_applies_to_the_run_in_order(run, phase, words, offered)
 def test_what_is_offered_makes_the_phase_as_small_as_it_says_once_it_is_pasted(card):
     """With it alone `auto` would take a larger micro-batch, or a larger cache, in the room that it leaves."""
     run = f"teacher_{card}" if card.startswith("sft") else f"teacher_rlt_mono_{card}"
-    plan = planned(run)[0].plan
+    plan = planned(run)[0]
     for phase in plan.phases:
         for words, size in remedies_of(plan, phase):
-            again = planned(run, *words.split())[0].plan
+            again = planned(run, *words.split())[0]
             assert again.total(phase) == pytest.approx(size, abs=2**21), (phase, words)
             assert size < plan.total(phase)
 
@@ -207,9 +206,9 @@ def test_vllm_s_error_is_no_fault_of_the_arguments_that_were_asked_for(monkeypat
 
 def test_other_errors_stay_what_they_are(model_dir, rows_file, tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.sft.load_teacher", raising(ZeroDivisionError()))
-    solved = small(model_dir, rows_file, tmp_path, "teacher_sft_tiny", "model_init=null")
+    plan = small(model_dir, rows_file, tmp_path, "teacher_sft_tiny", "model_init=null")
     with pytest.raises(ZeroDivisionError):
-        run_sft(solved.options, tmp_path, str(model_dir), 1, solved.plan)
+        run_sft(plan.options, tmp_path, str(model_dir), 1, plan)
     chained = RuntimeError("the KV cache finds no room again")
     chained.__cause__ = RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp")
     assert is_out_of_memory(chained)

@@ -20,7 +20,7 @@ from trainers.plan import disks, model_shapes, planning, preflight, run_models, 
 from trainers.plan.disks import downloads, in_turn
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine
-from trainers.plan.planning import assess, planned_options
+from trainers.plan.planning import assess, planned
 from trainers.plan.remedies import knobs
 from trainers.plan.run_models import shapes_of
 from trainers.plan.workload import GIB
@@ -46,7 +46,7 @@ def test_warm_ups_that_a_run_would_train_first_are_planned_with_it():
     found = assess(problem(checked("teacher_rlt_tiny"), Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)))
     assert list(found.warmups) == ["student_sft_tiny", "teacher_sft_tiny"]  # in turn, that of both models once
     assert found.with_warmups("memory") == [] and found.disk == []
-    kept = sum(sum(warmup.solved.plan.disk.values()) for warmup in found.warmups.values())
+    kept = sum(sum(warmup.plan.disk.values()) for warmup in found.warmups.values())
     assert {written.kind: written.size for written in found.written}["warm-ups"] == kept >= 2 * 4 * 804_480
     assert "run:student_sft_tiny is trained first: peak" in found.text(full=False)
 
@@ -56,7 +56,7 @@ def test_a_launch_on_a_card_begins_with_what_stage_plan_prints(run, monkeypatch,
     monkeypatch.setattr(planning, "machine_for", lambda *_: machine(24))
     options = checked(run)
     with caplog.at_level("INFO"):
-        planned_options(options)
+        planned(options)
     assert planning.run_plan(options)
     printed = capsys.readouterr().out.rstrip("\n")
     assert printed in caplog.text
@@ -107,7 +107,7 @@ def test_a_warm_up_that_does_not_fit_is_told_by_name_before_anything_starts(monk
     options = checked("teacher_rlt_mono_24gb", "student_model=run:teacher_sft")
     monkeypatch.setattr(planning, "machine_for", lambda *_: machine(24))
     with pytest.raises(ConfigError) as refused:
-        planned_options(options)
+        planned(options)
     (fault,) = refused.value.faults
     assert fault.key == "run:teacher_sft: memory" and fault.cause.startswith("the update phase needs")
     assert fault.remedy.startswith("train it by itself (./launch_mono.sh teacher_sft.yaml ...) and name its folder: ")
@@ -249,7 +249,7 @@ def quantized(tmp_path):
 def test_a_quantized_model_is_trained_by_no_stage_and_told_before_it_is_loaded(run, words, quantized):
     options = load_options(compose_run(run, ["device=cpu", f"model_name_or_path={quantized}", *words]), repo=REPO)
     with pytest.raises(ConfigError) as refused:
-        planned_options(options.model_copy(update={"ignore_memory_plan": True}))
+        planned(options.model_copy(update={"ignore_memory_plan": True}))
     (fault,) = refused.value.faults
     assert fault.key == "model_name_or_path" and fault.cause.startswith("its weights are quantized: ")
     assert "are not supported" in fault.cause and "bf16 checkpoint" in fault.remedy
@@ -288,7 +288,7 @@ def test_what_a_warm_up_starts_from_is_judged_before_it_is_trained(quantized, tm
     options = load_options(compose_run("teacher_rlt_tiny", ["device=cpu"]), repo=REPO)
     assert options.model_name_or_path == "run:teacher_sft_tiny"
     with pytest.raises(ConfigError) as refused:
-        planned_options(options.model_copy(update={"ignore_memory_plan": True}))
+        planned(options.model_copy(update={"ignore_memory_plan": True}))
     (fault,) = refused.value.faults
     assert (fault.key, fault.value) == ("run:teacher_sft_tiny: model_name_or_path", str(quantized))
     assert "its weights are quantized" in fault.cause and "bf16 checkpoint" in fault.remedy

@@ -158,7 +158,7 @@ def test_card_that_others_use_is_told_and_planned_with_what_is_free(card):
     found = preflight.preflight("teacher_rlt_mono_85gb", [])
     assert levels(found.findings, "GPU") == ["ok", "warning"]
     assert levels(found.findings, "memory") == ["error"]
-    assert found.solved.plan.available == 20 * GIB
+    assert found.plan.available == 20 * GIB
 
 
 def test_cpu_packages_on_a_machine_with_a_card_fail(card):

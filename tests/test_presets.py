@@ -27,14 +27,14 @@ SCORED += ["student_model=bespokelabs/Bespoke-Stratos-7B"]
 @cache
 def preset(run):
     """Its solved plan, and its words for what it trains, as files and tables have them."""
-    solved, options = planned(run)
+    plan, options = planned(run)
     sizes = [re.search(r"-([\d.]+B)", name)[1] for name in (options.model_name_or_path, options.student_model)]
-    return solved, options, *sizes, "LoRA" if options.use_peft else "all weights"
+    return plan, options, *sizes, "LoRA" if options.use_peft else "all weights"
 
 
 @pytest.mark.parametrize("run", CARDS)
 def test_every_preset_fits_its_card_with_8_percent_to_spare(run):
-    plan = preset(run)[0].plan
+    plan = preset(run)[0]
     assert plan.peak <= 0.92 * plan.available
     assert set(plan.phases) == set(PHASES)
 
@@ -47,8 +47,8 @@ def test_there_is_a_preset_for_each_card():
 @pytest.mark.parametrize("run", CARDS)
 def test_header_of_a_preset_tells_what_is_composed_and_planned(run):
     """What the file says is what the plan says: nobody has to remember to write it anew."""
-    solved, asked, size, _, method = preset(run)
-    o, plan = solved.options, solved.plan
+    plan, asked, size, _, method = preset(run)
+    o = plan.options
     trained = f"LoRA of rank {o.lora_r}" if o.use_peft else "all weights"
     reference = "the model before RL is the reference" if o.use_peft else f"reference {o.reference_mode}"
     assert o.beta == 0.04  # there is one
@@ -68,8 +68,8 @@ def test_header_of_a_preset_tells_what_is_composed_and_planned(run):
 
 @pytest.mark.parametrize("run", CARDS)
 def test_table_of_presets_tells_what_is_composed_and_planned(run):
-    solved, asked, teacher, student, method = preset(run)
-    o, plan = solved.options, solved.plan
+    plan, asked, teacher, student, method = preset(run)
+    o = plan.options
     rows = (REPO / "README_MONO_GPU.md").read_text().splitlines()
     (row,) = (line for line in rows if line.startswith(f"| `{run}`"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
@@ -87,7 +87,7 @@ def smallest_card(model, *overrides):
     """The cell of the table of sizes: the first card with 8 % to spare."""
     pair = (f"model_name_or_path={model}", f"student_model={model}")
     for size in SIZES:
-        plan = planned("teacher_rlt_mono", *pair, *overrides, gb=size)[0].plan
+        plan = planned("teacher_rlt_mono", *pair, *overrides, gb=size)[0]
         if plan.peak <= 0.92 * plan.available:
             return f"{size} GB (host {host_and_disk(plan)[0]})"
     return "none"
@@ -108,17 +108,17 @@ def test_readme_tells_of_each_card_what_is_composed_and_planned():
     told = []
     for row in re.findall(r"^\| ([\d, ]+ GB) \| (.*) \| (.*) \| (\d+) GiB.*\|$", text, re.M):
         names = [f"teacher_rlt_mono{name}" for name in re.findall(r"`(?:teacher_rlt_mono)?(\w*)`", row[1])]
-        solved = [preset(name) for name in names]
+        presets = [preset(name) for name in names]
         told += names
-        assert row[0] == f"{', '.join(f'{asked.vram_gb:g}' for _, asked, *_ in solved)} GB"
-        for each, _, teacher, student, method in solved:
+        assert row[0] == f"{', '.join(f'{asked.vram_gb:g}' for _, asked, *_ in presets)} GB"
+        for each, _, teacher, student, method in presets:
             assert teacher == student and row[2].startswith(f"{teacher}, {method}")
             assert ("the optimizer in host memory" in row[2]) == (each.options.optim == "cpu_offload")
-            assert int(row[3]) == host_and_disk(each.plan)[0]
-        lengths = {each.options.max_prompt_length + each.options.max_completion_length for each, *_ in solved}
+            assert int(row[3]) == host_and_disk(each)[0]
+        lengths = {each.options.max_prompt_length + each.options.max_completion_length for each, *_ in presets}
         assert ("longer texts" in row[2]) == (min(lengths) > 2048 + 4096)
     assert sorted(told) == CARDS
-    plan = preset("teacher_rlt_mono_24gb")[0].plan
+    plan = preset("teacher_rlt_mono_24gb")[0]
     assert f"planned peak of RL about {plan.peak / GIB:.0f} of {plan.available / GIB:.1f} GiB" in text
     weights = [2 * shape.num_parameters for shape in (plan.work.teacher, plan.work.student)]
     downloads = f"downloads {sum(weights) / GIB:.0f} GiB and takes {host_and_disk(plan)[0]} GiB of host memory"
@@ -131,7 +131,7 @@ def test_readme_tells_of_each_card_what_is_composed_and_planned():
 def test_every_other_run_that_computes_with_models_is_planned(run):
     options = load_options(compose_run(run, SCORED if run == "score" else []), repo=REPO, needs_device=False)
     there = Machine(None, 8 * GIB, 8 * GIB, 100 * GIB) if options.device == "cpu" else machine(80)
-    solved = solve(problem(options, there, longest=8192 if run == "score" else None))
-    assert solved.plan.fits
+    plan = solve(problem(options, there, longest=8192 if run == "score" else None))
+    assert plan.fits
     phases = {"rl": set(PHASES), "sft": {"load", "update", "save"}, "score": {"load", "score"}}
-    assert set(solved.plan.phases) == phases[options.stage]
+    assert set(plan.phases) == phases[options.stage]

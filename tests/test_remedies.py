@@ -33,8 +33,8 @@ def test_a_smaller_micro_batch_and_a_resident_reference_are_found_together():
     change = nearest_fit(there)
     assert change.settings == {"per_device_train_batch_size": "auto", "reference_mode": "resident"}
     for key, value in change.settings.items():
-        assert not solve(there.changed({key: value})).plan.fits
-    plan = change.solved.plan
+        assert not solve(there.changed({key: value})).fits
+    plan = change.plan
     assert plan.fits and plan.peak <= 0.92 * plan.available
 
 
@@ -49,9 +49,9 @@ def test_a_smaller_micro_batch_and_a_resident_reference_are_found_together():
 )
 def test_what_was_set_and_costs_too_much_goes_back_to_its_default_before_texts_are_shortened(words, offered):
     there = asked("teacher_rlt_mono_24gb", machine(24, 64), *words)
-    assert not solve(there).plan.fits
+    assert not solve(there).fits
     change = nearest_fit(there)
-    assert change.settings == offered and change.solved.plan.fits
+    assert change.settings == offered and change.plan.fits
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_what_was_set_and_costs_too_much_goes_back_to_its_default_before_texts_a
 )
 def test_where_a_student_beside_the_engine_has_no_room_the_host_is_offered_for_it_too(words, given_up):
     there = asked("teacher_rlt_mono_24gb", machine(24, 64), "overlap_scoring=true", *words)
-    assert solve(there).options.student_mode == "resident" and not solve(there).plan.fits
+    assert solve(there).options.student_mode == "resident" and not solve(there).fits
     change = nearest_fit(there)
     assert change.settings == {"overlap_scoring": False} | given_up
     kept = change.overlapped
-    assert kept.settings == {"student_mode": "cpu"} and kept.solved.plan.fits and is_roomy(kept.solved.plan)
-    assert kept.solved.options.overlap_scoring and f", or {kept.as_remedy()}" in str(refuse(solve(there), change))
+    assert kept.settings == {"student_mode": "cpu"} and kept.plan.fits and is_roomy(kept.plan)
+    assert kept.plan.options.overlap_scoring and f", or {kept.as_remedy()}" in str(refuse(solve(there), change))
     assert "student_mode=cpu" in map(str, knobs(there))
     short = replace(there.machine, host_free=16 * GIB)  # of which the student alone takes 14.2
     if found := nearest_fit(replace(there, machine=short)):
@@ -89,9 +89,9 @@ def test_graphs_and_activations_are_given_up_before_texts_are_shortened():
 def test_what_fits_with_less_to_spare_than_the_solver_keeps_says_so():
     """An update of 19.8 GiB with CUDA graphs of 0.56, on a card of 21 GB, which are 19.56 GiB."""
     change = nearest_fit(asked("teacher_rlt_mono_24gb", machine(21, 64)))
-    plan = change.solved.plan
+    plan = change.plan
     assert plan.peak <= 0.92 * plan.available and change.tighter.settings == {"enforce_eager": True}
-    spare = 100 * change.tighter.solved.plan.spare
+    spare = 100 * change.tighter.plan.spare
     assert 0 < spare < 8
     assert f", or enforce_eager=true   (peak 19.2 GiB, only {spare:.1f} % to spare)" in change.as_remedy()
 
@@ -107,7 +107,7 @@ def test_a_card_without_bf16_is_offered_no_half_precision_for_all_weights():
     """The adapters that it is offered in the end are fp32 beside fp16 weights, as `auto` has it there."""
     change = nearest_fit(asked("teacher_rlt_mono", machine(48, 64, compute=7.5), "precision=fp32"))
     assert change.settings["use_peft"] is True and change.settings["precision"] == "auto"
-    assert change.solved.plan.work.precision == "fp16"
+    assert change.plan.work.precision == "fp16"
 
 
 def test_nothing_that_fits_is_found_in_a_second():
@@ -147,7 +147,7 @@ def test_what_takes_less_of_the_host_is_offered_where_it_fits_both(host, offered
     assert [text.partition("=")[0] for text in told] == offered and last == "or a machine with more memory"
     for text in told:
         words = text.partition(" (it then needs")[0].split()
-        assert solve(asked("teacher_rlt_mono", machine(40, host), *words)).plan.fits
+        assert solve(asked("teacher_rlt_mono", machine(40, host), *words)).fits
 
 
 def test_a_length_that_is_not_set_is_halved_from_what_the_model_can_read():
@@ -160,11 +160,11 @@ def test_a_length_that_is_not_set_is_halved_from_what_the_model_can_read():
 def test_texts_of_a_warm_up_are_halved_until_they_fit(length):
     """7B with LoRA on 20 GB has room for 2048 tokens, and tightly for 4096."""
     there = asked("teacher_sft", machine(20, 64), "use_peft=true", f"max_length={length}")
-    assert not solve(there).plan.fits
+    assert not solve(there).fits
     change = nearest_fit(there)
     assert change.settings == {"max_length": 2048} and change.tighter.settings == {"max_length": 4096}
-    assert change.solved.plan.fits and change.tighter.solved.plan.fits
-    assert not solve(there.changed({"max_length": 8192})).plan.fits
+    assert change.plan.fits and change.tighter.plan.fits
+    assert not solve(there.changed({"max_length": 8192})).fits
 
 
 @pytest.mark.parametrize(
@@ -208,15 +208,15 @@ def test_who_can_only_take_a_smaller_model_is_told_the_run_for_the_card(run, gb,
     if named:
         name, _, size = named.partition(", made for ")
         assert size == f"{compose_run(name)['vram_gb']} GB"
-        solved = solve(asked(name, machine(gb, 400)))
-        assert solved.plan.fits and is_roomy(solved.plan)
+        plan = solve(asked(name, machine(gb, 400)))
+        assert plan.fits and is_roomy(plan)
 
 
 def test_a_plan_with_less_to_spare_than_the_solver_keeps_is_a_warning_with_what_keeps_it():
     tight = asked("teacher_rlt_mono_24gb", machine(24, 64), "vllm_gpu_memory_utilization=0.93")
     found = assess(tight)
     (finding,) = (finding for finding in preflight._memory(found) if finding.check == "memory")
-    assert found.solved.plan.fits and not found.memory and finding.level == "warning"
+    assert found.plan.fits and not found.memory and finding.level == "warning"
     assert "% to spare, and 8 are to be kept free" in finding.message
     assert finding.remedy.startswith("vllm_gpu_memory_utilization=auto   (peak 20.6 GiB)")
     assert "or" not in finding.remedy.split()

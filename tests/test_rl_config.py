@@ -11,7 +11,7 @@ from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
 from trainers.options import options_class
-from trainers.plan.planning import planned_options
+from trainers.plan.planning import planned
 from trainers.rl import check_best_metric, grpo_config
 from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
 from trainers.texts import check_enough, rl_rows, tell_whole_questions
@@ -93,7 +93,7 @@ def test_rl_needs_no_reasoning_trace(renderer):
 def test_lengths_beyond_the_teacher_s_positions_are_refused(model_dir):
     long = options("max_prompt_length=300", "max_completion_length=300")
     with pytest.raises(ConfigError, match=r"512 positions[\s\S]*max_completion_length=212"):
-        planned_options(long.model_copy(update={"model_name_or_path": str(model_dir)}))
+        planned(long.model_copy(update={"model_name_or_path": str(model_dir)}))
 
 
 def test_fewer_questions_than_a_rollout_takes_would_train_nothing(caplog):

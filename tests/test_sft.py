@@ -19,7 +19,7 @@ from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.models import load_model
 from trainers.options import options_class
-from trainers.plan.planning import planned_options
+from trainers.plan.planning import planned
 from trainers.settings.trl_config import tell_length
 from trainers.sft import run_sft, sft_config
 from trainers.texts import check_traces, sft_rows
@@ -248,7 +248,7 @@ def test_a_tokenizer_that_goes_beyond_the_embedding_is_refused(model_dir, tokeni
     words = [f"model_name_or_path={short}", "model_init=null", f"dataset_id_or_path={rows_file}", "device=cpu"]
     options = load_options(compose_run("teacher_sft_tiny", words), repo=REPO)
     with pytest.raises(ConfigError, match="goes up to"):
-        run_sft(planned_options(options), tmp_path, str(short))
+        run_sft(planned(options).options, tmp_path, str(short))
 
 
 def test_adapters_on_random_weights_are_refused(rows_file):

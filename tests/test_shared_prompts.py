@@ -178,7 +178,7 @@ def planned(questions, group, prompt, completion, **overrides):
     words = [f"{key}={str(value).lower()}" for key, value in chosen.items()]
     options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
     shape = model_shape({"model_type": "qwen2"} | COMMON | WIDE | {"num_hidden_layers": 4})
-    return Workload(options, shape, None, "cpu", "fp32", "adamw_torch", None, None, 0)
+    return Workload(options, shape, None, "cpu", "fp32", 0)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_what_stays_on_the_device_where_activations_are_offloaded_is_planned(on_
         words = [f"model_name_or_path={tmp_path}", f"precision={precision}", f"use_peft={use_peft}"]
         words += ["lora_r=4"] if use_peft else []
         words += ["activation_offloading=true", f"gradient_checkpointing={checkpointing}", "optim=adamw_torch"]
-        work = planned("teacher_rlt_mono_80gb", *OF_TWO_TEXTS, *words, gb=80)[0].plan.work
+        work = planned("teacher_rlt_mono_80gb", *OF_TWO_TEXTS, *words, gb=80)[0].work
         shares[config["model_type"], precision, use_peft, checkpointing] = kept_bytes(work) / taken
     # Of Qwen3, where all weights are trained, attention's output is not left, which is planned all the same.
     far = {name: share for name, share in shares.items() if not 0.9 < share < (1.2 if name[0] == "qwen3" else 1.05)}
@@ -183,7 +183,7 @@ def test_what_a_layer_leaves_where_activations_are_offloaded_by_hand():
     7 x 3584 x 2 bytes in each of 28 layers; of the end 4 more hidden states."""
     words = ["activation_offloading=true", "gradient_checkpointing=false", "share_prompts=false"]
     words += ["per_device_train_batch_size=1", "optim=cpu_offload", "max_prompt_length=1024"]
-    plan = planned("teacher_rlt_mono_80gb", *words, "max_completion_length=2048", gb=200)[0].plan
+    plan = planned("teacher_rlt_mono_80gb", *words, "max_completion_length=2048", gb=200)[0]
     assert kept_bytes(plan.work) == 3072 * (28 * 7 + 4) * 3584 * 2
     layer = 12 * 18944 + (20.7 + 8.2) * 3584 - 2 * 2 * (3584 - 512)  # at the peak of its backward pass; see the 80 GB's
     in_course = 3072 * ((27 * 7 + 4) * 3584 * 2 + layer)

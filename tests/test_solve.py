@@ -32,8 +32,8 @@ def test_what_is_offered_would_be_taken(run, words, gb):
     offered = nearest(run, *words, gb=gb)
     if offered is not None:
         pasted = [word for word in str(offered).split() if "=" in word]
-        solved, options = planned(run, *words, *pasted, gb=gb)
-        assert solved.plan.fits_device and not start_faults(solved) and not share_faults(solved, machine(gb))
+        plan, options = planned(run, *words, *pasted, gb=gb)
+        assert plan.fits_device and not start_faults(plan) and not share_faults(plan, machine(gb))
 
 
 @pytest.mark.parametrize(("share", "starts"), [("0.5", False), ("0.76", False), ("0.79", True), ("auto", True)])
@@ -74,8 +74,8 @@ def test_the_least_cache_that_is_offered_would_be_taken():
     ],
 )
 def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
-    solved, _ = planned("teacher_rlt_mono", *words, gb=gb)
-    assert not start_faults(solved)
+    plan, _ = planned("teacher_rlt_mono", *words, gb=gb)
+    assert not start_faults(plan)
 
 
 @pytest.mark.parametrize(
@@ -95,19 +95,19 @@ def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
     ],
 )
 def test_where_student_and_reference_rest_on_a_card_with_room(words, student, reference):
-    solved, _ = planned("teacher_rlt_mono_80gb", *words, gb=200)
-    assert (solved.options.student_mode, solved.options.reference_mode) == (student, reference)
+    plan, _ = planned("teacher_rlt_mono_80gb", *words, gb=200)
+    assert (plan.options.student_mode, plan.options.reference_mode) == (student, reference)
 
 
 def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_experts(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
     (tmp_path / "config.json").write_text(json.dumps(config | sizes))
-    solved, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
-    shape = solved.plan.work.student
+    plan, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
+    shape = plan.work.student
     assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
-    assert solved.options.student_mode == "resident"  # whatever offload_untrained_models says: there is room for it
-    assert solved.options.reference_mode == "streamed"
+    assert plan.options.student_mode == "resident"  # whatever offload_untrained_models says: there is room for it
+    assert plan.options.reference_mode == "streamed"
     asked, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", "student_mode=cpu")
     assert asked.options.student_mode == "cpu"
 
@@ -122,7 +122,7 @@ def test_a_mixture_of_experts_that_the_card_has_no_room_for_is_read_on_the_host_
     for further, warned in (([], 1), (["student_mode=cpu"], 0)):
         options = load_options(compose_run("teacher_rlt_mono_80gb", words + further), repo=REPO, needs_device=False)
         found = assess(problem(options, machine(80)))
-        assert found.solved.options.student_mode == "cpu" and found.solved.plan.fits
+        assert found.plan.options.student_mode == "cpu" and found.plan.fits
         assert found.text(full=False).count("  warning: student_mode=cpu: it cannot be streamed") == warned
         findings = [f for f in preflight._memory(found) if f.check == "student_mode=cpu"]
         assert [finding.level for finding in findings] == ["warning"] * warned
@@ -133,10 +133,10 @@ def test_a_student_that_is_kept_off_the_card_beside_the_engine_is_read_on_the_ho
         words = ["overlap_scoring=true", *words]
         options = load_options(compose_run("teacher_rlt_mono_24gb", words), repo=REPO, needs_device=False)
         found = assess(problem(options, machine(24)))
-        work, said = found.solved.plan.work, found.text(full=False)
-        assert (work.student_mode, found.solved.options.student_mode) == ("cpu", "cpu") and found.solved.plan.fits
-        assert found.solved.plan.host["student"] == 2 * work.student.num_parameters
-        assert "student" not in found.solved.plan.phases["generate"] and "student_mode=cpu" in said
+        work, said = found.plan.work, found.text(full=False)
+        assert (work.student_mode, found.plan.options.student_mode) == ("cpu", "cpu") and found.plan.fits
+        assert found.plan.host["student"] == 2 * work.student.num_parameters
+        assert "student" not in found.plan.phases["generate"] and "student_mode=cpu" in said
         assert said.count("  warning: student_mode=cpu: offload_untrained_models keeps it off the card") == warned
         findings = [f for f in preflight._memory(found) if f.check == "student_mode=cpu"]
         told = [("warning", "overlap_scoring=false, or disable_student_offloading=true")] * warned
@@ -147,16 +147,16 @@ def test_on_a_cpu_a_student_beside_the_engine_is_resident():
     words = ["overlap_scoring=true", "offload_untrained_models=true", "model_name_or_path=Qwen/Qwen2.5-1.5B-Instruct"]
     words.append("student_model=Qwen/Qwen2.5-1.5B-Instruct")
     options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
-    solved = solve(problem(options, Machine(None, 99 * GIB, 99 * GIB, 999 * GIB)))
-    assert solved.options.student_mode == "resident"
+    plan = solve(problem(options, Machine(None, 99 * GIB, 99 * GIB, 999 * GIB)))
+    assert plan.options.student_mode == "resident"
 
 
 def test_a_student_larger_than_the_memory_of_a_cpu_is_streamed(tmp_path):
     words = ["device=cpu", "precision=fp32", "student_model=bespokelabs/Bespoke-Stratos-7B"]
     options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
     small = Machine(None, 20 * GIB, 20 * GIB, 1000 * GIB)
-    solved = solve(problem(options, small))
-    assert solved.plan.fits and solved.options.student_mode == "streamed"
+    plan = solve(problem(options, small))
+    assert plan.fits and plan.options.student_mode == "streamed"
     large = Machine(None, 64 * GIB, 64 * GIB, 1000 * GIB)
     assert solve(problem(options, large)).options.student_mode == "resident"
 
@@ -175,10 +175,10 @@ SEVEN_B = {
 )
 def test_where_the_models_of_a_scoring_rest(gb, student, teacher):
     options = options_class("score")(**SEVEN_B)
-    solved = solve(problem(options, machine(gb), longest=4096))
-    assert (solved.options.student_mode, solved.options.reference_mode) == (student, teacher)
-    assert solved.plan.fits and list(solved.plan.phases) == ["load", "score"]
-    weights = {name: size for name, size in solved.plan.phases["score"].items() if name in ("student", "teacher")}
+    plan = solve(problem(options, machine(gb), longest=4096))
+    assert (plan.options.student_mode, plan.options.reference_mode) == (student, teacher)
+    assert plan.fits and list(plan.phases) == ["load", "score"]
+    weights = {name: size for name, size in plan.phases["score"].items() if name in ("student", "teacher")}
     expected = {"student": student, "teacher": teacher}
     assert weights == {name: 2 * 7_615_616_512 for name, mode in expected.items() if mode == "resident"}
 
@@ -186,7 +186,7 @@ def test_where_the_models_of_a_scoring_rest(gb, student, teacher):
 def test_the_longest_text_counts_and_what_cannot_be_read_does_not():
     options = options_class("score")(**SEVEN_B)
     short, long, unread, more = (
-        solve(problem(options, machine(80), longest=n)).plan.peak for n in (4096, 16384, 131072, 10**7)
+        solve(problem(options, machine(80), longest=n)).peak for n in (4096, 16384, 131072, 10**7)
     )
     assert short < long < unread == more
 
@@ -195,6 +195,6 @@ def test_a_scoring_that_does_not_fit_is_offered_what_does():
     options = options_class("score")(**SEVEN_B, student_mode="resident", reference_mode="resident")
     change = nearest_fit(problem(options, machine(24), longest=4096))
     assert change.settings in ({"student_mode": "streamed"}, {"reference_mode": "streamed"})
-    solved = solve(problem(options, machine(24), longest=4096))
-    assert "stage=score" in str(refuse(solved, change))
-    assert change.solved.plan.fits and not solved.plan.fits
+    plan = solve(problem(options, machine(24), longest=4096))
+    assert "stage=score" in str(refuse(plan, change))
+    assert change.plan.fits and not plan.fits

@@ -27,9 +27,9 @@ def logged(generate, update, peak):
 def test_totals_weigh_each_log_by_its_steps(tmp_path, monkeypatch, caplog):
     now = [100.0]
     monkeypatch.setattr(totals.time, "perf_counter", lambda: now[0])
-    solved, _ = planned("teacher_rlt_mono_80gb")
+    plan, _ = planned("teacher_rlt_mono_80gb")
     source, state = sampler(), SimpleNamespace(global_step=5, is_world_process_zero=True)  # as after a checkpoint
-    watch = Totals(source, tmp_path, solved.plan)
+    watch = Totals(source, tmp_path, plan)
     (tmp_path / "totals.json").write_text("an earlier run's")
     watch.on_train_begin(None, state, None)
     assert not (tmp_path / "totals.json").exists()
@@ -49,7 +49,7 @@ def test_totals_weigh_each_log_by_its_steps(tmp_path, monkeypatch, caplog):
     assert found["seconds"] == {"wall": 3700, "generate": 2 * 20 + 6 * 40, "update": 2 * 10 + 6 * 20}
     assert (found["completions"], found["tokens"], found["tokens_per_second"]) == (16, 560, 2.0)
     assert found["peak_gib"] == 3.0 and found["peak_phase"] == "step"
-    most = max(sum(solved.plan.phases[name].values()) for name in ("generate", "score", "update"))
+    most = max(sum(plan.phases[name].values()) for name in ("generate", "score", "update"))
     assert found["planned_peak_gib"] == pytest.approx(most / GIB)
     source.replay = object()  # read, not sampled
     assert "tokens_per_second" not in watch.totals(9) and watch.totals(9)["tokens"] == 560
@@ -61,9 +61,9 @@ def test_totals_weigh_each_log_by_its_steps(tmp_path, monkeypatch, caplog):
 
 
 def test_what_others_hold_of_a_card_is_no_part_of_the_peak(tmp_path, monkeypatch):
-    solved, _ = planned("teacher_rlt_mono_24gb")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, solved.plan.available + 2 * GIB))
-    watch = Totals(sampler("cuda"), tmp_path, solved.plan)
+    plan, _ = planned("teacher_rlt_mono_24gb")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, plan.available + 2 * GIB))
+    watch = Totals(sampler("cuda"), tmp_path, plan)
     watch.on_log(None, SimpleNamespace(global_step=1), None, logged(1.0, 1.0, 21.5))
     assert watch.totals(1)["peak_gib"] == 19.5
 

@@ -9,7 +9,7 @@ from small_run import make_trainer
 
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.plan.planning import planned_options
+from trainers.plan.planning import planned
 
 STUDENT = ["teacher_logprob_kl", "format"]
 
@@ -75,5 +75,5 @@ def test_a_student_that_reads_less_than_the_teacher_may_write_is_told_at_the_sta
     for given in (positions, 144):
         caplog.clear()
         (student / "config.json").write_text(json.dumps(config | {"max_position_embeddings": given}))
-        planned_options(options.model_copy(update={"ignore_memory_plan": True}))
+        planned(options.model_copy(update={"ignore_memory_plan": True}))
         assert (f"the student has {given} positions" in caplog.text) == (told in caplog.text) == (given == positions)

@@ -16,7 +16,7 @@ from trainers.errors import ConfigError, Fault
 from trainers.merge import whole_model
 from trainers.models import resolve_place
 from trainers.options import ScoreOptions
-from trainers.plan.planning import planned, planned_options
+from trainers.plan.planning import planned
 from trainers.plan.workload import SCORED_AT_ONCE
 from trainers.scoring.explanation_scorer import NOT_FINITE, Scored, teacher_logprobs
 from trainers.scoring.loading import check_models, load_frozen, make_renderer, make_scorer
@@ -54,13 +54,13 @@ def run_score(options: ScoreOptions, output_dir: Path) -> Path:
     check_models(options)
     keys = model_keys(options)
     if any(named_run(getattr(options, key)) for key in keys):
-        planned_options(options, longest=1)  # what cannot be, however short the texts, is told before they are trained
+        planned(options, longest=1)  # what cannot be, however short the texts, is told before they are trained
     options = options.model_copy(update={key: ensure_model(getattr(options, key), options) for key in keys})
     teacher, student = (make_renderer(options, getattr(options, key), key) for key in keys)
-    solved = planned(options, longest=longest_text(rows, teacher, student))
+    plan = planned(options, longest=longest_text(rows, teacher, student))
     timer = PhaseTimer()
-    with heartbeat(timer, output_dir), out_of_memory_told(timer, device, solved.plan, output_dir):
-        return _load_and_score(solved.options, output_dir, rows, (teacher, student), (device, dtype), timer)
+    with heartbeat(timer, output_dir), out_of_memory_told(timer, device, plan, output_dir):
+        return _load_and_score(plan.options, output_dir, rows, (teacher, student), (device, dtype), timer)
 
 
 def _load_and_score(

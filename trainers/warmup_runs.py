@@ -32,10 +32,10 @@ def ensure_model(path: str | None, options: CommonOptions, root: Path = REPO) ->
     logger.info("%s: training it now, later runs find it in %s", path, folder)
     # A folder of its own until it is whole: neither an interrupted warm-up nor one beside this can be taken for it.
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    solved = planned(checked.model_copy(update={"output_dir": str(partial)}))  # its disk counts
+    plan = planned(checked.model_copy(update={"output_dir": str(partial)}))  # its disk counts
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        run_sft(solved.options, partial, start, plan=solved.plan)
+        run_sft(plan.options, partial, start, plan=plan)
     except OutOfMemory as error:
         alone = f"train it by itself with these, ./launch_mono.sh {name}.yaml ..., and name its folder"
         raise OutOfMemory(f"{path}: {error}\n  {alone}") from error

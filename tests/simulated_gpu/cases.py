@@ -219,18 +219,18 @@ def train(output_dir: str, *overrides: str) -> dict[str, Any]:
     from trainers.rl import run_rl
 
     options = load_options(compose_run("teacher_rlt_tiny", [*overrides, f"output_dir={output_dir}"]))
-    solved = solve(problem_of(options))
+    plan = solve(problem_of(options))
     if options.device == "cuda" and gpu_worker is None:
         device.share_the_cpu_engine()
         torch.ops.simulated.watch(True)
-    run_rl(solved.options, Path(output_dir))
+    run_rl(plan.options, Path(output_dir))
     metrics = [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text("utf-8").splitlines()]
     steps, evaluations = ([row for row in metrics if name in row] for name in ("reward", "eval_reward"))
     told = {"faults": torch.ops.simulated.take_faults(), "peak": torch.ops.simulated.peak()}
     return {
         "metrics": steps,
         "evaluations": evaluations,
-        "plan": solved.plan.phases,
+        "plan": plan.phases,
         "worker": gpu_worker and vars(gpu_worker),
     } | told
 

@@ -10,16 +10,16 @@ from trainers.memory import cache_share
 from trainers.plan.machine import Machine
 from trainers.plan.model_shapes import ModelShape
 from trainers.plan.remedies import Change
-from trainers.plan.solve import DECIDED, Solved
+from trainers.plan.solve import DECIDED
 from trainers.plan.workload import GIB, Plan
 
 WIDTH = 40  # of a bar that fills the memory
 SMALL = 0.005  # of a phase: an item of less has no line of its own
 
 
-def plan_text(solved: Solved, machine: Machine, full: bool = False) -> str:
+def plan_text(plan: Plan, machine: Machine, full: bool = False) -> str:
     """The phases, and with `full` every item of each, as bars."""
-    parts = [_heading(solved.plan, machine), _phase_table(solved.plan, full), *_below(solved, machine)]
+    parts = [_heading(plan, machine), _phase_table(plan, full), *_below(plan, machine)]
     return _text(*parts)
 
 
@@ -82,8 +82,8 @@ def _bar(size: int, available: int, character: str) -> str:
     return character * min(WIDTH, round(WIDTH * size / available)) + ("+" if size > available else "")
 
 
-def _below(solved: Solved, machine: Machine) -> list[str]:
-    plan, options = solved.plan, solved.options
+def _below(plan: Plan, machine: Machine) -> list[str]:
+    options = plan.options
     lines = [
         f"  peak {_gib(plan.peak)} GiB ({plan.peak_phase}) of {_gib(plan.available)} GiB: "
         + (f"{100 * plan.spare:.0f} % to spare" if plan.fits_device else "it does not fit")
@@ -100,38 +100,36 @@ def _below(solved: Solved, machine: Machine) -> list[str]:
     return lines
 
 
-def knobs_text(solved: Solved, changes: list[Change]) -> str:
+def knobs_text(plan: Plan, changes: list[Change]) -> str:
     """What each single change would make of the peak."""
     table = Table(box=None, pad_edge=False)
     table.add_column("change")
     table.add_column("peak", justify="right")
     table.add_column("by", justify="right")
     table.add_column("then also")
-    for change in sorted(changes, key=lambda c: c.solved.plan.peak):
-        peak = change.solved.plan.peak
-        table.add_row(str(change), _gib(peak), f"{(peak - solved.plan.peak) / GIB:+.2f}", _also(solved, change))
+    for change in sorted(changes, key=lambda c: c.plan.peak):
+        peak = change.plan.peak
+        table.add_row(str(change), _gib(peak), f"{(peak - plan.peak) / GIB:+.2f}", _also(plan, change))
     return _text(table) if changes else ""
 
 
-def _also(solved: Solved, change: Change) -> str:
+def _also(plan: Plan, change: Change) -> str:
     """What the solver decides differently after a change."""
     found = []
     for key in DECIDED:
-        before, after = (getattr(s.options, key, None) for s in (solved, change.solved))
+        before, after = (getattr(s.options, key, None) for s in (plan, change.plan))
         if before != after and key not in change.settings and after is not None:
             found.append(f"{key}={after:.3g}" if isinstance(after, float) else f"{key}={after}")
-    plan = change.solved.plan
-    before, after = cache_share(solved.plan.work), cache_share(plan.work)
+    before, after = cache_share(plan.work), cache_share(change.plan.work)
     if after is not None and before != after:
         found.append(f"(cache for {after:.0%} of the completions)")
-    if not plan.fits_host:
-        found.append(f"host memory of {_gib(plan.host_need)} GiB, which is not free")
+    if not change.plan.fits_host:
+        found.append(f"host memory of {_gib(change.plan.host_need)} GiB, which is not free")
     return " ".join(found)
 
 
-def plan_json(solved: Solved, findings: list[Any]) -> dict[str, Any]:
+def plan_json(plan: Plan, findings: list[Any]) -> dict[str, Any]:
     """The plan as the preflight prints it for programs, in GiB."""
-    plan = solved.plan
     return {
         "fits": plan.fits,
         "peak_gib": round(plan.peak / GIB, 3),

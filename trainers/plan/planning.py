@@ -14,9 +14,9 @@ from trainers.plan.model_shapes import local_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
 from trainers.plan.run_models import first_start, shape_of, shapes_of, warmups_ahead
-from trainers.plan.solve import Problem, Solved, device_of, precision_of, share_faults, slow_models, solve
+from trainers.plan.solve import Problem, device_of, precision_of, share_faults, slow_models, solve
 from trainers.plan.start_faults import card_faults, config_faults, device_choice_faults, of_warmup, start_faults
-from trainers.plan.workload import GIB
+from trainers.plan.workload import GIB, Plan
 from trainers.settings.engine_specs import short_student
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import Waiting, warmup_folder
@@ -66,7 +66,7 @@ class Assessment:
     """
 
     problem: Problem
-    solved: Solved
+    plan: Plan
     nearest: Change | None
     memory: list[Fault]
     start: list[Fault]
@@ -75,15 +75,13 @@ class Assessment:
 
     def text(self, full: bool) -> str:
         """The table; with `full` the items of each phase, and what each knob would change."""
-        lines = [plan_text(self.solved, self.problem.machine, full)]
-        lines += [
-            f"  warning: {told.key}={told.value}: {told.cause}" for told in slow_models(self.problem, self.solved)
-        ]
+        lines = [plan_text(self.plan, self.problem.machine, full)]
+        lines += [f"  warning: {told.key}={told.value}: {told.cause}" for told in slow_models(self.problem, self.plan)]
         for name, warmup in self.warmups.items():
-            plan = warmup.solved.plan
+            plan = warmup.plan
             lines.append(f"  run:{name} is trained first: peak {plan.peak / GIB:.2f} GiB ({plan.peak_phase})")
         lines += [f"  {written}" for written in self.written if written.kind != "disk" and written.size]
-        if full and (changes := knobs_text(self.solved, knobs(self.problem))):
+        if full and (changes := knobs_text(self.plan, knobs(self.problem))):
             lines += ["", changes]
         return "\n".join(lines)
 
@@ -129,27 +127,22 @@ def assess(problem: Problem, ahead: list[Waiting] | None = None) -> Assessment:
         teacher, student = shapes_of(warmup.options)
         its = replace(problem, options=warmup.options, teacher=teacher, student=student, longest=None)
         warmups[warmup.name] = _assess_alone(its)
-        kept += sum(warmups[warmup.name].solved.plan.disk.values())
+        kept += sum(warmups[warmup.name].plan.disk.values())
         hub |= downloads(warmup.options, (teacher, student))
     sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", warmup_folder(), kept)]
-    sizes.append(("disk", folder, sum(found.solved.plan.disk.values())))
+    sizes.append(("disk", folder, sum(found.plan.disk.values())))
     return replace(found, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
 
 
 def _assess_alone(problem: Problem) -> Assessment:
-    solved = solve(problem)
-    nearest = None if solved.plan.fits else nearest_fit(problem)
-    start = card_faults(solved, problem.machine) + share_faults(solved, problem.machine) + start_faults(solved)
-    return Assessment(problem, solved, nearest, memory_faults(problem, solved, nearest), start)
+    plan = solve(problem)
+    nearest = None if plan.fits else nearest_fit(problem)
+    start = card_faults(plan, problem.machine) + share_faults(plan, problem.machine) + start_faults(plan)
+    return Assessment(problem, plan, nearest, memory_faults(problem, plan, nearest), start)
 
 
-def planned_options(options: CommonOptions, devices: int = 1, longest: int | None = None) -> CommonOptions:
-    """As `planned`, for who needs the options alone."""
-    return planned(options, devices, longest).options
-
-
-def planned(options: CommonOptions, devices: int = 1, longest: int | None = None) -> Solved:
-    """Show the plan of a run that is about to start, and return it with its options, every `auto` in them decided.
+def planned(options: CommonOptions, devices: int = 1, longest: int | None = None) -> Plan:
+    """Show the plan of a run that is about to start, and return it, every `auto` decided.
 
     Args:
         longest: Tokens of the longest text of stage=score.
@@ -159,16 +152,16 @@ def planned(options: CommonOptions, devices: int = 1, longest: int | None = None
     """
     _download_configs(options)
     found = assess(problem_of(options, devices=devices, longest=longest))
-    logger.info("%s", found.text(full=found.solved.plan.work.device == "cuda"))
+    logger.info("%s", found.text(full=found.plan.work.device == "cuda"))
     start, memory = found.with_warmups("start"), found.with_warmups("memory") + found.disk
     if faults := start + ([] if options.ignore_memory_plan else memory):
         raise ConfigError(faults)
     for fault in memory:
         logger.warning("ignore_memory_plan: %s", fault)
-    work = found.solved.plan.work
+    work = found.plan.work
     if work.is_rl and work.student is not None and (told := short_student(options, work.student.max_positions)):
         logger.warning("%s", told)
-    return found.solved
+    return found.plan
 
 
 def _download_configs(options: CommonOptions) -> None:
@@ -217,20 +210,18 @@ def _faults_of_configs_here(options: CommonOptions) -> list[Fault]:
     return faults
 
 
-def memory_faults(problem: Problem, solved: Solved, nearest: Change | None) -> list[Fault]:
+def memory_faults(problem: Problem, plan: Plan, nearest: Change | None) -> list[Fault]:
     """What does not fit onto the device or into host memory.
 
     Args:
         nearest: Settings that fit, if any were found.
     """
-    faults = [] if solved.plan.fits_device else list(refuse(solved, nearest).faults)
-    host, machine = solved.plan.host_need, problem.machine
-    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in solved.plan.host.items())
+    faults = [] if plan.fits_device else list(refuse(plan, nearest).faults)
+    host, machine = plan.host_need, problem.machine
+    needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.host.items())
     if host > machine.host_free:
         cause = f"it needs {host / GIB:.1f} GiB ({needs}) and {machine.host_free / GIB:.1f} GiB are free"
-        faults.append(
-            Fault("host memory", ..., cause, nearest.as_remedy() if nearest else host_remedy(problem, solved))
-        )
+        faults.append(Fault("host memory", ..., cause, nearest.as_remedy() if nearest else host_remedy(problem, plan)))
     return faults
 
 

@@ -21,8 +21,8 @@ from trainers.plan.machine import GB, Machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for
 from trainers.plan.remedies import Change, is_roomy, roomier
 from trainers.plan.run_models import shapes_of, warmups_ahead
-from trainers.plan.solve import SPARE, Problem, Solved, device_of, slow_models
-from trainers.plan.workload import GIB
+from trainers.plan.solve import SPARE, Problem, device_of, slow_models
+from trainers.plan.workload import GIB, Plan
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import Waiting
@@ -62,7 +62,7 @@ class Preflight:
     """What was found, and the plan if there is one."""
 
     findings: list[Finding]
-    solved: Solved | None
+    plan: Plan | None
     machine: Machine | None
 
     @property
@@ -74,11 +74,11 @@ class Preflight:
         from trainers.plan.plan_table import plan_json
 
         findings = [asdict(finding) for finding in self.findings]
-        if self.solved is None:
+        if self.plan is None:
             return {"fits": False, "peak_gib": None, "phases": {}, "host_gib": None, "disk_gib": None} | {
                 "findings": findings
             }
-        return plan_json(self.solved, findings)
+        return plan_json(self.plan, findings)
 
 
 def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> Preflight:
@@ -105,7 +105,7 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
         ahead = warmups_ahead(options)
     except ConfigError as error:
         return Preflight(findings + _configuration(error.faults), None, None)
-    sources, machine, solved = _sources(options, ahead), None, None
+    sources, machine, plan = _sources(options, ahead), None, None
     _ask_ahead(sources)
     try:
         machine = machine_for(options, vram_gb)
@@ -113,13 +113,13 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
         if device_of(options, machine) == "cpu" or machine.card is not None:
             found = assess(Problem(options, *shapes_of(options), machine), ahead)
             findings += _configuration(found.start) + _memory(found)
-            solved = found.solved
+            plan = found.plan
     except ConfigError as error:  # there is no plan, and the rest is looked at all the same
         findings += _configuration(error.faults) + _unplanned(options, machine)
     there = [_wandb(options), *map(_source, sources)]
     if machine is not None and not machine.is_here:  # what the machine that has the card can reach is not known here
         there = [replace(f, level="warning") if f.level == "error" else f for f in there]
-    return Preflight(findings + there, solved, machine)
+    return Preflight(findings + there, plan, machine)
 
 
 def _configuration(faults: Sequence[Fault]) -> list[Finding]:
@@ -229,7 +229,7 @@ def _compiler() -> Finding:
 
 
 def _memory(assessed: Assessment) -> list[Finding]:
-    plan, machine = assessed.solved.plan, assessed.problem.machine
+    plan, machine = assessed.plan, assessed.problem.machine
     spare = f"GiB ({plan.peak_phase}), {100 * plan.spare:.1f} % to spare"
     rest: Level = "error" if machine.is_here else "warning"
     faults = {fault.key: fault for fault in assessed.memory}
@@ -244,7 +244,7 @@ def _memory(assessed: Assessment) -> list[Finding]:
             findings.append(_tight(f"{need / GIB:.1f} of {free / GIB:.1f} {unit}", roomier(assessed.problem)))
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
-    for told in slow_models(assessed.problem, assessed.solved):
+    for told in slow_models(assessed.problem, assessed.plan):
         findings.append(Finding(f"{told.key}={told.value}", "warning", told.cause, told.remedy))
     for name, warmup in assessed.warmups.items():
         findings += _warmup(name, warmup, rest)
@@ -269,7 +269,7 @@ def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
     for fault in warmup.memory:
         level = "error" if fault.key == "memory" else rest
         findings.append(Finding(fault.key, level, fault.cause, fault.remedy))
-    plan = warmup.solved.plan
+    plan = warmup.plan
     message = f"trained first: {plan.peak / GIB:.1f} of {plan.available / GIB:.1f} GiB ({plan.peak_phase})"
     if not findings and not is_roomy(plan):
         return [Finding(f"run:{name}", "warning", f"{message}, {100 * plan.spare:.1f} % to spare")]

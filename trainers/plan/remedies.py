@@ -16,7 +16,6 @@ from trainers.plan.solve import (
     DECIDED,
     SPARE,
     Problem,
-    Solved,
     device_of,
     precision_of,
     reads_teacher,
@@ -86,13 +85,13 @@ class Change:
     and keeps scoring beside the engine, where these give it up."""
 
     settings: Settings
-    solved: Solved
+    plan: Plan
     tighter: "Change | None" = None
     overlapped: "Change | None" = None
 
     def as_remedy(self) -> str:
         """To be pasted, and what it leads to."""
-        plan = self.solved.plan
+        plan = self.plan
         spare = "" if is_roomy(plan) else f", only {100 * plan.spare:.1f} % to spare"
         others = "".join(f", or {other.as_remedy()}" for other in (self.tighter, self.overlapped) if other is not None)
         return f"{self}   (peak {plan.peak / GIB:.1f} GiB{spare}){others}"
@@ -132,10 +131,10 @@ def _changed(options: CommonOptions, knob: Settings, longest: int | None = None)
     return settings if leads in settings else {}
 
 
-def _outcome(solved: Solved) -> tuple[Any, ...]:
+def _outcome(plan: Plan) -> tuple[Any, ...]:
     """What is told of a plan: where the KV cache takes what is left, the peak alone is always the same."""
-    decided = (getattr(solved.options, key, None) for key in DECIDED)
-    return solved.plan.peak, solved.plan.host_need, cache_share(solved.plan.work), *decided
+    decided = (getattr(plan.options, key, None) for key in DECIDED)
+    return plan.peak, plan.host_need, cache_share(plan.work), *decided
 
 
 def knobs(problem: Problem) -> list[Change]:
@@ -151,7 +150,7 @@ def knobs(problem: Problem) -> list[Change]:
                 change = Change(settings, solve(problem.changed(settings)))
             except ConfigError:  # a KV cache of a size that was asked for is too small for longer texts
                 continue
-            if _outcome(change.solved) != now:
+            if _outcome(change.plan) != now:
                 changes.append(change)
     return changes
 
@@ -224,15 +223,15 @@ def _overlapped(problem: Problem, found: Change) -> Change | None:
     if problem.options.student_mode == "cpu" or not _applies(problem, settings):
         return None
     change = Change(settings, solve(problem.changed(settings)))
-    as_roomy = is_roomy(change.solved.plan) or not is_roomy(found.solved.plan)
-    return change if change.solved.plan.fits and as_roomy else None
+    as_roomy = is_roomy(change.plan) or not is_roomy(found.plan)
+    return change if change.plan.fits and as_roomy else None
 
 
 def _nearest(problem: Problem) -> Change | None:
     tighter = None
     for steps in _methods(problem):
         found = _nearest_with(problem, steps)
-        if found is not None and is_roomy(found.solved.plan):
+        if found is not None and is_roomy(found.plan):
             return replace(found, tighter=tighter or found.tighter)
         tighter = tighter or found
     return tighter
@@ -241,7 +240,7 @@ def _nearest(problem: Problem) -> Change | None:
 def roomier(problem: Problem) -> Change | None:
     """Settings that keep free what the solver does, for a run that fits with less; None if nothing does."""
     found = nearest_fit(problem)
-    return replace(found, tighter=None) if found is not None and is_roomy(found.solved.plan) else None
+    return replace(found, tighter=None) if found is not None and is_roomy(found.plan) else None
 
 
 def _methods(problem: Problem) -> Iterator[list[Settings]]:
@@ -287,7 +286,7 @@ def _nearest_with(problem: Problem, method: list[Settings]) -> Change | None:
             steps.append(settings)
     tight = None
     for places in _placings(problem.changed(_merged(steps))):
-        plan = _change(problem, [*steps, *places]).solved.plan
+        plan = _change(problem, [*steps, *places]).plan
         if plan.fits and is_roomy(plan):
             return replace(_without_needless(problem, method, [*steps, *places], is_roomy), tighter=tight)
         if plan.fits and tight is None:
@@ -309,7 +308,7 @@ def _placings(problem: Problem) -> Iterator[list[Settings]]:
                 kind.append(settings)
                 if _changed(decided, settings):
                     choices[-1].append((settings, pain))
-    on_device, on_host = (solve(problem.changed(_merged(kind))).plan for kind in best)
+    on_device, on_host = (solve(problem.changed(_merged(kind))) for kind in best)
     if not (on_device.fits_device and on_host.fits_host):
         return
     combined = [[choice for choice in chosen if choice] for chosen in product(*choices)]
@@ -327,8 +326,8 @@ def _without_needless(
     for step in (*reversed(method), *reversed(steps[len(method) :])):
         fewer = [kept for kept in steps if kept is not step]
         change = _change(problem, fewer)
-        starts = _applies(problem, change.settings) and not share_faults(change.solved, problem.machine)
-        if change.solved.plan.fits and is_enough(change.solved.plan) and starts:
+        starts = _applies(problem, change.settings) and not share_faults(change.plan, problem.machine)
+        if change.plan.fits and is_enough(change.plan) and starts:
             steps, best = fewer, change
     return best
 
@@ -343,25 +342,25 @@ OF_HOST: dict[str, tuple[Settings, ...]] = {
 }
 
 
-def host_remedy(problem: Problem, solved: Solved) -> str:
+def host_remedy(problem: Problem, plan: Plan) -> str:
     """What fits, device and host, by a single change that takes less of the host, where nothing was found that leaves
     the method as it is; or else how much memory a machine would need at the least."""
-    changes = [Change({}, solved)]
-    knobs = [knob for item, knobs in OF_HOST.items() if item in solved.plan.host for knob in knobs]
+    changes = [Change({}, plan)]
+    knobs = [knob for item, knobs in OF_HOST.items() if item in plan.host for knob in knobs]
     for knob in (*knobs, LORA):
         settings = _changed(problem.options, knob)
         if settings and _applies(problem, settings):
             changes.append(Change(settings, solve(problem.changed(settings))))
-    on_device = [change for change in changes if change.solved.plan.fits_device]
-    fit = [change for change in on_device if change.solved.plan.host_need <= problem.machine.host_free]
+    on_device = [change for change in changes if change.plan.fits_device]
+    fit = [change for change in on_device if change.plan.host_need <= problem.machine.host_free]
     if fit:
-        offered = (f"{change} (it then needs {change.solved.plan.host_need / GIB:.1f} GiB)" for change in fit)
+        offered = (f"{change} (it then needs {change.plan.host_need / GIB:.1f} GiB)" for change in fit)
         return ", ".join([*offered, "or a machine with more memory"])
     if not on_device:
         return "a machine with more memory"
-    least = min(on_device, key=lambda change: _tenths(change.solved.plan.host_need))
+    least = min(on_device, key=lambda change: _tenths(change.plan.host_need))
     so = f", with {least}" if least.settings else ""
-    return f"a machine with {_tenths(least.solved.plan.host_need):.1f} GiB of free host memory{so}"
+    return f"a machine with {_tenths(least.plan.host_need):.1f} GiB of free host memory{so}"
 
 
 def _tenths(size: int) -> float:
@@ -386,11 +385,10 @@ def made_for(stage: str, free: int) -> str | None:
     return None if size is None else f"{SHIPPED[stage].format(size)}, made for {size} GB"
 
 
-def refuse(solved: Solved, nearest: Change | None) -> ConfigError:
+def refuse(plan: Plan, nearest: Change | None) -> ConfigError:
     """What a user reads whose run does not fit the device."""
-    plan = solved.plan
-    stage = solved.options.stage
-    work = batch_plan(solved.options).equation() if stage == "rl" else f"stage={stage}"
+    stage = plan.options.stage
+    work = batch_plan(plan.options).equation() if stage == "rl" else f"stage={stage}"
     need, free = plan.peak / GIB, plan.available / GIB
     cause = f"the {plan.peak_phase} phase needs {need:.1f} GiB and {free:.1f} GiB are free ({work})"
     smaller = made_for(stage, plan.available) if plan.work.device == "cuda" else None

@@ -19,7 +19,7 @@ from trainers.plan.workload import GIB, Plan, Workload
 from trainers.settings.batch import micro_batch_choices
 from trainers.settings.engine_specs import CPU_KV_CACHE
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_name
-from trainers.settings.reward_specs import uses_student
+from trainers.settings.reward_specs import reads_teacher, uses_student
 
 SPARE = 0.08  # of the memory: what the solver keeps free
 MOST_TOKENS = 65536  # of a micro-batch: more make a GPU no faster
@@ -60,14 +60,6 @@ class Problem:
         return replace(self, options=self.options.model_copy(update=settings))
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A plan, and the options with every `auto` decided."""
-
-    options: CommonOptions
-    plan: Plan
-
-
 def device_of(options: CommonOptions, machine: Machine) -> str:
     """cuda or cpu."""
     if options.device == "auto":
@@ -101,7 +93,7 @@ def available_memory(options: CommonOptions, machine: Machine) -> int:
     return machine.card.free
 
 
-def solve(problem: Problem) -> Solved:
+def solve(problem: Problem) -> Plan:
     """Decide every `auto`, preferring what is faster, and plan the result.
 
     Where nothing fits both device and host, what fits the device and takes the least of the host is returned, or else
@@ -122,14 +114,14 @@ def solve(problem: Problem) -> Solved:
             if but_tokens == hopeless and work is not candidates[-1]:
                 continue  # fewer tokens per pass are no help
             last = _with_cache(work, budget, available, host_free, total, enough)
-            if last.plan.peak <= budget:
-                if last.plan.fits_host:
+            if last.peak <= budget:
+                if last.fits_host:
                     return last
                 short_of_host.append(last)
-            elif max(last.plan.total(phase) for phase in last.plan.phases if phase in BESIDE_SCORING) > budget:
+            elif max(last.total(phase) for phase in last.phases if phase in BESIDE_SCORING) > budget:
                 hopeless = but_tokens
     assert last is not None, "there is always a candidate"
-    return min(short_of_host, key=lambda solved: round(solved.plan.host_need / GIB, 1), default=last)
+    return min(short_of_host, key=lambda plan: round(plan.host_need / GIB, 1), default=last)
 
 
 def _candidates(problem: Problem) -> Iterator[Workload]:
@@ -156,18 +148,10 @@ def _candidates(problem: Problem) -> Iterator[Workload]:
             student=student,
             device=device,
             precision=precision,
-            optimizer=optimizer,
-            student_mode=student_mode,
-            reference_mode=reference_mode,
             kv_cache=0,
             devices=devices,
             longest=problem.longest,
         )
-
-
-def reads_teacher(options: CommonOptions) -> bool:
-    """Whether the teacher is read as a frozen model too: the reference of beta, the teacher of stage=score."""
-    return options.stage == "score" or bool(options.stage == "rl" and options.beta and not options.use_peft)
 
 
 def _optimizers(options: TrainOptions, precision: str, device: str) -> list[str]:
@@ -200,9 +184,9 @@ def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str
     return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
 
 
-def slow_models(problem: Problem, solved: Solved) -> list[Fault]:
+def slow_models(problem: Problem, plan: Plan) -> list[Fault]:
     """What is told of models that were put where they are read slowly, unasked."""
-    work = solved.plan.work
+    work = plan.work
     found = []
     for key, shape in (("student_mode", work.student), ("reference_mode", work.teacher)):
         if work.device == "cuda" and getattr(work, key) == "cpu" and getattr(problem.options, key) == "auto":
@@ -239,13 +223,13 @@ def _left_of_share(plan: Plan, total: int) -> int:
     return int(plan.work.options.vllm_gpu_memory_utilization * total) - taken
 
 
-def share_faults(solved: Solved, machine: Machine) -> list[Fault]:
+def share_faults(plan: Plan, machine: Machine) -> list[Fault]:
     """A share of the card that leaves vLLM no cache: it does not start."""
-    work, options = solved.plan.work, solved.options
+    work, options = plan.work, plan.options
     if not work.has_engine or work.device == "cpu" or options.kv_cache_gib is not None:
         return []
     share, total = options.vllm_gpu_memory_utilization, machine.card.total
-    least, left = kv_least(options, work.teacher, work.itemsize), _left_of_share(solved.plan, total)
+    least, left = kv_least(options, work.teacher, work.itemsize), _left_of_share(plan, total)
     if left >= least:
         return []
     cause = f"of these {share * total / GIB:.1f} GiB {(share * total - left) / GIB:.1f} are taken by weights and what "
@@ -253,13 +237,11 @@ def share_faults(solved: Solved, machine: Machine) -> list[Fault]:
     return [Fault("vllm_gpu_memory_utilization", share, cause, "vllm_gpu_memory_utilization=auto")]
 
 
-def _with_cache(
-    work: Workload, budget: int, available: int, host_free: int | None, total: int, enough: float
-) -> Solved:
+def _with_cache(work: Workload, budget: int, available: int, host_free: int | None, total: int, enough: float) -> Plan:
     """Give the engine what the completions need, or what is left; as much as was asked for, where it was."""
     options = work.options
     if not work.has_engine:
-        return Solved(options, make_plan(work, available, host_free))
+        return make_plan(work, available, host_free)
     need = kv_needed(options, work.teacher, work.itemsize, work.device)
     least = kv_least(options, work.teacher, work.itemsize)
     solves = options.vllm_gpu_memory_utilization == "auto"
@@ -281,4 +263,4 @@ def _with_cache(
     if solves:
         update["kv_cache_gib"] = size / GIB
     work = replace(work, kv_cache=size, options=options.model_copy(update=update))
-    return Solved(work.options, make_plan(work, available, host_free))
+    return make_plan(work, available, host_free)

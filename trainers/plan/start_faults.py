@@ -9,7 +9,7 @@ from trainers.options import TRAINING, CommonOptions, RLOptions, TrainOptions
 from trainers.plan.machine import MIN_COMPUTE, Machine
 from trainers.plan.model_shapes import read_config
 from trainers.plan.run_models import first_start, shape_of
-from trainers.plan.solve import Solved
+from trainers.plan.workload import Plan
 from trainers.settings.engine_specs import bridge_name, device_faults, has_engine
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.warmup import warmup_options
@@ -19,19 +19,19 @@ from trainers.weights.adapter_files import LORA_OPTIONS, base_of, is_continued, 
 EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts"))
 
 
-def card_faults(solved: Solved, machine: Machine) -> list[Fault]:
+def card_faults(plan: Plan, machine: Machine) -> list[Fault]:
     """What is wrong with a card, however much memory it has."""
-    if solved.plan.work.device == "cpu" or machine.card.compute >= MIN_COMPUTE:
+    if plan.work.device == "cpu" or machine.card.compute >= MIN_COMPUTE:
         return []
     cause = f"{machine.card.name} has compute capability {machine.card.compute}, and the packages, built for CUDA 13, "
     return [Fault("GPU", ..., f"{cause}have no kernels below {MIN_COMPUTE}", "a newer card, or device=cpu")]
 
 
-def start_faults(solved: Solved) -> list[Fault]:
+def start_faults(plan: Plan) -> list[Fault]:
     """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
-    work = solved.plan.work
-    faults = device_choice_faults(solved.options, work.device, work.precision)
-    return faults + (config_faults(solved.options) if work.trains else [])
+    work = plan.work
+    faults = device_choice_faults(plan.options, work.device, work.precision)
+    return faults + (config_faults(plan.options) if work.trains else [])
 
 
 def device_choice_faults(options: CommonOptions, device: str, precision: str) -> list[Fault]:

@@ -8,9 +8,10 @@ from trainers.options import TRAINING, CommonOptions
 from trainers.plan.hardware import cpu_converts_bf16
 from trainers.plan.model_shapes import AdapterShape, ModelShape
 from trainers.settings.batch import batch_plan
-from trainers.settings.engine_specs import bridge_name
+from trainers.settings.engine_specs import bridge_name, has_engine
 from trainers.settings.evaluation import scores_probes
 from trainers.settings.optim_specs import OptimizerBytes, optimizer_bytes
+from trainers.settings.reward_specs import reads_teacher
 from trainers.weights.adapter_files import is_continued
 
 GIB = 2**30
@@ -30,11 +31,9 @@ class Workload:
     """What is planned: the options, with every `auto` in them decided, and the models' sizes.
 
     Args:
+        student: None where none is asked.
         device: cuda or cpu.
         precision: fp32, bf16 or fp16.
-        optimizer: By name; None where nothing is trained.
-        student_mode: resident, streamed or cpu; None where no student is asked.
-        reference_mode: The same for the reference of beta, or for the teacher of stage=score; None without either.
         kv_cache: Bytes.
         devices: Processes that train together, each on a device of its own.
         longest: Tokens of the longest text of stage=score.
@@ -45,9 +44,6 @@ class Workload:
     student: ModelShape | None
     device: str
     precision: str
-    optimizer: str | None
-    student_mode: str | None
-    reference_mode: str | None
     kv_cache: int
     devices: int = 1
     longest: int | None = None
@@ -63,6 +59,21 @@ class Workload:
     @property
     def trains(self) -> bool:
         return self.options.stage in TRAINING
+
+    @property
+    def optimizer(self) -> str | None:
+        """By name; None where nothing is trained."""
+        return self.options.optim if self.trains else None
+
+    @property
+    def student_mode(self) -> str | None:
+        """resident, streamed or cpu; None where no student is asked."""
+        return self.options.student_mode if self.student is not None else None
+
+    @property
+    def reference_mode(self) -> str | None:
+        """The same for the reference of beta, or for the teacher of stage=score; None without either."""
+        return self.options.reference_mode if reads_teacher(self.options) else None
 
     @property
     def use_peft(self) -> bool:
@@ -85,8 +96,7 @@ class Workload:
 
     @property
     def has_engine(self) -> bool:
-        o = self.options
-        return self.is_rl and o.use_vllm and o.replay_rollouts is None
+        return self.is_rl and has_engine(self.options)
 
     @property
     def bridge(self) -> str | None:
@@ -208,6 +218,11 @@ class Plan:
 
     def total(self, phase: str) -> int:
         return sum(self.phases[phase].values())
+
+    @property
+    def options(self) -> CommonOptions:
+        """With every `auto` decided."""
+        return self.work.options
 
     @property
     def peak_phase(self) -> str:

@@ -48,6 +48,11 @@ def uses_student(options: CommonOptions) -> bool:
     return any(name in OF_STUDENT for name in options.reward_funcs if isinstance(name, str))
 
 
+def reads_teacher(options: CommonOptions) -> bool:
+    """Whether the teacher is read as a frozen model too: the reference of beta, the teacher of stage=score."""
+    return options.stage == "score" or bool(options.stage == "rl" and options.beta and not options.use_peft)
+
+
 def reads_teacher_logprobs(options: RLOptions) -> bool:
     """Whether a reward of stage=rl depends on how likely the teacher was to write what it wrote."""
     coefficients = options.kl_penalty_reward_coeff

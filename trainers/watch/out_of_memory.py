@@ -14,7 +14,6 @@ from trainers.config import REPO
 from trainers.errors import OutOfMemory
 from trainers.memory import kv_least, make_plan
 from trainers.plan.remedies import Change
-from trainers.plan.solve import Solved
 from trainers.plan.workload import GIB, Plan, Workload
 from trainers.settings.batch import micro_batch_choices
 from trainers.watch.memory_watch import used_bytes
@@ -98,12 +97,10 @@ def remedies_of(plan: Plan, phase: str) -> list[tuple[str, int]]:
         faults = option_faults(options, work.devices, REPO, needs_device=False)
         if any(fault.key not in known for fault in faults):
             continue
-        changed = {key: value for key, value in settings.items() if key in ("student_mode", "reference_mode")}
-        if "kv_cache_gib" in settings:
-            changed["kv_cache"] = int(settings["kv_cache_gib"] * GIB)
-        smaller = make_plan(replace(work, options=options, **changed), plan.available, plan.host_free)
+        cache = int(settings["kv_cache_gib"] * GIB) if "kv_cache_gib" in settings else work.kv_cache
+        smaller = make_plan(replace(work, options=options, kv_cache=cache), plan.available, plan.host_free)
         if smaller.total(phase) < plan.total(phase) - LESS:
-            found.append((str(Change(settings, Solved(options, smaller))), smaller.total(phase)))
+            found.append((str(Change(settings, smaller)), smaller.total(phase)))
     return found
 
 
