@@ -168,13 +168,18 @@ class _Number(str):
     """A number of JSON as it was written."""
 
 
+def _constant(word: str) -> _Number | None:
+    """NaN is how pandas writes an empty cell."""
+    return None if word == "NaN" else _Number(word)
+
+
 def _from_json(file: Path, key: str, path: str) -> Dataset:
     """Rows of JSON, one on each line or all in a list, whose numbers and dates stay the text that was written."""
     remedy = "a JSON object on each line, or a list of them"
 
     def parse(text: str, where: str) -> Any:
         try:
-            return json.loads(text, parse_float=_Number, parse_int=_Number, parse_constant=_Number)
+            return json.loads(text, parse_float=_Number, parse_int=_Number, parse_constant=_constant)
         except json.JSONDecodeError as error:
             raise ConfigError(Fault(key, path, f"cannot be read: {where} is no JSON ({error})", remedy)) from error
 
@@ -312,7 +317,7 @@ def _said(turns: list[dict[str, Any]], name: str, column: str, row: int, key: st
 
 def _text(value: Any) -> str:
     """A value as text: a solution may be a number, and a column of whole numbers with gaps is one of floats."""
-    if value is None:
+    if value is None or value != value:  # NaN: an empty cell of pandas
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 

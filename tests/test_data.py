@@ -44,6 +44,14 @@ def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
     assert rows["solution"] == ["007", "NA"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_empty_cell_of_pandas_is_no_solution(tmp_path, tags, suffix):
+    path, rows = tmp_path / f"rows{suffix}", [{"question": "q", "solution": x} for x in (1.5, float("nan"))]
+    write(path, rows) if suffix == ".jsonl" else Dataset.from_list(rows).to_parquet(path)
+    with pytest.raises(ConfigError, match="row 1"):
+        load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
+
+
 def test_conversations_of_any_make_are_split_or_left_out(tmp_path, tags):
     answer = "<|begin_of_thought|>\n\nAdd.<|end_of_thought|>\n\n<|begin_of_solution|>5<|end_of_solution|>"
     turns = [{"role": "user", "content": "2+3?", "weight": 1}, {"role": "assistant", "content": answer, "weight": True}]

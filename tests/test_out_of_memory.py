@@ -122,6 +122,7 @@ def test_scoring_ends_so_too(model_dir, rows_file, tmp_path, monkeypatch):
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: out of memory",
     ],
 )
 def test_what_libraries_say_of_it_is_known_and_a_card_that_tells_no_more_hides_it_not(told, tmp_path):

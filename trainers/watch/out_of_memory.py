@@ -23,7 +23,7 @@ from trainers.watch.phases import PhaseTimer
 # And of CUDA, Triton and the libraries, whose handles, graphs and kernels come from what torch has left.
 IN_OTHER_WORDS = ("no available memory for the cache blocks", "larger than the available kv cache memory")
 IN_OTHER_WORDS += ("less than desired gpu memory utilization", "cuda error: out of memory", "_status_alloc_failed")
-IN_OTHER_WORDS += ("triton error [cuda]: out of memory",)
+IN_OTHER_WORDS += ("triton error [cuda]: out of memory", "cuda driver error: out of memory")
 # Where a phase that is timed is planned with another one; whatever is not named is the update's.
 PLANNED_WITH = {"kv_cache": "generate", "sync": "generate", "sentinel": "generate", "probe": "score"}
 PLANNED_WITH |= {name: name for name in ("load", "generate", "score", "save")}
