@@ -73,7 +73,7 @@ def test_machine_without_the_card_fails():
     [
         (["precision=fp32"], "precision: vLLM's adapter kernels"),
         (["max_completion_length=40000"], "max_completion_length: with max_prompt_length 2048 it exceeds"),
-        (["vllm_max_model_length=100000"], "vllm_max_model_length: the teacher has 32768 positions"),
+        (["vllm_max_model_length=100000"], "vllm_max_model_length: it exceeds the teacher's 32768 positions"),
     ],
 )
 def test_what_a_run_would_refuse_at_its_start_fails(words, named):

@@ -1,11 +1,13 @@
 """What reaches TRL, and the prompts of RL. Run: ./run_tests.sh tests/test_rl_config.py"""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROWS
 from datasets import Dataset
+from families import COMMON
 
 from trainers.checks import load_options
 from trainers.config import REPO, compose_run
@@ -94,6 +96,22 @@ def test_lengths_beyond_the_teacher_s_positions_are_refused(model_dir):
     long = options("max_prompt_length=300", "max_completion_length=300")
     with pytest.raises(ConfigError, match=r"512 positions[\s\S]*max_completion_length=212"):
         planned(long.model_copy(update={"model_name_or_path": str(model_dir)}))
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_lengths_at_which_a_long_rotary_embedding_is_another_one_for_the_engine_are_refused(tmp_path, key):
+    """Of Phi-3.5-mini's kind: vLLM takes the long factors for every text once a text may be long."""
+    config = COMMON | {"model_type": "phi3", "original_max_position_embeddings": 64}
+    kind = {"rope_type": "longrope"} if key == "rope_parameters" else {"type": "su"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: kind}))
+    chosen = {"model_name_or_path": str(tmp_path), "student_model": str(tmp_path)}
+    long = options("max_prompt_length=30", "max_completion_length=40").model_copy(update=chosen)
+    with pytest.raises(ConfigError, match=r"exceeds 64 tokens.*longrope[\s\S]*max_completion_length=34"):
+        planned(long)
+    short = long.model_copy(update={"max_completion_length": 34})
+    planned(short)
+    with pytest.raises(ConfigError, match="vllm_max_model_length=65: it exceeds 64 tokens"):
+        planned(short.model_copy(update={"vllm_max_model_length": 65}))
 
 
 def test_fewer_questions_than_a_rollout_takes_would_train_nothing(caplog):

@@ -4,6 +4,7 @@ Run: ./run_tests.sh tests/test_sentinel.py
 """
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import psutil
@@ -20,7 +21,7 @@ from trainers.config import compose_run
 from trainers.rl import train_and_report
 from trainers.rollout.importance_sampling import importance_sampling_ratio
 from trainers.rollout.sampler import RolloutSampler
-from trainers.rollout.sentinel import SentinelError
+from trainers.rollout.sentinel import Sentinel, SentinelError
 from trainers.watch.phases import PhaseTimer
 
 
@@ -164,6 +165,40 @@ def test_engine_with_other_weights_stops_the_run(start, options):
     assert len(found) == 1 and found[0][0] < 0
 
 
+def compute_otherwise_behind(trainer, position=12):
+    """As of rotary embeddings that are others where a text is long: after the fixed prompt nothing shows."""
+
+    def scaled(module, inputs, output):
+        far = (inputs[0] > position).to(output[0].dtype)[:, None]
+        return output[0] * (1 + 0.3 * far), *output[1:]
+
+    trainer.sampler.engine.engine_model.model.layers[1].register_forward_hook(scaled)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_whole_text_of_the_first_rollout_is_compared(start, caplog, is_broken):
+    trainer = start()
+    if is_broken:
+        compute_otherwise_behind(trainer)
+    with caplog.at_level("INFO"):
+        if is_broken:
+            with pytest.raises(SentinelError, match=r"log-probabilities of \d+ tokens[\s\S]* on average"):
+                trainer.train()
+        else:
+            trainer.train()
+    assert trainer.state.global_step == (0 if is_broken else 4)
+    assert caplog.text.count("on average, over a text of") == (0 if is_broken else 1)
+
+
+@pytest.mark.parametrize(("mean", "stops"), [(0.04, False), (0.11, True), (float("nan"), True)])
+def test_of_a_text_in_half_precision_only_what_rounding_makes_passes(mean, stops):
+    engine = SimpleNamespace(device=torch.device("cpu"), max_model_len=64)
+    sentinel = Sentinel(engine, nn.Module(), [1, 2, 3], torch.bfloat16, None)
+    sampled = torch.linspace(-9, 0, 60)
+    with pytest.raises(SentinelError, match=r"allowed is 0\.1") if stops else nullcontext():
+        sentinel.check_text(sampled + mean, sampled)
+
+
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_the_last_update_is_compared_too_and_what_was_trained_is_saved_first(start, tmp_path, caplog, is_broken):
     trainer = start(compute_otherwise if is_broken else None, step=4, report_before_after=False)
@@ -249,6 +284,7 @@ MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 def test_put_off_correction_is_trl_s(start, mode, limits):
     """The same batch through TRL's forward pass before the update and through ours in it."""
     trainer = start(
+        sentinel_tolerance=1.0,  # of the other numbers below
         vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_min=limits[0],
         vllm_importance_sampling_clip_max=limits[1],

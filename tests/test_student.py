@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from conftest import ROWS
+from families import COMMON
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.render import Encoded, Renderer
 from rewards.teacher_logprob_kl import TeacherLogprobKL
@@ -62,6 +64,26 @@ def test_scores_equal_a_plain_forward_of_each_text(model_dir, renderer, tokens_p
         closing = text.spans["end"][0]
         greedy = all(logits[t - 1].argmax() == text.ids[t] for t in range(start, closing + 1))
         assert score.solves == greedy
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed"])
+def test_long_texts_change_no_other_s_scores(tmp_path, mode):
+    """transformers takes LongRoPE's long factors for a whole batch where its longest row is long (Phi-3.5-mini)."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    lengths = {"max_position_embeddings": 128, "original_max_position_embeddings": 32}
+    config = AutoConfig.for_model("phi3", **COMMON | lengths, rope_parameters=rope, initializer_range=0.2)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.save_pretrained(tmp_path)
+    options = options_class("score")(student_mode=mode, student_tokens_per_pass=4096)
+    frozen = load_frozen(options, str(tmp_path), "student_model", torch.device("cpu"), torch.float32, 1.0)
+    texts = [Encoded(torch.randint(3, 470, (n,)).tolist(), {}, []) for n in (30, 34, 31, 33, 32)]
+    scores = frozen.score(texts, [[(1, len(text.ids))] for text in texts])
+    for text, (logprobs, _) in zip(texts, scores, strict=True):
+        with torch.no_grad():
+            logits = plain(torch.tensor([text.ids])).logits[0]
+        expected = logits.log_softmax(-1)[range(len(text.ids) - 1), text.ids[1:]]
+        assert torch.allclose(logprobs[1:], expected, atol=1e-5)
 
 
 def test_a_token_that_the_student_has_no_row_for_is_told(model_dir, renderer):

@@ -264,7 +264,8 @@ class RLOptions(TrainOptions, RewardOptions):
         None,
         "after each update, log-probs of a fixed prompt may differ between trainer and engine by so much, else the run "
         "stops; default: 0.001 in fp32, 0.3 in bf16 and fp16; in these, and on a GPU, four times what it is before the "
-        "first update, if that is more, up to 1, and one difference up to ten times that, or 1, warns only",
+        "first update, if that is more, up to 1, and one difference up to ten times that, or 1, warns only; and those "
+        "of a whole text of the first rollout on average by so much, by default 0.1 where numbers are rounded",
         gt=0,
     )
     overlap_scoring: bool = opt(

@@ -15,6 +15,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from data.explanation import sampled_explanation
 from data.render import Encoded
+from trainers.models import evaluating
 from trainers.optimizers import OwnOptimizer
 from trainers.options import RLOptions
 from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
@@ -25,6 +26,7 @@ from trainers.scoring.evaluation import HELD_OUT, Evaluation, HeldOutFiles
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
 from trainers.scoring.reward_funcs import StudentReward, without_unscored
+from trainers.settings.reward_specs import reads_teacher_logprobs
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
 from trainers.weights.saving import OwnSaving
@@ -68,6 +70,9 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         read = partial(sampled_explanation, sampler.renderer)
         self._held_out = HeldOutFiles(Path(args.output_dir) / HELD_OUT, read)
         self.share_prompts = options.share_prompts
+        # Where neither is so, what the engine tells may be of a reshaped distribution (engine_specs.RESHAPING).
+        is_teachers_own = options.vllm_importance_sampling_correction or reads_teacher_logprobs(options)
+        self._to_compare = sampler.sentinel is not None and is_teachers_own
         self._logged_step = 0
         self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
         self._mismatch = {"train": Mismatch(), "eval": Mismatch()}
@@ -113,12 +118,29 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         one_step = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
         self.vllm_importance_sampling_correction = correction and not one_step
         try:
-            return super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(inputs)
         except BaseException:
             self.sampler.cancel()
             raise
         finally:
             self.vllm_importance_sampling_correction = correction
+        if self._to_compare:
+            self._compare_longest(batch)
+        return batch
+
+    @torch.no_grad()
+    def _compare_longest(self, batch: dict[str, Tensor]) -> None:
+        """Let the sentinel compare the longest text of the first rollout, which is read as an update reads it."""
+        sampled = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        if not sampled.any():  # mask_truncated_completions
+            return
+        self._to_compare = False
+        ids, mask = (torch.cat((batch[f"prompt_{kind}"], batch[f"completion_{kind}"]), 1) for kind in ("ids", "mask"))
+        longest = int((mask.sum(1) * sampled.any(1)).argmax())
+        row = slice(longest, longest + 1)
+        with evaluating(self.model):
+            logps = self._logps_of(self.model, ids[row], mask[row], sampled.size(1))[0]
+        self.sampler.sentinel.check_text(logps[sampled[row]], batch["sampling_per_token_logps"][row][sampled[row]])
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any

@@ -41,6 +41,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+LONGROPE = ("longrope", "su")  # one kind, by its name and by that of its first checkpoints
 # Families whose layers have biases where the config says so; the others ignore it.
 ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text")
 MLP_BIAS = ("llama",)
@@ -54,9 +55,28 @@ def can_share_prompts(config: dict[str, Any]) -> bool:
     """
     if config.get("model_type") not in FAMILY_DEFAULTS:
         return False
+    return not any(kind in (*LONGROPE, "dynamic") for kind in _rope_kinds(config))
+
+
+def _rope_kinds(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rotary embeddings of a model by their kind, as its config names it."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # gemma3 has one for each kind of layer
-    return not any(str(kind.get("rope_type", kind.get("type"))) in ("longrope", "su", "dynamic") for kind in kinds)
+    found = [one for one in (rope, *rope.values()) if isinstance(one, dict)]  # gemma3 has one for each kind of layer
+    return {str(one.get("rope_type", one.get("type"))): one for one in found}
+
+
+def longrope_limit(config: dict[str, Any]) -> int | None:
+    """Up to how many tokens a rotary embedding of the kind `longrope` (arXiv 2402.13753) takes its short factors.
+
+    transformers takes the long ones for all rows of a batch if the longest row is longer; vLLM takes them for
+    everything once its `max_model_len` is. None for a model without such an embedding.
+    """
+    found = next((one for kind, one in _rope_kinds(config).items() if kind in LONGROPE), None)
+    if found is None:
+        return None
+    key = "original_max_position_embeddings"
+    default = 4096 if config.get("model_type") == "phi3" else config.get("max_position_embeddings")
+    return config.get(key) or found.get(key) or default
 
 
 def sliding_window(config: dict[str, Any]) -> int | None:

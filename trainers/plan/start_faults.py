@@ -7,7 +7,7 @@ from trainers.config import named_run
 from trainers.errors import Fault
 from trainers.options import TRAINING, CommonOptions, RLOptions, TrainOptions
 from trainers.plan.machine import MIN_COMPUTE, Machine
-from trainers.plan.model_shapes import read_config
+from trainers.plan.model_shapes import longrope_limit, read_config
 from trainers.plan.run_models import first_start, shape_of
 from trainers.plan.workload import Plan
 from trainers.settings.engine_specs import bridge_name, device_faults, has_engine
@@ -57,7 +57,7 @@ def config_faults(options: TrainOptions) -> list[Fault]:
         if its is options and config.get("quantization_config") is not None:
             faults += _quantized_faults(options, base)
     if options.stage == "rl":
-        faults += _position_faults(options, shape_of(path, key, options).max_positions)
+        faults += _position_faults(options, shape_of(path, key, options).max_positions, longrope_limit(config))
         faults += _mixture_faults(options) if has_experts(config) else []
     return faults
 
@@ -81,17 +81,25 @@ def _quantized_faults(options: TrainOptions, base: str) -> list[Fault]:
     return [Fault("model_name_or_path", path, cause, remedy)]
 
 
-def _position_faults(options: RLOptions, limit: int) -> list[Fault]:
-    """Lengths that a teacher of so many positions has no room for, with the longest that fit."""
-    faults = []
+def _position_faults(options: RLOptions, positions: int, longrope: int | None) -> list[Fault]:
+    """Lengths that a teacher of so many positions has no room for, with the longest that fit.
+
+    Args:
+        longrope: Up to how many tokens trainer and engine have the same rotary embedding; None for any number.
+    """
+    faults, limit, what = [], positions, f"the teacher's {positions} positions"
+    if longrope is not None and longrope < positions:
+        limit = longrope
+        what = f"{limit} tokens, above which the teacher's rotary embedding (longrope) takes its long factors: the "
+        what += "engine then does so for every text, the trainer for long ones only"
     if options.max_prompt_length + options.max_completion_length > limit:
-        cause = f"with max_prompt_length {options.max_prompt_length} it exceeds the teacher's {limit} positions"
+        cause = f"with max_prompt_length {options.max_prompt_length} it exceeds {what}"
         remedy = f"max_completion_length={limit - options.max_prompt_length}"
         if options.max_prompt_length >= limit:
             remedy = f"max_prompt_length={limit // 2} max_completion_length={limit - limit // 2}"
         faults.append(Fault("max_completion_length", options.max_completion_length, cause, remedy))
     if (options.vllm_max_model_length or 0) > limit:
-        cause, remedy = f"the teacher has {limit} positions", "leave it out: prompt and completion decide it"
+        cause, remedy = f"it exceeds {what}", "leave it out: prompt and completion decide it"
         faults.append(Fault("vllm_max_model_length", options.vllm_max_model_length, cause, remedy))
     return faults
 

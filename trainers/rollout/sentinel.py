@@ -18,6 +18,8 @@ TOLERANCE = {torch.float32: 1e-3}  # nats; kernels of trainer and engine differ 
 # does of fp32 on a GPU, where vLLM's attention may multiply as TF32.
 HALF_TOLERANCE = 0.3
 LARGEST_TOLERANCE = 1.0  # beyond it no rounding can be at work
+# On average over a text: bf16's rounding is some 0.04 (a standard deviation of 0.05 a token, trl#6789).
+HALF_MEAN = 0.1
 TAIL = 10  # times the tolerance; a single difference beyond that is no rounding's either
 
 
@@ -27,7 +29,8 @@ class SentinelError(RuntimeError):
 
 class Sentinel:
     """After each update, compares log-probabilities after a fixed prompt between trainer and engine, and sees that the
-    engine's prefix cache was dropped.
+    engine's prefix cache was dropped. A whole text of the first rollout is compared too (`check_text`): not everything
+    that trainer and engine may compute differently shows after a few tokens.
 
     The engine is asked together with the next rollout, ahead of it; a difference stops the rollout at its first token
     (one that rounding may have made only if the next is such too). The prompt is short: the trainer reads it by itself.
@@ -48,6 +51,7 @@ class Sentinel:
         self._to_calibrate = self._is_rounded
         self._exceeded: torch.Tensor | None = None  # the trainer's, where they differed at the last comparison
         self.tolerance = tolerance or TOLERANCE.get(dtype, HALF_TOLERANCE)
+        self.mean_tolerance = HALF_MEAN if self._is_rounded else self.tolerance
         self.prompt_ids = tuple(prompt_ids[: min(PROMPT_LENGTH, engine.max_model_len - 1)])
         self._tokens: list[int] = []
 
@@ -100,7 +104,8 @@ class Sentinel:
         worst = difference.max().item()
         if self._to_calibrate:  # before the first update the weights are equal: this is rounding
             self.tolerance, self._to_calibrate = min(max(self.tolerance, 4 * worst), LARGEST_TOLERANCE), False
-            logger.info("trainer and engine differ by %.3g at first: allowed is %.3g", worst, self.tolerance)
+            level = logging.WARNING if self.tolerance > HALF_TOLERANCE else logging.INFO
+            logger.log(level, "trainer and engine differ by %.3g at first: allowed is %.3g", worst, self.tolerance)
         exceeds = not worst <= self.tolerance  # NaN too
         is_first = self._exceeded is None or torch.equal(self._exceeded, ours)  # or the same weights once more
         if exceeds and self._is_rounded and is_first and worst <= min(TAIL * self.tolerance, LARGEST_TOLERANCE):
@@ -121,3 +126,23 @@ class Sentinel:
             )
         self._exceeded = ours if exceeds else None
         return {"sentinel/mismatch_mean": difference.mean().item(), "sentinel/mismatch_max": worst}
+
+    def check_text(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Compare what trainer and engine tell of each token of a completion that the engine sampled.
+
+        Args:
+            ours, theirs: `[tokens]`, log-probabilities of the sampled tokens.
+
+        Raises:
+            SentinelError: If they differ by more, on average, than rounding makes them.
+        """
+        mean = (ours - theirs).abs().mean().item()
+        if not mean <= self.mean_tolerance:  # NaN too
+            raise SentinelError(
+                f"trainer and engine disagree: log-probabilities of {len(ours)} tokens that the engine sampled differ "
+                f"by {mean:.3g} on average, allowed is {self.mean_tolerance:g} (sentinel_tolerance). With the same "
+                "weights, they compute different models\n"
+                "  -> use_vllm=false generates with the trainer's own model; if the engine is meant to differ "
+                "(vllm_kwargs with a quantization), set sentinel_tolerance"
+            )
+        logger.info("trainer and engine differ by %.3g on average, over a text of %d tokens", mean, len(ours))

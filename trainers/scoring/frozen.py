@@ -17,6 +17,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from data.render import Encoded
+from trainers.plan.model_shapes import longrope_limit
 from trainers.plan.workload import MICRO_TOKENS, SCORE_TILE
 
 Span = tuple[int, int]
@@ -150,6 +151,7 @@ class FrozenModel:
 
     def __init__(self, backbone: Backbone, temperature: float, tokens_per_pass: int) -> None:
         self.backbone, self.tokens_per_pass = backbone, tokens_per_pass
+        self._apart = longrope_limit(backbone.config.get_text_config().to_dict())
         self._head, self._greedy_head = (_Head(backbone, temperature, is_top1) for is_top1 in (False, True))
 
     @torch.no_grad()
@@ -175,7 +177,7 @@ class FrozenModel:
         asked = [(self._head, parts)] + ([(self._greedy_head, greedy_parts)] if greedy_parts is not None else [])
         scores = [(torch.zeros(len(t.ids)), torch.zeros(len(t.ids), dtype=torch.bool)) for t in texts]
         micro = MICRO_TOKENS[self.backbone.device.type]
-        for batches in passes([len(text.ids) for text in texts], self.tokens_per_pass, micro):
+        for batches in passes([len(text.ids) for text in texts], self.tokens_per_pass, micro, self._apart):
             hidden_states = self.backbone.run([_padded([texts[i].ids for i in batch]) for batch in batches])
             for batch, hidden in zip(batches, hidden_states, strict=True):
                 for head, spans in asked:
@@ -219,13 +221,17 @@ def _padded(rows: list[list[int]]) -> Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
-def passes(lengths: list[int], tokens_per_pass: int, micro_tokens: int) -> list[list[list[int]]]:
+def passes(
+    lengths: list[int], tokens_per_pass: int, micro_tokens: int, apart: int | None = None
+) -> list[list[list[int]]]:
     """Split texts into passes, and each pass into micro-batches of texts of like length.
 
     Args:
         lengths: Tokens of each text.
         tokens_per_pass: Most padded tokens of a pass.
         micro_tokens: Most padded tokens of a micro-batch.
+        apart: Texts of more tokens than that share no micro-batch with others, whose numbers they would change (see
+            `longrope_limit`).
 
     Returns:
         Passes of micro-batches of indices; together they hold each index once. Only a text that is longer than a limit
@@ -235,7 +241,9 @@ def passes(lengths: list[int], tokens_per_pass: int, micro_tokens: int) -> list[
     limit = min(micro_tokens, tokens_per_pass)
     micro: list[list[int]] = []
     for i in order:
-        if micro and lengths[micro[-1][0]] * (len(micro[-1]) + 1) <= limit:
+        longest = lengths[micro[-1][0]] if micro else 0
+        is_of_their_kind = apart is None or (longest > apart) == (lengths[i] > apart)
+        if micro and is_of_their_kind and longest * (len(micro[-1]) + 1) <= limit:
             micro[-1].append(i)
         else:
             micro.append([i])
