@@ -134,6 +134,10 @@ def test_the_best_checkpoint_is_not_told_by_a_loss_that_tells_nothing():
         with pytest.raises(ConfigError, match="metric_for_best_model=reward"):
             load_options(compose_run("teacher_rlt_tiny", [*best, f"metric_for_best_model={metric}"]), repo=REPO)
     load_options(compose_run("teacher_rlt_tiny", [*best, "metric_for_best_model=student_accuracy"]), repo=REPO)
+    best.append("metric_for_best_model=completions/clipped_ratio")  # the higher, the worse
+    with pytest.raises(ConfigError, match="greater_is_better=false"):
+        load_options(compose_run("teacher_rlt_tiny", best), repo=REPO)
+    load_options(compose_run("teacher_rlt_tiny", [*best, "greater_is_better=false"]), repo=REPO)
     saved = ["device=cpu", "eval_strategy=steps", "eval_steps=25", "save_strategy=best", "metric_for_best_model=loss"]
     with pytest.raises(ConfigError, match="metric_for_best_model=reward"):
         load_options(compose_run("teacher_rlt_tiny", saved), repo=REPO)

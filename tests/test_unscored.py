@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import REPO
 from small_run import make_trainer
 
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.plan.planning import planned
+from trainers.scoring.reward_funcs import without_unscored
 
 STUDENT = ["teacher_logprob_kl", "format"]
 
@@ -40,11 +42,20 @@ def test_what_the_student_cannot_score_gets_no_advantage_from_the_other_rewards(
     assert trainer.state.log_history[0]["reward"] == pytest.approx(-10 / 3)
 
 
-def test_a_function_of_the_user_that_passes_over_a_row_leaves_it_to_the_others(renderer, model_dir, tmp_path):
-    """By hand: -2, 0 + 1, -4 and -5 + 1 have the mean -9/4."""
+def test_what_a_function_of_the_user_skips_among_others_gets_no_advantage(renderer, model_dir, tmp_path):
+    """Counted as 0, next to what is below it, the completion that was skipped would be the best of its group."""
     trainer = make(renderer, model_dir, tmp_path, [{"_target_": "own.teacher_logprob_kl"}, "format"])
     trainer.train()
-    assert list(trainer._logs["advantages"]) == pytest.approx([0.25, 3.25, -1.75, -1.75] * 2, abs=1e-5)
+    assert list(trainer._logs["advantages"]) == pytest.approx([4 / 3, 0.0, -2 / 3, -2 / 3] * 2, abs=1e-5)
+
+
+def test_a_question_that_a_function_skips_is_left_to_the_others():
+    nan = torch.nan
+    rewards = torch.tensor([[nan, 1.0], [nan, 0.0], [-2.0, 1.0], [nan, 1.0]])
+    entries = [{"_target_": "own.of_some_questions"}, "format"]
+    left = without_unscored(rewards, entries, torch.ones(2), num_generations=2)
+    expected = torch.tensor([[nan, 1.0], [nan, 0.0], [-2.0, 1.0], [nan, nan]])
+    assert torch.equal(left.nan_to_num(9), expected.nan_to_num(9))
 
 
 def test_the_student_s_reward_that_counts_nothing_takes_no_row_away(renderer, model_dir, tmp_path):

@@ -236,7 +236,8 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         self._log_completion_extra("ended", [row["ended"] for row in inputs])
         with self.timer("score"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, ids)
-        rewards = without_unscored(rewards, self.options.reward_funcs, self.reward_weights)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        rewards = without_unscored(rewards, self.options.reward_funcs, self.reward_weights, group)
         if not self.model.training:
             pairs = zip(inputs, ids, strict=True)
             rows = [Evaluated(row["question"], row["solution"], own) for row, own in pairs]

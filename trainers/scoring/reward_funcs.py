@@ -143,20 +143,26 @@ class StudentReward:
         return results
 
 
-def without_unscored(rewards: Tensor, entries: list[str | dict[str, Any]], weights: Tensor) -> Tensor:
-    """Take every reward from the rows that the student was to score and could not.
+def without_unscored(
+    rewards: Tensor, entries: list[str | dict[str, Any]], weights: Tensor, num_generations: int
+) -> Tensor:
+    """Take every reward from the rows that the student was to score and could not, and from those that another function
+    skipped while it gave a number to others of their group.
 
     TRL counts one function's None as 0 where another gives a number, and next to log-probabilities 0 is the best of a
-    group; a row without any reward it leaves out.
+    group; a row without any reward it leaves out. A function that skips a whole group does not concern its question.
 
     Args:
         rewards: `[completions, functions]`, NaN where a function gave none.
         entries: `reward_funcs`, in the order of the functions.
         weights: `[functions]`; one that counts nothing takes nothing.
+        num_generations: Completions of a group; they follow each other.
     """
-    counts = weights.to(rewards.device) != 0
-    asked = torch.tensor([entry in OF_STUDENT for entry in entries], device=rewards.device) & counts
-    return rewards.masked_fill(rewards[:, asked].isnan().any(1, keepdim=True), torch.nan)
+    missing = rewards.isnan() & (weights.to(rewards.device) != 0)
+    asked = torch.tensor([entry in OF_STUDENT for entry in entries], device=rewards.device)
+    by_group = missing.view(-1, num_generations, len(entries))
+    concerns_none = by_group.all(1, keepdim=True).expand_as(by_group).reshape(missing.shape)
+    return rewards.masked_fill((missing & (asked | ~concerns_none)).any(1, keepdim=True), torch.nan)
 
 
 def _written(teacher: Renderer, ids: list[int]) -> tuple[str, bool]:
@@ -233,7 +239,7 @@ def _checked(name: str, rewards: Any, batch: dict[str, Any]) -> list[float | Non
         if number is not None and not (math.isfinite(number) and abs(number) <= MAX):
             raise FloatingPointError(
                 f"the reward function {name} gives {number} for sample {i}\n  question: {batch['question'][i]!r}\n"
-                f"  completion: {text!r}\n  -> return a finite number, or None for a completion to skip"
+                f"  completion: {text!r}\n  -> return a finite number, or None to leave a completion out"
             )
     return numbers
 

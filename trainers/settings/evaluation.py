@@ -38,6 +38,12 @@ def completions_at_once(options: RLOptions) -> int:
     return max(batch_plan(options).generation_batch, options.per_device_eval_batch_size if evaluates(options) else 0)
 
 
+def _is_higher_better(metric: str) -> bool:
+    """Whether a metric of RL is a reward, or a part of one; how long explanations are, e.g., is neither."""
+    name = metric.removeprefix("eval_")
+    return name.startswith("rewards/") or name.endswith(("reward", "accuracy"))
+
+
 def held_out_faults(options: TrainOptions) -> list[Fault]:
     """Nothing to evaluate on, and nothing that the best checkpoint could be told by."""
     faults = []
@@ -54,6 +60,9 @@ def held_out_faults(options: TrainOptions) -> list[Fault]:
         if metric is None or metric.removeprefix("eval_") == "loss":
             cause = "GRPO's loss is about 0 whatever the teacher is worth, and the best checkpoint is to be told by it"
             faults.append(Fault("metric_for_best_model", metric, cause, "metric_for_best_model=reward"))
+        elif options.greater_is_better is None and not _is_higher_better(metric):
+            cause = f"transformers would take the highest {metric} for the best"
+            faults.append(Fault("greater_is_better", None, cause, "greater_is_better=false, or true if that is meant"))
     data, split = options.dataset_id_or_path, options.eval_dataset_split
     if not names_held_out(options):
         if options.eval_size is None:
