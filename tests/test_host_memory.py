@@ -29,7 +29,9 @@ def machine(gb, host):
 
 
 def checked(*overrides, run="teacher_rlt_mono"):
-    return load_options(compose_run(run, list(overrides)), repo=REPO, needs_device=False)
+    """Without what the run itself keeps on the host for the sake of its card of 40 GB."""
+    words = ["activation_offloading=false", *overrides]
+    return load_options(compose_run(run, words), repo=REPO, needs_device=False)
 
 
 def planned(gb, host, *overrides):
@@ -44,7 +46,7 @@ def nearest(gb, host, *overrides):
 
 def test_optimizer_that_the_host_cannot_hold_is_not_chosen():
     """With room for both, the optimizer's states go to the host for the sake of a larger KV cache."""
-    roomy, narrow = planned(60, 512, *LARGE), planned(60, 64, *LARGE)
+    roomy, narrow = planned(62, 512, *LARGE), planned(62, 64, *LARGE)
     assert (roomy.options.optim, narrow.options.optim) == ("cpu_offload", "adamw_8bit")
     assert roomy.host_need > 64 * GIB and roomy.fits and narrow.fits
     assert narrow.options.kv_cache_gib < roomy.options.kv_cache_gib

@@ -144,7 +144,7 @@ def test_the_program_ends_with_the_message_alone(tmp_path):
 
 # By run, phase, and what is set beside: the remedies in order, without what they keep as it was.
 OFFERED = (
-    ("teacher_rlt_mono_24gb", "generate", [], ["kv_cache_gib=2.7", "enforce_eager=true"]),
+    ("teacher_rlt_mono_24gb", "generate", [], ["kv_cache_gib=2.4", "enforce_eager=true"]),
     ("teacher_rlt_mono_24gb", "load", ["enforce_eager=true"], ["kv_cache_gib=3.2"]),
     (
         "teacher_rlt_mono_24gb",

@@ -19,7 +19,7 @@ from trainers.settings.engine_specs import batched_tokens, model_length
 from trainers.settings.evaluation import completions_at_once, prompts_at_once
 
 # Of a GPU: CUDA context and libraries (vLLM reports 0.33 GiB outside of torch, vllm#14452, and cuBLAS keeps
-# workspaces), and each captured graph (26 MiB of a large model, vllm#22897). Not measured here.
+# workspaces), and each captured graph (24 to 28 MiB of a large model: vllm#22897, vllm#50780). Not measured here.
 CUDA_CONTEXT = int(0.75 * GIB)
 CUDA_GRAPH = 26 * 2**20
 # Of what comes and goes in sizes of each batch's own: blocks that are free but not given back. Not measured on a GPU.
@@ -192,10 +192,12 @@ def _transformers_generation(work: Workload) -> dict[str, int]:
 def _graphs(work: Workload) -> dict[str, int]:
     if work.device == "cpu" or not work.has_engine or work.options.enforce_eager:
         return {}
-    largest = min(2 * max_num_seqs(work.options), 512)
-    sizes = [n for n in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if n <= largest]
+    seqs = max_num_seqs(work.options)
+    sizes = [n for n in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if n <= min(2 * seqs, 512)]
+    # Of each size one in pieces, for batches with prompts in them, and a full one where each sequence writes a token.
+    graphs = len(sizes) + sum(n <= seqs for n in sizes)
     kinds = 2 if work.bridge == "lora" else 1  # with an adapter, and without
-    return {"CUDA graphs": kinds * len(sizes) * CUDA_GRAPH}
+    return {"CUDA graphs": kinds * graphs * CUDA_GRAPH}
 
 
 def _scoring(work: Workload) -> dict[str, int]:
