@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
-from data.turns import CHATS, is_turns, turn_of
+from data.turns import CHATS, is_turns, plain
 from trainers.errors import ConfigError, Fault
 
 
@@ -142,23 +142,18 @@ READERS = {".csv": _from_csv, ".tsv": _from_csv, ".json": _from_json, ".jsonl": 
 def _as_column(value: Any, is_chat: bool) -> Any:
     """Text, or the turns of a conversation: a column holds values of one type."""
     if is_chat:
-        turns = value if isinstance(value, list) else []
-        return [{"from": turn_of(t, "from", "role"), "value": turn_of(t, "value", "content")} for t in turns]
+        return [plain(turn) for turn in value] if isinstance(value, list) else []
     if value is None:
         return None
     return str(value) if isinstance(value, str) else json.dumps(_unwrapped(value), ensure_ascii=False)
 
 
-def _as_turns(value: Any) -> list[dict[str, str | None]] | None:
+def _as_turns(value: Any) -> list[dict[str, str]] | None:
     """The turns of a conversation; beside others text is one of nobody's."""
     if not is_turns(value):
         text = _as_column(value, is_chat=False)
-        return None if text is None else [{"from": "", "value": text}]
-    said = [turn.get("value", turn.get("content")) for turn in value]
-    return [
-        {"from": turn_of(turn, "from", "role"), "value": text if isinstance(text, str) else None}
-        for turn, text in zip(value, said, strict=True)
-    ]
+        return None if text is None else [plain({"value": text})]
+    return [plain(turn) for turn in value]
 
 
 def _is_broken(value: Any) -> bool:

@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Value
 
 from data.files import read
 from data.formats import TagFormat
-from data.turns import ANSWERS, ASKS, CHATS, first_exchange, is_turns, turn_of
+from data.turns import ANSWERS, ASKS, CHATS, first_exchange, is_turns, said, speaker
 from trainers.errors import ConfigError, Fault
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
     kept = {name: column for name, column in columns.items() if column in present}
     rows = rows.map(
         lambda row, i: {
-            name: _said(row[column], name, column, i, key, path) if is_turns(row[column]) else _text(row[column])
+            name: _only_turn(row[column], name, column, i, key, path) if is_turns(row[column]) else _text(row[column])
             for name, column in kept.items()
         },
         with_indices=True,
@@ -118,16 +118,16 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
     return rows
 
 
-def _said(turns: list[dict[str, Any]], name: str, column: str, row: int, key: str, path: str) -> str:
+def _only_turn(turns: list[dict[str, Any]], name: str, column: str, row: int, key: str, path: str) -> str:
     """What is said in the one turn that a question (the user's) or an answer (the assistant's) may be.
 
     Raises:
         ConfigError: If there are others, or it is no text.
     """
-    who, what = [turn_of(turn, "from", "role") for turn in turns], turns[0].get("value", turns[0].get("content"))
+    who = [speaker(turn) for turn in turns]
     role, same = ("user", ASKS) if name == "question" else ("assistant", ANSWERS)
-    if len(who) == 1 and who[0] in ("", *same) and isinstance(what, str):
-        return what
+    if len(who) == 1 and who[0] in ("", *same):
+        return said(turns[0], column, row, key, path)
     cause = (
         f"row {row} has in the column {column!r} turns of {', '.join(who)}; a {name} is text, or one {role} turn of it"
     )
@@ -147,8 +147,8 @@ def _text(value: Any) -> str:
 def _from_conversations(rows: Dataset, column: str, tags: TagFormat, key: str, path: str) -> Dataset:
     """Split rows such as Bespoke-Stratos's: turns of user (human) and assistant (gpt), thought and solution in tags."""
 
-    def split(row: dict[str, Any]) -> dict[str, str]:
-        question, answer = first_exchange(row[column] or [])
+    def split(row: dict[str, Any], i: int) -> dict[str, str]:
+        question, answer = first_exchange(row[column] or [], column, i, key, path)
         return {
             "question": question,
             "solution": _between(answer, tags.solution),
@@ -156,10 +156,10 @@ def _from_conversations(rows: Dataset, column: str, tags: TagFormat, key: str, p
             "reasoning_trace": _between(answer, tags.thought).removeprefix(tags.padding),
         }
 
-    asked = ([turn_of(turn, "from", "role") in ASKS for turn in turns or []] for turns in rows[column])
+    asked = ([speaker(turn) in ASKS for turn in turns or []] for turns in rows[column])
     if longer := sum(sum(each) > 1 for each in asked):
         logger.warning("%d of %d conversations go on after the first answer: the rest is left out", longer, len(rows))
-    split_rows = rows.map(split, remove_columns=rows.column_names, desc="Splitting conversations")
+    split_rows = rows.map(split, with_indices=True, remove_columns=rows.column_names, desc="Splitting conversations")
     whole = split_rows.filter(
         lambda row: bool(row["question"].strip() and row["solution"].strip()), desc="Checking tags"
     )

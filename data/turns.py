@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from trainers.errors import ConfigError, Fault
+
 CHATS = ("conversations", "messages")  # columns of whole conversations
 ASKS, ANSWERS = ("user", "human"), ("assistant", "gpt")
 
@@ -12,19 +14,62 @@ def is_turns(value: Any) -> bool:
     return bool(keys) and all({"role", "content"} <= each or {"from", "value"} <= each for each in keys)
 
 
-def turn_of(turn: Any, *names: str) -> str:
-    """Who speaks in a turn of a conversation, or what is said."""
-    return next((str(turn[name]) for name in names if name in turn), "") if isinstance(turn, dict) else ""
+def plain(turn: Any) -> dict[str, str]:
+    """A turn in one form: who speaks, what is said, and what of it is no text, such as an image; "" for none.
+
+    The texts of several parts are joined with nothing between them, as chat templates join them.
+    """
+    content = _either(turn, "value", "content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [_text(part) for part in parts]
+    others = [_kind(part) for part, text in zip(parts, texts, strict=True) if text is None]
+    no_text = _either(turn, "no_text") or next(iter(others), "")  # that of a turn in this form is known
+    return {"from": speaker(turn), "value": "".join(filter(None, texts)), "no_text": no_text}
 
 
-def first_exchange(turns: list[Any]) -> tuple[str, str]:
+def speaker(turn: Any) -> str:
+    return str(_either(turn, "from", "role") or "")
+
+
+def said(turn: Any, column: str, row: int, key: str, path: str) -> str:
+    """What is said in a turn.
+
+    Raises:
+        ConfigError: If a part of it is no text.
+    """
+    found = plain(turn)
+    if found["no_text"]:
+        cause = f"row {row} has in the column {column!r} a turn with what is no text ({found['no_text']})"
+        raise ConfigError(Fault(key, path, cause, "models read text alone here: remove the rows with more than text"))
+    return found["value"]
+
+
+def first_exchange(turns: list[Any], column: str, row: int, key: str, path: str) -> tuple[str, str]:
     """What is asked first, and what is answered to it."""
     question = answer = ""
     for turn in turns:
-        who, said = turn_of(turn, "from", "role"), turn_of(turn, "value", "content")
-        if who in ASKS and not question:
-            question = said
-        elif who in ANSWERS and question:
-            answer = said
+        if speaker(turn) in ASKS and not question:
+            question = said(turn, column, row, key, path)
+        elif speaker(turn) in ANSWERS and question:
+            answer = said(turn, column, row, key, path)
             break
     return question, answer
+
+
+def _either(turn: Any, *names: str) -> Any:
+    """What stands under the first of the names that a turn has, and that is not null: in tables each has all names."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None) if isinstance(turn, dict) else None
+
+
+def _text(part: Any) -> str | None:
+    """The text of a part of what is said, which may be empty; None if it is something else."""
+    if not isinstance(part, dict):
+        return None if isinstance(part, list | bytes) else "" if part is None else str(part)
+    kind, text = part.get("type"), part.get("text")
+    if kind not in (None, "text"):
+        return None
+    return str(text) if isinstance(text, str) else "" if text is None and kind else None
+
+
+def _kind(part: Any) -> str:
+    return str(part.get("type") or ", ".join(part) or "{}") if isinstance(part, dict) else type(part).__name__

@@ -101,8 +101,27 @@ def test_turns_beside_texts_and_turns_of_more_than_text(tmp_path, tags):
         *("train", None, COLUMNS, tags, "dataset_id_or_path"),
     )
     assert load([USER], "3+4?", 7)["question"] == ["2+3?", "3+4?", "7"]
-    with pytest.raises(ConfigError, match="row 1 has in the column 'question' turns of user"):
+    assert load([USER | {"content": [{"type": "text", "text": "2+"}, "3?"]}])["question"] == ["2+3?"]
+    with pytest.raises(ConfigError, match=r"row 1 has in the column 'question' a turn with what is no text \(image\)"):
         load("2+3?", [USER | {"content": [{"type": "image"}]}])
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_turns_in_parts_are_their_texts_and_an_empty_one_is_nothing(tmp_path, tags, suffix):
+    def load(*answers, question=[{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}]):  # noqa: B006
+        asked, path = {"role": "user", "content": question}, tmp_path / f"d.{suffix}"
+        rows = [{"messages": [asked, {"role": "assistant", "content": each}]} for each in answers]
+        table = Dataset.from_list(rows)
+        table.to_parquet(path) if suffix == "parquet" else table.to_json(path, lines=suffix == "jsonl")
+        return load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path").to_list()
+
+    answer = [{"type": "text", "text": "<|begin_of_thought|>\n\nAdd.<|end_of_thought|>\n\n<|begin_of_sol"}]
+    answer += [{"type": "text", "text": "ution|>5<|end_of_solution|>"}, {"type": "text", "text": None}]
+    assert load(answer, None) == [{"question": "2+3?", "solution": "5", "reasoning_trace": "Add."}]
+    with pytest.raises(ConfigError, match="of its messages no assistant turn"):
+        load(answer, question=None)
+    with pytest.raises(ConfigError, match=r"row 1 has in the column 'messages' a turn with what is no text \(image\)"):
+        load(answer, [*answer, {"type": "image", "text": None}])
 
 
 def test_half_a_character_is_told_with_its_row(tmp_path, tags):
