@@ -3,10 +3,20 @@
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetsError
 
 from data.turns import CHATS, is_turns, plain
@@ -123,26 +133,43 @@ def _from_json(file: Path, key: str, path: str) -> Dataset:
         raise ConfigError(Fault(key, path, cause, f"{remedy}: df.to_json(..., orient='records', lines=True)"))
     names = dict.fromkeys(name for row in rows for name in row)
     values = {name: [row.get(name) for row in rows] for name in names}
-    chats = [name for name in CHATS if any(isinstance(value, list) for value in values.get(name, ()))]
-    turns = [name for name in names if name not in chats and any(map(is_turns, values[name]))]
-    columns = {name: [_as_column(each, name in chats) for each in values[name]] for name in names if name not in turns}
-    columns |= {name: [_as_turns(each) for each in values[name]] for name in turns}
+    forms = {name: _form(name, values[name]) for name in names}
+    columns = {name: [brought(value) for value in values[name]] for name, (brought, _) in forms.items()}
     try:
-        return Dataset.from_dict({name: columns[name] for name in names})
+        return Dataset.from_dict(columns, features=Features({name: kind for name, (_, kind) in forms.items()}))
     except UnicodeEncodeError as error:
         at = next(i for i, row in enumerate(rows) if any(map(_is_broken, (*row, *row.values()))))
         cause = f"cannot be read: row {at} has half a character (a lone surrogate, as in \\ud83d)"
         raise ConfigError(Fault(key, path, cause, "write the whole character, or remove the row")) from error
 
 
+TURNS = List({name: Value("string") for name in ("from", "value", "no_text")})
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 READERS = {".csv": _from_csv, ".tsv": _from_csv, ".json": _from_json, ".jsonl": _from_json}
 
 
-def _as_column(value: Any, is_chat: bool) -> Any:
-    """Text, or the turns of a conversation: a column holds values of one type."""
-    if is_chat:
-        return [plain(turn) for turn in value] if isinstance(value, list) else []
+def _form(name: str, values: list[Any]) -> tuple[Callable[[Any], Any], Value | List]:
+    """What brings the values of a column of JSON into one type, and that type."""
+    has_lists = any(isinstance(value, list) for value in values)
+    if has_lists and name in CHATS:
+        return _as_chat, TURNS
+    if any(map(is_turns, values)):
+        return _as_turns, TURNS
+    return (_as_texts, List(Value("string"))) if has_lists else (_as_text, Value("string"))
+
+
+def _as_chat(value: Any) -> list[dict[str, str]]:
+    return [plain(turn) for turn in value] if isinstance(value, list) else []
+
+
+def _as_texts(value: Any) -> list[str | None] | None:
+    """A list, as beside it in its column every value is one."""
+    if value is None:
+        return None
+    return [_as_text(each) for each in value] if isinstance(value, list) else [_as_text(value)]
+
+
+def _as_text(value: Any) -> str | None:
     if value is None:
         return None
     return str(value) if isinstance(value, str) else json.dumps(_unwrapped(value), ensure_ascii=False)
@@ -151,7 +178,7 @@ def _as_column(value: Any, is_chat: bool) -> Any:
 def _as_turns(value: Any) -> list[dict[str, str]] | None:
     """The turns of a conversation; beside others text is one of nobody's."""
     if not is_turns(value):
-        text = _as_column(value, is_chat=False)
+        text = _as_text(value)
         return None if text is None else [plain({"value": text})]
     return [plain(turn) for turn in value]
 

@@ -3,9 +3,11 @@
 import hashlib
 import logging
 import re
+import textwrap
 from typing import Any
 
-from datasets import Dataset, Features, Value
+import numpy as np
+from datasets import Dataset, Features, LargeList, List, Value
 
 from data.files import read
 from data.formats import TagFormat
@@ -90,8 +92,8 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
     """Keep the named columns, under our names, as text.
 
     Raises:
-        ConfigError: If question or solution is missing, as a column or in a row, or is a conversation of more than
-            one turn.
+        ConfigError: If question or solution is missing, as a column or in a row, or a value is a conversation of more
+            than one turn or a list of more than one text.
     """
     present = rows.column_names
     missing = [name for name in ("question", "solution") if columns[name] not in present]
@@ -100,10 +102,10 @@ def select_texts(rows: Dataset, columns: dict[str, str], key: str, path: str) ->
         cause = f"its columns are {', '.join(present)}; it needs {needed}"
         raise ConfigError(Fault(key, path, cause, " ".join(f"{name}_column=<your column>" for name in missing)))
     kept = {name: column for name, column in columns.items() if column in present}
+    types = {column: rows.features[column] for column in kept.values()}
     rows = rows.map(
         lambda row, i: {
-            name: _only_turn(row[column], name, column, i, key, path) if is_turns(row[column]) else _text(row[column])
-            for name, column in kept.items()
+            name: _text(row[column], types[column], name, column, i, key, path) for name, column in kept.items()
         },
         with_indices=True,
         features=Features({name: Value("string") for name in kept}),
@@ -137,11 +139,39 @@ def _only_turn(turns: list[dict[str, Any]], name: str, column: str, row: int, ke
     raise ConfigError(Fault(key, path, cause, remedy))
 
 
-def _text(value: Any) -> str:
-    """A value as text: a solution may be a number, and a column of whole numbers with gaps is one of floats."""
+def _text(value: Any, kind: Any, name: str, column: str, row: int, key: str, path: str) -> str:
+    """A value as text: that of a list which holds it alone, or of one turn of a conversation.
+
+    Args:
+        kind: The type of the column, as its data set tells it.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if is_turns(value):
+        return _only_turn(value, name, column, row, key, path)
+    only, kind = (value[0], kind.feature) if _is_one_of(value, kind) else (value, kind)
+    if isinstance(only, list | dict | bytes):
+        shown = textwrap.shorten(repr(value), 80, placeholder=" …")
+        cause = f"row {row} has in the column {column!r} what is not one text: {shown}"
+        remedy = f"one text in each row, joined or chosen of several; or {name}_column=<another column>"
+        raise ConfigError(Fault(key, path, cause, remedy))
+    return _written(only, kind)
+
+
+def _is_one_of(value: Any, kind: Any) -> bool:
+    """Whether it is a list of one value."""
+    return isinstance(kind, List | LargeList) and value is not None and len(value) == 1 and value[0] is not None
+
+
+def _written(value: Any, kind: Any) -> str:
+    """A number as it was written: a solution may be one, and a column of whole numbers with gaps is one of floats."""
     if value is None or value != value:  # NaN: an empty cell of pandas
         return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    # 0.1 in 32 bits is 0.10000000149011612 in 64
+    return str(np.dtype(kind.dtype).type(value)) if kind.dtype in ("float32", "float16") else str(value)
 
 
 def _from_conversations(rows: Dataset, column: str, tags: TagFormat, key: str, path: str) -> Dataset:

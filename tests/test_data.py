@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ROWS
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from data.load import load_rows
 from trainers.errors import ConfigError
@@ -31,10 +31,10 @@ def test_csv_with_a_comma_at_the_end_of_its_lines_and_with_one_too_many(tmp_path
 def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
     path = write(tmp_path / "d.jsonl", [{"question": "q", "solution": x} for x in (5, 0.1)])
     assert load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")["solution"] == ["5", "0.1"]
-    lines = ["2024-05-01", 12345678901234567890, 9007199254740993, [1, "x"], True]
+    lines = ["2024-05-01", 12345678901234567890, 9007199254740993, {"x": [1, "y"]}, True]
     path = write(tmp_path / "e.jsonl", [{"question": "2024-05-01T10:00:00Z", "solution": x} for x in lines])
     rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
-    expected = ["2024-05-01", "12345678901234567890", "9007199254740993", '[1, "x"]', "true"]
+    expected = ["2024-05-01", "12345678901234567890", "9007199254740993", '{"x": [1, "y"]}', "true"]
     assert (rows["solution"][:], set(rows["question"])) == (expected, {"2024-05-01T10:00:00Z"})
     (tmp_path / "f.json").write_text('[{"question": "q", "solution": 5.0}, {"question": "q", "solution": 1e3}]')
     rows = load_rows(str(tmp_path / "f.json"), "train", None, COLUMNS, tags, "dataset_id_or_path")
@@ -42,6 +42,44 @@ def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
     (tmp_path / "d.csv").write_text("question,solution\nq,007\nq,NA\n")
     rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert rows["solution"] == ["007", "NA"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_list_of_one_text_is_that_text_and_another_is_refused(tmp_path, tags, suffix):
+    def load(*solutions, questions=("2+3?", "4+5?")):
+        path = tmp_path / f"rows{suffix}"
+        rows = [{"question": q, "solution": s, "tags": []} for q, s in zip(questions, solutions, strict=True)]
+        write(path, rows) if suffix == ".jsonl" else Dataset.from_list(rows).to_parquet(path)
+        return load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path").to_list()
+
+    read = [{"question": "2+3?", "solution": "5"}, {"question": "4+5?", "solution": "9"}]
+    assert load(["5"], ["9"]) == load([5], [9]) == load("5", "9", questions=(["2+3?"], ["4+5?"])) == read
+    for several, shown in ((["9", "nine"], r"\['9', 'nine'\]"), ([], r"\[\]"), (["9"] * 99, "\\['9', .* …")):
+        with pytest.raises(
+            ConfigError,
+            match=f"row 1 has in the column 'solution' what is not one text: {shown}\n.*solution_column=<another",
+        ):
+            load(["5"], several)
+    with pytest.raises(ConfigError, match="rows have no solution, the first is row 1"):
+        load(["5"], None)
+    if suffix == ".jsonl":  # where a column may hold both
+        assert load("5", ["9"]) == read
+    else:
+        with pytest.raises(ConfigError, match="row 0 has in the column 'solution' what is not one text: {'x': 5}"):
+            load({"x": 5}, {"x": 9})
+
+
+def test_a_number_of_32_bits_is_written_as_it_was_there(tmp_path, tags):
+    columns = {"question": ["a", "b", "c"], "solution": [0.1, 7.0, 2.5e-9]}
+    for kind, solutions in (
+        (Value("float32"), columns["solution"]),
+        (List(Value("float32")), [[0.1], [7.0], [2.5e-9]]),
+    ):
+        features = Features({"question": Value("string"), "solution": kind})
+        path = tmp_path / "rows.parquet"
+        Dataset.from_dict(columns | {"solution": solutions}, features=features).to_parquet(path)
+        rows = load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
+        assert list(rows["solution"]) == ["0.1", "7", "2.5e-09"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -238,14 +276,16 @@ def test_files_of_a_folder_are_read_as_they_are_by_themselves(tmp_path, tags):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / file).write_text(text if file != "test.csv" else text.replace("007", "008"))
     (tmp_path / "three").mkdir()
-    (tmp_path / "three/train.jsonl").write_text('{"question": "When?", "solution": "2024-05-01"}\n')
+    for part, tagged in enumerate(([], ["a", "b"])):
+        row = {"question": "When?", "solution": "2024-05-01", "tags": tagged}
+        write(tmp_path / f"three/train-{part}.jsonl", [row])
 
     def solutions(folder, split="train"):
         return list(load_rows(str(tmp_path / folder), split, None, COLUMNS, tags, "dataset_id_or_path")["solution"])
 
     assert solutions("one") == solutions("two") == ["007", "1e3", "NA"]
     assert solutions("one", "test")[0] == "008"
-    assert solutions("three") == ["2024-05-01"]
+    assert solutions("three") == ["2024-05-01"] * 2
 
 
 def test_one_object_of_columns_is_no_row(tmp_path, tags):
