@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from datasets import (
     Dataset,
@@ -82,7 +82,7 @@ def _from_csv(file: Path, key: str, path: str) -> Dataset:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         separator = _separator(next((line for line in lines if line.strip()), ""))
         lines.seek(0)
-        names, *rows = [row for row in csv.reader(lines, delimiter=separator) if row] or [[]]
+        names, *rows = _table(lines, separator, file.name, key, path) or [[]]
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         cause = f"cannot be read: {len(twice)} columns are named twice, the first is {twice[0]!r}"
         raise ConfigError(Fault(key, path, cause, "give each column a name of its own"))
@@ -93,6 +93,25 @@ def _from_csv(file: Path, key: str, path: str) -> Dataset:
             raise ConfigError(Fault(key, path, cause, remedy))
     columns = {name: [row[i] if i < len(row) else None for row in rows] for i, name in enumerate(names) if name}
     return Dataset.from_dict(columns, features=Features({name: Value("string") for name in columns}))
+
+
+def _table(lines: TextIO, separator: str, file: str, key: str, path: str) -> list[list[str]]:
+    """The rows of a table that are not empty.
+
+    Quotes hold a text together in tables of tabs too, as pandas and spreadsheets write them. Where they are plain signs
+    there (grep, cut, a shell), a text that begins with one can mostly be told from it, and is refused: read loosely, it
+    would lose its quotes, and one that is not closed would take the rows below it into its text.
+    """
+    reader, rows, line = csv.reader(lines, delimiter=separator, strict=True), [], 1
+    try:
+        for row in reader:
+            rows += [row] if row else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        cause = f"cannot be read: of {file} the row that begins in line {line} has a quote that is not closed, or text "
+        remedy = 'in a text within quotes write each quote twice: "say ""yes"" to it"; or write the rows as .jsonl'
+        raise ConfigError(Fault(key, path, f"{cause}behind one that is ({error})", remedy)) from error
+    return rows
 
 
 def _separator(header: str) -> str:

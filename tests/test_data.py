@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 from conftest import ROWS
 from datasets import Dataset, Features, List, Value
@@ -182,6 +183,24 @@ def test_what_separates_columns_is_not_what_stands_in_their_names(tmp_path, tags
     (tmp_path / "d.csv").write_text(f"{header}\n" + separator.join(["2+3?", "5", "none"]))
     rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert rows.to_list() == [{"question": "2+3?", "solution": "5"}]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_quotes_hold_texts_of_several_lines_and_are_to_be_closed(tmp_path, tags, suffix):
+    """As pandas writes them, whatever separates the columns."""
+    file, separator = tmp_path / f"d.{suffix}", {"csv": ",", "tsv": "\t"}[suffix]
+    rows = [{"question": 'Say "yes",\n\tthen\r\n"no"', "solution": 'a 5" disk'}, {"question": '2"?', "solution": "5"}]
+    pd.DataFrame(rows).to_csv(file, sep=separator, index=False)
+    load = lambda: load_rows(str(file), "train", None, COLUMNS, tags, "dataset_id_or_path").to_list()  # noqa: E731
+    assert load() == rows
+    head = f"question{separator}solution\n\n"
+    file.write_text(f'{head}a 5" disk{separator}5\n"two\nlines"{separator}9\n')
+    assert load() == [{"question": 'a 5" disk', "solution": "5"}, {"question": "two\nlines", "solution": "9"}]
+    lost, left, last = (f"{text}{separator}9\n" for text in ('"2+3?', '"Yes" or no?', '"6+1?"'))
+    for broken in (lost, lost + last, left, left + last):
+        file.write_text(f'{head}"two\nlines"{separator}9\n{broken}')
+        with pytest.raises(ConfigError, match=f"of d.{suffix} the row that begins in line 5 has .*\n.*quote twice"):
+            load()
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])
