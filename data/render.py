@@ -15,6 +15,7 @@ from trainers.errors import ConfigError, Fault
 
 logger = logging.getLogger(__name__)
 
+_THINK = "<think>"  # of reasoning models, whatever the tags of a format are
 _MARK = "ASSISTANT TURN"
 # For templates that ask for the date of today: a text, and its reward, would be another one each day. It is the one
 # that Llama 3's templates write where they have no clock.
@@ -82,9 +83,10 @@ class Renderer:
         """Render up to where the assistant's turn begins."""
         messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
         head = self._apply(messages, add_generation_prompt=True)
-        # Templates of reasoning models (R1-Distill, QwQ) open a thought; where there is one, the layout opens it.
+        # Templates of reasoning models (R1-Distill, QwQ, Qwen3-Thinking) open a thought. Where there is one, the layout
+        # opens it, in the tags of the format; what comes first in the teacher's turn, the solution, is none.
         begun = head.rstrip()
-        return begun.removesuffix(self.tags.thought[0]) if begun.endswith(self.tags.thought[0]) else head
+        return next((begun.removesuffix(tag) for tag in (self.tags.thought[0], _THINK) if begun.endswith(tag)), head)
 
     def _apply(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
         render = partial(self.tokenizer.apply_chat_template, tokenize=False, **kwargs, **self.template_kwargs)

@@ -46,8 +46,15 @@ def completions(out, step):
     return pd.read_parquet(out / "completions" / f"completions_{step:05d}.parquet")
 
 
+def code_of_its_card(out):
+    (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    return code
+
+
 def ask_by_its_card(out):
     """Run the Python in the README.md of a trained teacher."""
-    (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code_of_its_card(out)], capture_output=True, text=True, cwd=REPO, timeout=120
+    )
     assert done.returncode == 0, done.stderr
+    assert "<|im_end|>" not in done.stdout and "<|end_of_explanation|>" not in done.stdout

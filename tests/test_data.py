@@ -2,9 +2,10 @@
 
 import json
 
+import pandas as pd
 import pytest
 from conftest import ROWS
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from data.load import load_rows
 from trainers.errors import ConfigError
@@ -31,10 +32,10 @@ def test_csv_with_a_comma_at_the_end_of_its_lines_and_with_one_too_many(tmp_path
 def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
     path = write(tmp_path / "d.jsonl", [{"question": "q", "solution": x} for x in (5, 0.1)])
     assert load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")["solution"] == ["5", "0.1"]
-    lines = ["2024-05-01", 12345678901234567890, 9007199254740993, [1, "x"], True]
+    lines = ["2024-05-01", 12345678901234567890, 9007199254740993, {"x": [1, "y"]}, True]
     path = write(tmp_path / "e.jsonl", [{"question": "2024-05-01T10:00:00Z", "solution": x} for x in lines])
     rows = load_rows(path, "train", None, COLUMNS, tags, "dataset_id_or_path")
-    expected = ["2024-05-01", "12345678901234567890", "9007199254740993", '[1, "x"]', "true"]
+    expected = ["2024-05-01", "12345678901234567890", "9007199254740993", '{"x": [1, "y"]}', "true"]
     assert (rows["solution"][:], set(rows["question"])) == (expected, {"2024-05-01T10:00:00Z"})
     (tmp_path / "f.json").write_text('[{"question": "q", "solution": 5.0}, {"question": "q", "solution": 1e3}]')
     rows = load_rows(str(tmp_path / "f.json"), "train", None, COLUMNS, tags, "dataset_id_or_path")
@@ -42,6 +43,44 @@ def test_numbers_in_data_are_the_text_that_was_written(tmp_path, tags):
     (tmp_path / "d.csv").write_text("question,solution\nq,007\nq,NA\n")
     rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert rows["solution"] == ["007", "NA"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_list_of_one_text_is_that_text_and_another_is_refused(tmp_path, tags, suffix):
+    def load(*solutions, questions=("2+3?", "4+5?")):
+        path = tmp_path / f"rows{suffix}"
+        rows = [{"question": q, "solution": s, "tags": []} for q, s in zip(questions, solutions, strict=True)]
+        write(path, rows) if suffix == ".jsonl" else Dataset.from_list(rows).to_parquet(path)
+        return load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path").to_list()
+
+    read = [{"question": "2+3?", "solution": "5"}, {"question": "4+5?", "solution": "9"}]
+    assert load(["5"], ["9"]) == load([5], [9]) == load("5", "9", questions=(["2+3?"], ["4+5?"])) == read
+    for several, shown in ((["9", "nine"], r"\['9', 'nine'\]"), ([], r"\[\]"), (["9"] * 99, "\\['9', .* …")):
+        with pytest.raises(
+            ConfigError,
+            match=f"row 1 has in the column 'solution' what is not one text: {shown}\n.*solution_column=<another",
+        ):
+            load(["5"], several)
+    with pytest.raises(ConfigError, match="rows have no solution, the first is row 1"):
+        load(["5"], None)
+    if suffix == ".jsonl":  # where a column may hold both
+        assert load("5", ["9"]) == read
+    else:
+        with pytest.raises(ConfigError, match="row 0 has in the column 'solution' what is not one text: {'x': 5}"):
+            load({"x": 5}, {"x": 9})
+
+
+def test_a_number_of_32_bits_is_written_as_it_was_there(tmp_path, tags):
+    columns = {"question": ["a", "b", "c"], "solution": [0.1, 7.0, 2.5e-9]}
+    for kind, solutions in (
+        (Value("float32"), columns["solution"]),
+        (List(Value("float32")), [[0.1], [7.0], [2.5e-9]]),
+    ):
+        features = Features({"question": Value("string"), "solution": kind})
+        path = tmp_path / "rows.parquet"
+        Dataset.from_dict(columns | {"solution": solutions}, features=features).to_parquet(path)
+        rows = load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path")
+        assert list(rows["solution"]) == ["0.1", "7", "2.5e-09"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -101,8 +140,27 @@ def test_turns_beside_texts_and_turns_of_more_than_text(tmp_path, tags):
         *("train", None, COLUMNS, tags, "dataset_id_or_path"),
     )
     assert load([USER], "3+4?", 7)["question"] == ["2+3?", "3+4?", "7"]
-    with pytest.raises(ConfigError, match="row 1 has in the column 'question' turns of user"):
+    assert load([USER | {"content": [{"type": "text", "text": "2+"}, "3?"]}])["question"] == ["2+3?"]
+    with pytest.raises(ConfigError, match=r"row 1 has in the column 'question' a turn with what is no text \(image\)"):
         load("2+3?", [USER | {"content": [{"type": "image"}]}])
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_turns_in_parts_are_their_texts_and_an_empty_one_is_nothing(tmp_path, tags, suffix):
+    def load(*answers, question=[{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}]):  # noqa: B006
+        asked, path = {"role": "user", "content": question}, tmp_path / f"d.{suffix}"
+        rows = [{"messages": [asked, {"role": "assistant", "content": each}]} for each in answers]
+        table = Dataset.from_list(rows)
+        table.to_parquet(path) if suffix == "parquet" else table.to_json(path, lines=suffix == "jsonl")
+        return load_rows(str(path), "train", None, COLUMNS, tags, "dataset_id_or_path").to_list()
+
+    answer = [{"type": "text", "text": "<|begin_of_thought|>\n\nAdd.<|end_of_thought|>\n\n<|begin_of_sol"}]
+    answer += [{"type": "text", "text": "ution|>5<|end_of_solution|>"}, {"type": "text", "text": None}]
+    assert load(answer, None) == [{"question": "2+3?", "solution": "5", "reasoning_trace": "Add."}]
+    with pytest.raises(ConfigError, match="of its messages no assistant turn"):
+        load(answer, question=None)
+    with pytest.raises(ConfigError, match=r"row 1 has in the column 'messages' a turn with what is no text \(image\)"):
+        load(answer, [*answer, {"type": "image", "text": None}])
 
 
 def test_half_a_character_is_told_with_its_row(tmp_path, tags):
@@ -125,6 +183,24 @@ def test_what_separates_columns_is_not_what_stands_in_their_names(tmp_path, tags
     (tmp_path / "d.csv").write_text(f"{header}\n" + separator.join(["2+3?", "5", "none"]))
     rows = load_rows(str(tmp_path / "d.csv"), "train", None, COLUMNS, tags, "dataset_id_or_path")
     assert rows.to_list() == [{"question": "2+3?", "solution": "5"}]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_quotes_hold_texts_of_several_lines_and_are_to_be_closed(tmp_path, tags, suffix):
+    """As pandas writes them, whatever separates the columns."""
+    file, separator = tmp_path / f"d.{suffix}", {"csv": ",", "tsv": "\t"}[suffix]
+    rows = [{"question": 'Say "yes",\n\tthen\r\n"no"', "solution": 'a 5" disk'}, {"question": '2"?', "solution": "5"}]
+    pd.DataFrame(rows).to_csv(file, sep=separator, index=False)
+    load = lambda: load_rows(str(file), "train", None, COLUMNS, tags, "dataset_id_or_path").to_list()  # noqa: E731
+    assert load() == rows
+    head = f"question{separator}solution\n\n"
+    file.write_text(f'{head}a 5" disk{separator}5\n"two\nlines"{separator}9\n')
+    assert load() == [{"question": 'a 5" disk', "solution": "5"}, {"question": "two\nlines", "solution": "9"}]
+    lost, left, last = (f"{text}{separator}9\n" for text in ('"2+3?', '"Yes" or no?', '"6+1?"'))
+    for broken in (lost, lost + last, left, left + last):
+        file.write_text(f'{head}"two\nlines"{separator}9\n{broken}')
+        with pytest.raises(ConfigError, match=f"of d.{suffix} the row that begins in line 5 has .*\n.*quote twice"):
+            load()
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])
@@ -219,14 +295,16 @@ def test_files_of_a_folder_are_read_as_they_are_by_themselves(tmp_path, tags):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / file).write_text(text if file != "test.csv" else text.replace("007", "008"))
     (tmp_path / "three").mkdir()
-    (tmp_path / "three/train.jsonl").write_text('{"question": "When?", "solution": "2024-05-01"}\n')
+    for part, tagged in enumerate(([], ["a", "b"])):
+        row = {"question": "When?", "solution": "2024-05-01", "tags": tagged}
+        write(tmp_path / f"three/train-{part}.jsonl", [row])
 
     def solutions(folder, split="train"):
         return list(load_rows(str(tmp_path / folder), split, None, COLUMNS, tags, "dataset_id_or_path")["solution"])
 
     assert solutions("one") == solutions("two") == ["007", "1e3", "NA"]
     assert solutions("one", "test")[0] == "008"
-    assert solutions("three") == ["2024-05-01"]
+    assert solutions("three") == ["2024-05-01"] * 2
 
 
 def test_one_object_of_columns_is_no_row(tmp_path, tags):

@@ -1,8 +1,10 @@
 """How a trained model is written. Run: ./run_tests.sh tests/test_saving.py"""
 
 import json
+import shutil
 
 import torch
+from command_line import code_of_its_card
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from small_run import make_trainer
@@ -57,3 +59,34 @@ def test_a_readme_that_is_not_ours_is_kept(model_dir, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     write_model_card(tmp_path, options, (2,))
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def explain_by_the_card(model_dir, folder, of_the_model, **options):
+    """The function of a card, beside a model whose own generation_config.json says something, too."""
+    shutil.copytree(model_dir, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True} | of_the_model))
+    lengths = {"max_completion_length": 8, "teacher_system_prompt": "Explain."}
+    write_model_card(folder, options_class("rl")(**lengths, **options), ())
+    names = {}
+    exec(code_of_its_card(folder), names)  # noqa: S102
+    return names["explain"]
+
+
+def test_the_card_samples_as_the_run_did(model_dir, tmp_path):
+    explain = explain_by_the_card(model_dir, tmp_path / "free", {"top_k": 1})
+    assert len({explain("What is 2+3?", "5") for _ in range(4)}) > 1
+    altered = {"temperature": 0.5, "top_k": 1, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
+    explain = explain_by_the_card(model_dir, tmp_path / "one", {"top_k": 50}, **altered, use_vllm=False)
+    assert len({explain("What is 2+3?", "5") for _ in range(4)}) == 1
+    assert f"sampling = {altered}" in (tmp_path / "one" / "README.md").read_text()
+    own = {"use_vllm": False, "generation_kwargs": {"no_repeat_ngram_size": 2}, "top_k": -1}
+    explain_by_the_card(model_dir, tmp_path / "own", {}, **own)
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "'top_k': 0" in card and "'no_repeat_ngram_size': 2" in card
+
+
+def test_what_the_card_prints_is_the_explanation_alone(model_dir, tokenizer, tmp_path):
+    (five,) = tokenizer.encode("5", add_special_tokens=False)
+    ends = [[[tokenizer.eos_token_id], 100.0], [[five], 200.0], [[five, five], -200.0]]  # "5", then the end of turn
+    explain = explain_by_the_card(model_dir, tmp_path / "ends", {"sequence_bias": ends})
+    assert explain("What is 2+3?", "5") == "5"

@@ -77,17 +77,26 @@ def test_r1_tags_and_their_own_system_prompt(tokenizer):
     assert text_of(renderer.teacher("What is 2+3?", "5", "2+3=5")) == expected
 
 
+@pytest.mark.parametrize("tag_format", ["r1", "stratos"])
 @pytest.mark.parametrize("opening", ["<think>", "<think>\n", "<think>\n\n"])
-def test_a_thought_that_the_template_opens_is_opened_once(tokenizer, opening):
+def test_a_thought_that_the_template_opens_is_opened_once_and_in_the_format_s_tags(tokenizer, opening, tag_format):
     """As R1-Distill's and QwQ's do."""
     reasoning = copy(tokenizer)
     reasoning.chat_template += "{% if add_generation_prompt %}{{ '" + opening.replace("\n", "\\n") + "' }}{% endif %}"
-    plain, opened = (Renderer(each, TAG_FORMATS["r1"], None, "student_model") for each in (tokenizer, reasoning))
+    plain, opened = (Renderer(each, TAG_FORMATS[tag_format], None, "student_model") for each in (tokenizer, reasoning))
     assert text_of(opened.student("q", "e", "s")) == text_of(plain.student("q", "e", "s"))
     assert text_of(opened.teacher("q", "s", "e")) == text_of(plain.teacher("q", "s", "e"))
     assert opening in opened._apply(
         [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}], add_generation_prompt=True
     )
+
+
+def test_a_thought_that_the_template_has_closed_stays(tokenizer, tags):
+    """As Qwen3's with enable_thinking=false does."""
+    closing = copy(tokenizer)
+    closing.chat_template += "{% if add_generation_prompt %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    student = text_of(Renderer(closing, tags, None, "student_model").student("q", "e", "s"))
+    assert "assistant\n<think>\n\n</think>\n\n<|begin_of_thought|>" in student
 
 
 def test_texts_do_not_depend_on_the_day(tokenizer, tags):

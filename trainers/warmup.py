@@ -38,6 +38,8 @@ CODE = (
     "data/offsets.py",
     "data/render.py",
     "data/load.py",
+    "data/files.py",
+    "data/turns.py",
     "trainers/sft.py",
     "trainers/texts.py",
     "trainers/models.py",

@@ -2,8 +2,9 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from trainers.options import TrainOptions
+from trainers.options import RLOptions, TrainOptions
 from trainers.settings.reward_specs import uses_student
 
 MARK = "<!-- written with the model; a later run into this folder writes it anew -->"
@@ -25,6 +26,7 @@ import torch
 from {library} import {loader}
 from transformers import AutoTokenizer
 
+from data.explanation import sampled_explanation
 from data.formats import TAG_FORMATS
 from data.render import Renderer
 
@@ -34,6 +36,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 model = {loader}.from_pretrained(folder, dtype="auto"{trust}).to(device)
 tags = TAG_FORMATS[{tag_format!r}].with_prompts({teacher!r}, {student!r})
 renderer = Renderer(tokenizer, tags, {template!r}, "model_name_or_path", {end_ids!r})
+sampling = {sampling!r}  # as trained, whatever generation_config.json says
 
 
 def explain(question: str, solution: str) -> str:
@@ -41,17 +44,20 @@ def explain(question: str, solution: str) -> str:
     asked, closing = torch.tensor([ids], device=device), tags.explanation[1]
     stops = {{"max_new_tokens": {limit}, "stop_strings": [closing], "tokenizer": tokenizer}}
     stops["eos_token_id"] = list(renderer.end_ids)
-    written = model.generate(asked, do_sample=True, temperature={temperature}, **stops)[0, len(ids) :]
-    return tokenizer.decode(written).partition(closing)[0].strip()
+    written = model.generate(asked, do_sample=True, **sampling, **stops)[0, len(ids) :]
+    return sampled_explanation(renderer, written.tolist()).text.strip()
 
 
 print(explain("What is 2+3?", "5"))
 ```
 
-vLLM takes the same `ids` as `prompt_token_ids`, with `stop=[closing]` and `skip_special_tokens=False`{merged}.
+vLLM takes the same `ids` as `prompt_token_ids`, with `**sampling`, `stop=[closing]` and
+`skip_special_tokens=False`{merged}.
 """
 MERGED = """; for its plain
 engine merge the adapter first: `./launch_mono.sh stage=merge model_name_or_path={folder} output_dir=<new folder>`"""
+
+UNALTERED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def write_model_card(folder: Path, options: TrainOptions, end_ids: tuple[int, ...]) -> None:
@@ -85,6 +91,13 @@ def write_model_card(folder: Path, options: TrainOptions, end_ids: tuple[int, ..
             student=options.student_system_prompt,
             template=options.chat_template_kwargs,
             limit=options.max_completion_length if is_rl else 2048,
-            temperature=options.temperature if is_rl else 1.0,
+            sampling=_sampling(options) if is_rl else UNALTERED,
         )
     card.write_text(text, encoding="utf-8")
+
+
+def _sampling(options: RLOptions) -> dict[str, Any]:
+    """What the run sampled with, as arguments of transformers' `generate`."""
+    given = {name: value for name in UNALTERED if (value := getattr(options, name)) is not None}
+    given["top_k"] = max(0, given.get("top_k", 0))  # vLLM has -1 for all, too
+    return UNALTERED | given | ({} if options.use_vllm else options.generation_kwargs or {})
