@@ -66,7 +66,7 @@ def check_warmups(options: BaseOptions) -> None:
 
 def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, num_devices: int, rank: int) -> None:
     """Plan it, write its config.yaml, and run it."""
-    from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs
+    from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs, use_hub_token
 
     plan = None
     if options.stage in ("rl", "sft"):
@@ -75,6 +75,7 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
     prepare_wandb(options)
+    use_hub_token(options)
     if options.stage == "rescore":
         from trainers.rescore import run_rescore
 

@@ -1,10 +1,14 @@
 """How a trained model is written. Run: ./run_tests.sh tests/test_saving.py"""
 
 import json
+import pickle
 import shutil
 
+import pytest
 import torch
 from command_line import code_of_its_card
+from conftest import REPO
+from huggingface_hub import get_token
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from small_run import make_trainer
@@ -12,8 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from trainers import bridges
 from trainers.bridges import RestartBridge
+from trainers.checks import load_options
+from trainers.config import compose_run
 from trainers.options import options_class
-from trainers.sft import WarmupTrainer
+from trainers.rl import grpo_config
+from trainers.sft import WarmupTrainer, sft_config
+from trainers.watch.outputs import use_hub_token
 from trainers.weights import saving
 from trainers.weights.model_card import write_model_card
 
@@ -43,6 +51,21 @@ def test_the_warm_up_and_the_engine_that_is_built_anew_write_shards_too(model_di
     monkeypatch.setattr(bridges, "SHARD", SMALL)
     RestartBridge(AutoModelForCausalLM.from_pretrained(model_dir)).save(str(tmp_path))
     assert len(shards(tmp_path)) >= 3
+
+
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+def test_the_token_of_the_hub_is_found_there_and_pickled_nowhere(tmp_path, monkeypatch, stage):
+    """transformers writes its arguments into training_args.bin, which push_to_hub uploads."""
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    run = "teacher_rlt_tiny" if stage == "rl" else "teacher_sft_tiny"
+    options = load_options(compose_run(run, ["device=cpu", "hub_token=hf_SECRET"]), repo=REPO)
+    use_hub_token(options)
+    if stage == "rl":
+        arguments = grpo_config(options, tmp_path, torch.float32)
+    else:
+        arguments = sft_config(options, tmp_path, 1, torch.float32)
+    assert b"SECRET" not in pickle.dumps(arguments)
+    assert get_token() == "hf_SECRET"
 
 
 def test_a_readme_that_is_not_ours_is_kept(model_dir, tmp_path):

@@ -346,7 +346,10 @@ def _is_own(cls: type[BaseModel], name: str) -> bool:
 
 
 def trl_arguments(options: CommonOptions, kind: str) -> dict[str, Any]:
-    """Return the TRL options that were set, ready for TRL's configuration class."""
+    """Return the TRL options that were set, ready for TRL's configuration class.
+
+    Not `hub_token`: transformers pickles its arguments beside the model, and uploads them (`outputs.use_hub_token`).
+    """
     own = (RLOptions if kind == "grpo" else SFTOptions).model_fields
-    names = set(trl_options(kind)) - set(own) - set(DERIVED)
+    names = set(trl_options(kind)) - set(own) - set(DERIVED) - {"hub_token"}
     return {name: getattr(options, name) for name in options.model_fields_set & names}
