@@ -24,13 +24,12 @@ if __name__ == "__main__":
 
     use_own_python()
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+import yaml
 
 from trainers.checks import load_options
-from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run, resolved
+from trainers.config import REPO, chosen_run, compose_run, named_run
 from trainers.errors import ConfigError, OutOfMemory
+from trainers.masking import masked
 from trainers.options import WITH_MODELS, BaseOptions
 from trainers.plan.hardware import num_processes, prepare_allocator
 from trainers.plan.planning import faults_ahead, planned, run_plan
@@ -38,7 +37,7 @@ from trainers.settings.reward_specs import model_keys
 from trainers.warmup import warmup_options
 
 PLAN = {"stage=plan", "+stage=plan", "++stage=plan"}
-PRINTING = {"--help", "-h", "--cfg", "-c", *PLAN}  # words of what only prints
+HELP = {"--help", "-h"}
 
 
 def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
@@ -103,16 +102,6 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
         run_rl(options, output_dir, plan)
 
 
-@hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
-def main(config: DictConfig) -> None:
-    try:
-        composed = resolved(config)
-        options = load_options(composed, num_processes(), REPO)
-        run(options, composed, HydraConfig.get().runtime.choices["run_cfg"])
-    except (ConfigError, OutOfMemory) as error:
-        sys.exit(str(error))
-
-
 def use_one_gpu() -> None:
     """A single process sees the first GPU only: with several, transformers would spread one model over all.
 
@@ -139,25 +128,52 @@ def plan(arguments: list[str]) -> bool:
     return run_plan(options, options.vram_gb if asked else None)
 
 
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if PRINTING & set(arguments):
+def show(arguments: list[str]) -> None:
+    """Print a run as it is composed, before the options' own defaults, without secrets."""
+    composed = compose_run("", arguments)
+    print(yaml.safe_dump(masked(composed), sort_keys=False, allow_unicode=True), end="")
+
+
+def begin(arguments: list[str]) -> int:
+    """Do what the words of a command line ask for.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError, OutOfMemory: With all that is to be told.
+    """
+    asked = set(arguments)
+    if asked & {*HELP, "--cfg", *PLAN}:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
     use_one_gpu()
     prepare_allocator()
-    if "--help" in arguments or "-h" in arguments:
+    if asked & HELP:
         from trainers.settings.help import print_help
 
         print_help(__doc__)
-        sys.exit()
+    elif "--cfg" in asked:
+        at = arguments.index("--cfg")
+        behind = arguments[at + 1 :]
+        show(arguments[:at] + (behind[1:] if behind[:1] == ["job"] else behind))
+    elif "--check" in asked:
+        check([word for word in arguments if word != "--check"])
+    elif asked & PLAN:
+        return 0 if plan([word for word in arguments if word not in PLAN]) else 1
+    else:
+        composed = compose_run("", arguments)
+        run(load_options(composed, num_processes(), REPO), composed, chosen_run(arguments))
+    return 0
+
+
+def main() -> None:
+    """End with a message where there is one, and no traceback above it."""
     try:
-        if "--check" in arguments:
-            arguments.remove("--check")
-            check(arguments)
-            sys.exit()
-        if PLAN & set(arguments):
-            sys.exit(0 if plan([word for word in arguments if word not in PLAN]) else 1)
-        sys.argv[1:] = hydra_arguments(arguments)
-    except ConfigError as error:
+        status = begin(sys.argv[1:])
+    except (ConfigError, OutOfMemory) as error:
         sys.exit(str(error))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
     main()

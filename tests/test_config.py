@@ -327,7 +327,7 @@ def test_a_run_with_a_space_behind_it_is_no_pair():
 
 
 def test_an_empty_value_may_be_followed_by_any_word_of_its_own():
-    for behind in ("teacher_rlt_tiny", "--cfg", "~beta", "max_steps=3"):
+    for behind in ("teacher_rlt_tiny", "~beta", "max_steps=3"):
         assert "++run_name=" in hydra_arguments(["run_name=", behind])
 
 
@@ -340,17 +340,25 @@ def test_overrides_may_set_keys_that_no_yaml_mentions():
     assert hydra_arguments(["unbias_student_log_probs_temp=0.5"])[1:] == ["++student_temperature=0.5"]
     for null in ("null", "None"):  # 1 in the reference implementation, whose name it is
         assert hydra_arguments([f"unbias_student_log_probs_temp={null}"])[1:] == ["++student_temperature=1.0"]
-    behind = hydra_arguments(["--cfg", "job", "max_steps=5", "teacher_rlt_tiny"])
-    assert behind == ["run_cfg=teacher_rlt_tiny", "++max_steps=5", "--cfg", "job"]
-    arguments = hydra_arguments(["max_steps=5", "+epsilon_high=0.28", "trainer_cfg=grpo_tiny", "--cfg", "job"])
-    assert arguments == [
-        "run_cfg=teacher_rlt_tiny",
-        "++max_steps=5",
-        "++epsilon_high=0.28",
-        "trainer_cfg=grpo_tiny",
-        "--cfg",
-        "job",
-    ]
+    arguments = hydra_arguments(["max_steps=5", "+epsilon_high=0.28", "trainer_cfg=grpo_tiny"])
+    assert arguments == ["run_cfg=teacher_rlt_tiny", "++max_steps=5", "++epsilon_high=0.28", "trainer_cfg=grpo_tiny"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--max-steps=3", "-> max_steps=3"),
+        ("--info", "--help, --check and --cfg job are all that have"),
+        ("hydra.run.dir=x", "output_dir=<folder>"),
+        ("hydra/job_logging=none", "neither makes folders nor logs"),
+        ("model_cfg=nope", "Could not override 'model_cfg'"),
+        ("trainer_cfg=nope", "Could not find 'trainer_cfg/nope'"),
+    ],
+)
+def test_words_that_are_no_options_end_a_run_with_one_message(word, told):
+    done = run_train("teacher_rlt_tiny", word)
+    assert done.returncode == 1 and told in done.stderr and done.stderr.startswith("1 problem"), done.stderr
+    assert "HYDRA_FULL_ERROR" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["grpo", "sft"])
@@ -494,10 +502,10 @@ def test_a_plan_is_asked_for_in_any_of_hydra_s_ways(word):
 
 
 def test_cfg_job_prints_the_composed_configuration():
-    done = run_train("teacher_rlt_mono.yaml", "max_steps=7", "--cfg", "job")
+    done = run_train("teacher_rlt_mono.yaml", "--cfg", "job", "max_steps=7", "hub_token=hf_SECRET")
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
-    assert shown["max_steps"] == 7
+    assert shown["max_steps"] == 7 and "SECRET" not in done.stdout
     assert shown["student_model"] == "bespokelabs/Bespoke-Stratos-7B"
 
 

@@ -137,7 +137,7 @@ def test_what_libraries_say_of_it_is_known_and_a_card_that_tells_no_more_hides_i
 def test_the_program_ends_with_the_message_alone(tmp_path):
     code = "import sys, train\nfrom trainers.errors import OutOfMemory\n"
     code += "def failing(*_): raise OutOfMemory('out of memory in the phase score')\n"
-    code += f"train.run = failing\nsys.argv = ['train.py', 'hydra.run.dir={tmp_path}']\ntrain.main()"
+    code += f"train.run = failing\nsys.argv = ['train.py', 'output_dir={tmp_path}']\ntrain.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
     assert done.returncode == 1 and done.stderr == "out of memory in the phase score\n"
 

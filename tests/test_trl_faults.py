@@ -7,7 +7,7 @@ import pytest
 from conftest import REPO
 
 from trainers.checks import load_options
-from trainers.config import compose_run, hydra_arguments, resolved
+from trainers.config import _resolved, compose_run, hydra_arguments
 from trainers.errors import ConfigError
 from trainers.options import options_class
 from trainers.settings import reporting
@@ -135,6 +135,6 @@ def test_what_leads_nowhere_is_told():
     from omegaconf import OmegaConf
 
     with pytest.raises(ConfigError, match="output_dir: Interpolation key 'foo' not found"):
-        resolved(OmegaConf.create({"output_dir": "${foo}"}))
+        _resolved(OmegaConf.create({"output_dir": "${foo}"}))
     done = subprocess.run([sys.executable, REPO / "train.py", "output_dir=${foo}"], capture_output=True, text=True)
     assert done.returncode == 1 and "1 problem" in done.stderr and "Traceback" not in done.stderr

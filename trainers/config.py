@@ -28,10 +28,7 @@ DEFAULT_RUN = "teacher_rlt_tiny"
 SAME = {"unbias_student_log_probs_temp": "student_temperature"}
 NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
 
-# Hydra's own.
-FLAGS = ("help", "hydra_help", "version", "cfg", "resolve", "package", "run", "shell_completion", "info")
-FLAGS += ("config_path", "config_name", "config_dir", "experimental_rerun")
-MULTIRUN = ("-m", "--multirun")
+MULTIRUN = ("-m", "--multirun")  # Hydra's
 
 # `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
 OmegaConf.register_new_resolver("repo", lambda path: str(REPO / path), replace=True)
@@ -65,7 +62,7 @@ def find_run(name: str) -> str:
 
 
 def hydra_arguments(arguments: list[str]) -> list[str]:
-    """Turn what a user types into Hydra's grammar.
+    """Turn what a user types into Hydra's grammar; the first word chooses the run.
 
     A word without `=` names the run. `key=value` becomes `++key=value`, so that a key which no YAML file mentions
     can be set too; whether it exists is judged once, for the whole, by `load_options` (Hydra would ask for a `+`,
@@ -73,18 +70,19 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     """
     _refuse_spaces(arguments)
     _refuse_sweeps(arguments)
-    result, flags, run, takes_value = [], [], None, False
+    result, run = [], None
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~")
-        if takes_value or argument.startswith("-"):
-            if argument.startswith("--") and (option := argument[2:].partition("=")[0].replace("-", "_")) not in FLAGS:
-                remedy = f"{option}={argument.partition('=')[2] or '<value>'}"
-                raise ConfigError(Fault(argument, ..., "options are written without dashes", remedy))
-            takes_value = argument in ("--cfg", "-c", "--package", "-p", "--info", "-i")
-            flags.append(argument)
-        elif "=" not in argument and not argument.startswith("~"):
+        if argument.startswith("-"):
+            option, _, value = argument.lstrip("-").partition("=")
+            remedy = f"{option.replace('-', '_')}={value or '<value>'}; --help, --check and --cfg job are all that have"
+            raise ConfigError(Fault(argument, ..., "options are written without dashes", remedy))
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            cause = "Hydra composes the configuration here, and neither makes folders nor logs"
+            raise ConfigError(Fault(key, ..., cause, "leave it out; output_dir=<folder> is where a run writes"))
+        if "=" not in argument and not argument.startswith("~"):
             run = find_run(argument)
-        elif key in GROUPS or key.startswith("hydra") or argument.startswith("~"):
+        elif key in GROUPS or argument.startswith("~"):
             if key == "run_cfg":
                 run = find_run(argument.split("=", 1)[1])
             else:
@@ -96,7 +94,12 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     _check_grammar(word for word in result if "=" in word)
     stages = {f"++stage={stage}": stage for stage in ("score", "rescore", "merge")}
     default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
-    return [f"run_cfg={run or default}", *result, *flags]  # Hydra takes no override behind a flag
+    return [f"run_cfg={run or default}", *result]
+
+
+def chosen_run(arguments: list[str]) -> str:
+    """The run of cfgs/run_cfg that the words of a command line choose."""
+    return hydra_arguments(arguments)[0].partition("=")[2]
 
 
 def _refuse_spaces(arguments: list[str]) -> None:
@@ -178,7 +181,7 @@ def _check_grammar(overrides: Iterable[str]) -> None:
         raise ConfigError(faults)
 
 
-def resolved(config: DictConfig) -> dict[str, Any]:
+def _resolved(config: DictConfig) -> dict[str, Any]:
     """A composed configuration as a flat mapping.
 
     Raises:
@@ -205,4 +208,4 @@ def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]
     except (HydraException, YAMLError) as error:
         cause, remedy = " ".join(str(error).split()), "correct what it names, in cfgs/ or on the command line"
         raise ConfigError(Fault("configuration", ..., cause, remedy)) from error
-    return resolved(config)
+    return _resolved(config)
