@@ -310,6 +310,7 @@ def test_a_sweep_is_a_loop_of_the_shell(words, remedy):
         ["hub_token=hf_SECRET,b"],
         ["hub_token", "=", "hf_SECRET"],
         ["hub_token=", "hf_SECRET"],
+        ["--hub-token=hf_SECRET"],
         ["-m", "hub_token=hf_SECRET", "seed=1,2"],
         ["vllm_kwargs={hf_token: hf_SECRET x,}"],
     ],

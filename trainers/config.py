@@ -74,9 +74,9 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~")
         if argument.startswith("-"):
-            option, _, value = argument.lstrip("-").partition("=")
+            option, _, value = _shown(argument.lstrip("-")).partition("=")
             remedy = f"{option.replace('-', '_')}={value or '<value>'}; --help, --check and --cfg job are all that have"
-            raise ConfigError(Fault(argument, ..., "options are written without dashes", remedy))
+            raise ConfigError(Fault(_shown(argument), ..., "options are written without dashes", remedy))
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             cause = "Hydra composes the configuration here, and neither makes folders nor logs"
             raise ConfigError(Fault(key, ..., cause, "leave it out; output_dir=<folder> is where a run writes"))
