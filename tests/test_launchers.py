@@ -4,6 +4,7 @@ The stand-in writes down how it was called; really installing the packages takes
 """
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -342,6 +343,23 @@ def test_the_allocator_is_asked_for_pages_unless_the_user_says_otherwise(monkeyp
     prepare_allocator()
     pages = "expandable_segments:True"
     assert os.environ == {"PYTORCH_ALLOC_CONF": pages, "PYTORCH_CUDA_ALLOC_CONF": pages}
+
+
+def test_wsl_goes_without_pages_and_has_vllm_pin_memory(monkeypatch):
+    from vllm import envs
+
+    from trainers.plan.hardware import prepare_allocator
+
+    wsl = platform.uname_result("Linux", "pc", "6.18.33.2-microsoft-standard-WSL2", "#1 SMP", "x86_64")
+    monkeypatch.setattr(platform, "uname", lambda: wsl)
+    monkeypatch.setattr(os, "environ", {})
+    prepare_allocator()
+    assert os.environ == {"VLLM_WSL2_ENABLE_PIN_MEMORY": "1"}
+    assert envs.environment_variables["VLLM_WSL2_ENABLE_PIN_MEMORY"]() is True  # it is called so in this version
+    for name, value in (("VLLM_WSL2_ENABLE_PIN_MEMORY", "0"), ("PYTORCH_ALLOC_CONF", "expandable_segments:True")):
+        os.environ[name] = value
+        prepare_allocator()
+        assert os.environ[name] == value
 
 
 @pytest.mark.parametrize(

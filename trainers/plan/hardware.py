@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import os
+import platform
 from functools import cache
 
 from packaging.version import Version
@@ -50,14 +51,24 @@ def num_cuda_devices() -> int:
     return count.value
 
 
+def in_wsl() -> bool:
+    """Whether this is Linux within Windows (WSL 2), whose driver shares the card."""
+    return "microsoft" in platform.uname().release.lower()
+
+
 def prepare_allocator() -> None:
-    """Let torch's memory of a GPU grow and shrink in pages, before it takes any.
+    """Let torch's memory of a GPU grow and shrink in pages, before it takes any, and before vLLM is imported.
 
     In blocks it keeps a whole one for the smallest tensor in it, and the KV cache that was given back for an update
     wants all of its memory again. vLLM keeps its own pools apart from this. What the user has set stays.
+
+    WSL goes without: with some of its drivers the first allocation fails (pytorch#192330). And unless told, vLLM pins
+    no host memory there, which its model runner wants (vllm/envs.py).
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the latter is all that vLLM before 0.31 looks at
-    if not set(names) & set(os.environ):
+    if in_wsl():
+        os.environ.setdefault("VLLM_WSL2_ENABLE_PIN_MEMORY", "1")
+    elif not set(names) & set(os.environ):
         os.environ |= dict.fromkeys(names, "expandable_segments:True")
 
 
