@@ -169,6 +169,14 @@ def test_cpu_packages_on_a_machine_with_a_card_fail(card):
     assert levels(found.findings, "memory") == ["ok"]
 
 
+def test_a_cpu_build_of_torch_among_the_cuda_packages_fails(card, monkeypatch):
+    card()
+    monkeypatch.setattr(preflight, "lock_file", lambda: REPO / "requirements.txt")
+    monkeypatch.setattr(preflight, "cpu_builds", lambda: {"torch": "2.13.0+cpu"})
+    found = preflight.preflight("teacher_rlt_mono_85gb", []).findings
+    assert ["CPU build" in f.message for f in found if f.check == "CUDA" and f.level == "error"] == [True]
+
+
 def test_old_driver_fails(card):
     card(driver="535.1")
     found = preflight.preflight("teacher_rlt_mono_85gb", [])

@@ -23,7 +23,7 @@ from transformers import (
 from trainers.attention import attention_fault, attention_of
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
-from trainers.plan.hardware import num_cuda_devices
+from trainers.plan.hardware import cpu_torch_fault, num_cuda_devices
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +37,20 @@ CHATML = (
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device that `auto`, `cuda` or `cpu` means here."""
+    """Return the device that `auto`, `cuda` or `cpu` means here.
+
+    Raises:
+        ConfigError: If there is a card that this torch cannot use, and the CPU was not asked for.
+    """
     if device == "cpu" or num_cuda_devices() == 0:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if device == "cuda":
-            cause = "there is a GPU, but the torch that is installed is the CPU build"
-            raise ConfigError(Fault("device", "cuda", cause, "./launch_mono.sh without RLT_CPU takes the CUDA build"))
-        return torch.device("cpu")
-    return torch.device("cuda")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.version.cuda is None:
+        raise ConfigError(cpu_torch_fault(device))
+    cause = f"there is an NVIDIA card, and torch, built for CUDA {torch.version.cuda}, cannot use it"
+    remedy = "update the NVIDIA driver (python -c 'import torch; torch.zeros(1).cuda()' says more), or device=cpu"
+    raise ConfigError(Fault("device", device, cause, remedy))
 
 
 def resolve_dtype(precision: str, device: torch.device, every_weight: bool = False) -> torch.dtype:

