@@ -32,7 +32,7 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, hydra_arguments, named_run, resolved
 from trainers.errors import ConfigError, OutOfMemory
 from trainers.options import WITH_MODELS, BaseOptions
-from trainers.plan.hardware import num_processes, prepare_allocator
+from trainers.plan.hardware import num_processes, prepare_gpu
 from trainers.plan.planning import faults_ahead, planned, run_plan
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import warmup_options
@@ -112,16 +112,6 @@ def main(config: DictConfig) -> None:
         sys.exit(str(error))
 
 
-def use_one_gpu() -> None:
-    """A single process sees the first GPU only: with several, transformers would spread one model over all.
-
-    The driver reads this once, when it is first asked anything: nothing may have asked it yet.
-    """
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the plan's card is the run's
-    if num_processes() == 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-
-
 def check(arguments: list[str]) -> None:
     """Compose and check a run, and start nothing: its options, and the configs of models that are here."""
     options = load_options(compose_run("", arguments), num_processes(), REPO)
@@ -142,8 +132,7 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if PRINTING & set(arguments):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
-    use_one_gpu()
-    prepare_allocator()
+    prepare_gpu()
     if "--help" in arguments or "-h" in arguments:
         from trainers.settings.help import print_help
 

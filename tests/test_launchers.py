@@ -4,7 +4,6 @@ The stand-in writes down how it was called; really installing the packages takes
 """
 
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -366,53 +365,3 @@ def test_locks_agree_on_what_both_name():
     gpu, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
     for name in ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "hydra-core", "omegaconf", "wandb"):
         assert gpu[name] == cpu[name], name
-
-
-def test_the_allocator_is_asked_for_pages_unless_the_user_says_otherwise(monkeypatch):
-    from trainers.plan.hardware import prepare_allocator
-
-    monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
-    prepare_allocator()
-    assert os.environ == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}  # torch would prefer the other name
-    os.environ.clear()
-    prepare_allocator()
-    pages = "expandable_segments:True"
-    assert os.environ == {"PYTORCH_ALLOC_CONF": pages, "PYTORCH_CUDA_ALLOC_CONF": pages}
-
-
-def test_wsl_goes_without_pages_and_has_vllm_pin_memory(monkeypatch):
-    from vllm import envs
-
-    from trainers.plan.hardware import prepare_allocator
-
-    wsl = platform.uname_result("Linux", "pc", "6.18.33.2-microsoft-standard-WSL2", "#1 SMP", "x86_64")
-    monkeypatch.setattr(platform, "uname", lambda: wsl)
-    monkeypatch.setattr(os, "environ", {})
-    prepare_allocator()
-    assert os.environ == {"VLLM_WSL2_ENABLE_PIN_MEMORY": "1"}
-    assert envs.environment_variables["VLLM_WSL2_ENABLE_PIN_MEMORY"]() is True  # it is called so in this version
-    for name, value in (("VLLM_WSL2_ENABLE_PIN_MEMORY", "0"), ("PYTORCH_ALLOC_CONF", "expandable_segments:True")):
-        os.environ[name] = value
-        prepare_allocator()
-        assert os.environ[name] == value
-
-
-@pytest.mark.parametrize(
-    ("given", "seen"), [(None, "0"), ("3,1", "3"), ("GPU-5f,GPU-6a", "GPU-5f"), ("", ""), ("-1", "-1")]
-)
-def test_a_single_process_sees_one_gpu(given, seen, monkeypatch):
-    import train
-
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")  # to be as it was afterwards
-    monkeypatch.delenv("CUDA_DEVICE_ORDER")
-    if given is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    train.use_one_gpu()
-    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == (seen, "PCI_BUS_ID")
-    for processes, seen in (("", "0"), ("1", "0"), ("2", "0,1")):  # some clusters say that there is one
-        monkeypatch.setenv("WORLD_SIZE", processes)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        train.use_one_gpu()
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen

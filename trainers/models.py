@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainers.attention import attention_fault, attention_of
+from trainers.attention import attention_fault, attention_of, leave_out_cudnn
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.plan.hardware import cpu_torch_fault, num_cuda_devices
@@ -84,8 +84,7 @@ def resolve_place(options: CommonOptions) -> tuple[torch.device, torch.dtype]:
         cause = "this run computes on the CPU: they are in host memory already"
         raise ConfigError(Fault("activation_offloading", True, cause, "activation_offloading=false"))
     if device.type == "cuda":
-        # As vLLM has it for the whole process: cuDNN's attention makes a plan for each new number of texts and tokens.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        leave_out_cudnn()
     return device, resolve_dtype(options.precision, device, not getattr(options, "use_peft", True))
 
 

@@ -88,6 +88,22 @@ def in_wsl() -> bool:
     return "microsoft" in platform.uname().release.lower()
 
 
+def prepare_gpu() -> None:
+    """What a process that may compute on a GPU sets before it asks the driver anything, or imports vLLM."""
+    use_one_gpu()
+    prepare_allocator()
+
+
+def use_one_gpu() -> None:
+    """A single process sees the first GPU only: with several, transformers would spread one model over all.
+
+    The driver reads this once, when it is first asked anything: nothing may have asked it yet.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the plan's card is the run's
+    if num_processes() == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def prepare_allocator() -> None:
     """Let torch's memory of a GPU grow and shrink in pages, before it takes any, and before vLLM is imported.
 
