@@ -52,6 +52,22 @@ def test_warm_ups_that_a_run_would_train_first_are_planned_with_it():
     assert "run:student_sft_tiny is trained first: peak" in found.text(full=False)
 
 
+@pytest.mark.parametrize("run", ["teacher_rlt_tiny", "teacher_sft_tiny", "student_sft_tiny"])
+def test_the_run_in_small_is_of_the_same_precision_on_a_card(run):
+    for words, precision in ((), "fp32"), (("precision=bf16",), "bf16"), (("precision=auto",), "bf16"):
+        found = assess(problem(checked(run, *words), machine(24)))
+        plans = [found.plan, *(warmup.plan for warmup in found.warmups.values())]
+        assert {plan.work.precision for plan in plans} == {precision}
+        assert not found.with_warmups("start") + found.with_warmups("memory")
+
+
+def test_adapters_of_the_run_in_small_need_half_precision_on_a_card_which_is_said():
+    (fault,) = assess(problem(checked("teacher_rlt_tiny", "use_peft=true"), machine(24))).with_warmups("start")
+    assert fault.key == "precision" and "precision=bf16" in fault.remedy
+    there = problem(checked("teacher_rlt_tiny", "use_peft=true", "precision=bf16"), machine(24))
+    assert not assess(there).with_warmups("start")
+
+
 @pytest.mark.parametrize("run", ["teacher_rlt_mono_24gb", "teacher_sft_24gb"])
 def test_a_launch_on_a_card_begins_with_what_stage_plan_prints(run, monkeypatch, caplog, capsys):
     monkeypatch.setattr(planning, "machine_for", lambda *_: machine(24))

@@ -86,8 +86,8 @@ def test_a_gpu_computes_without_cudnn_s_attention_in_every_stage(card, attention
 
 def test_run_s_place_depends_on_use_peft(card, attention_of_cudnn):
     card(has_bf16=False)
-    assert resolve_place(checked("use_peft=true")) == (CUDA, torch.float16)
-    assert resolve_place(checked("use_peft=false")) == (CUDA, torch.float32)
+    assert resolve_place(checked("use_peft=true", "precision=auto")) == (CUDA, torch.float16)
+    assert resolve_place(checked("use_peft=false", "precision=auto")) == (CUDA, torch.float32)
     assert resolve_place(SimpleNamespace(device="auto", precision="auto")) == (CUDA, torch.float16)  # score trains none
 
 
