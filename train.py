@@ -31,7 +31,7 @@ from trainers.config import REPO, chosen_run, compose_run, named_run
 from trainers.errors import ConfigError, OutOfMemory
 from trainers.masking import masked
 from trainers.options import WITH_MODELS, BaseOptions
-from trainers.plan.hardware import num_processes, prepare_allocator
+from trainers.plan.hardware import num_processes, prepare_gpu
 from trainers.plan.planning import faults_ahead, planned, run_plan
 from trainers.settings.reward_specs import model_keys
 from trainers.warmup import warmup_options
@@ -102,16 +102,6 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
         run_rl(options, output_dir, plan)
 
 
-def use_one_gpu() -> None:
-    """A single process sees the first GPU only: with several, transformers would spread one model over all.
-
-    The driver reads this once, when it is first asked anything: nothing may have asked it yet.
-    """
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the plan's card is the run's
-    if num_processes() == 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-
-
 def check(arguments: list[str]) -> None:
     """Compose and check a run, and start nothing: its options, and the configs of models that are here."""
     options = load_options(compose_run("", arguments), num_processes(), REPO)
@@ -146,8 +136,7 @@ def begin(arguments: list[str]) -> int:
     asked = set(arguments)
     if asked & {*HELP, "--cfg", *PLAN}:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
-    use_one_gpu()
-    prepare_allocator()
+    prepare_gpu()
     if asked & HELP:
         from trainers.settings.help import print_help
 

@@ -22,6 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
+
 from benchmarks.gpu.report import parser, start
 from benchmarks.preset_run import engine_of, run_preset
 from trainers.config import compose_run

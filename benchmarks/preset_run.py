@@ -14,12 +14,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
+
 from benchmarks.commands import run, tell
 from benchmarks.small_data import made_model, write_rows
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.memory import max_num_seqs
-from trainers.plan.hardware import prepare_allocator
 from trainers.plan.machine import MIB, nvidia_smi, read_card
 from trainers.plan.planning import problem_of
 from trainers.plan.solve import device_of, solve
@@ -171,7 +175,6 @@ def planned(options: Any) -> tuple[Plan, str]:
 
 def measure(order: dict[str, Any]) -> None:
     """Run in this process; what was planned and measured is in the files of its folder."""
-    prepare_allocator()
     folder = Path(order["folder"])
     options = compose(order["config"], order["overrides"], folder, Path(order["models"]), order["shape"])
     before = used_of_card()

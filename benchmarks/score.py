@@ -26,6 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
+
 import psutil
 import torch
 from accelerate import cpu_offload
@@ -34,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.ceilings import pinned_copy
 from benchmarks.shapes import SHAPES
 from data.render import Encoded
+from trainers.attention import leave_out_cudnn
 from trainers.plan.workload import MICRO_TOKENS
 from trainers.scoring.frozen import FrozenModel, ResidentBackbone, passes
 from trainers.scoring.streaming import StreamedBackbone
@@ -166,6 +172,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = torch.device(args.device)
+    leave_out_cudnn()  # as every run
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     texts = make_texts(args.completions, SHAPES[args.model]["vocab_size"], args.mean_tokens)
     few = texts[: args.slow_completions]

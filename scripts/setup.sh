@@ -48,6 +48,21 @@ check_driver() {
   fi
 }
 
+# Where an index of CPU builds is configured, pip takes one (2.13.0+cpu) for newer than what the lock of the CUDA packages
+# names; === means a version to the letter.
+take_cuda_build() {
+  local log=$1 has_cuda='import sys, torch; sys.exit(torch.version.cuda is None)' exact
+  if "$PYTHON" -c "$has_cuda" 2>>"$log"; then return; fi
+  echo "This pip has taken a CPU build of torch, which uses no card: taking the CUDA build in its place." >&2
+  mapfile -t exact < <(sed -nE 's/^(torch|torchvision|torchaudio|torchcodec)==/\1===/p' "$lock")
+  "$PYTHON" -m pip install --force-reinstall --no-deps --disable-pip-version-check "${exact[@]}" >>"$log" 2>&1
+  if "$PYTHON" -c "$has_cuda" 2>>"$log"; then return; fi
+  tail -n 5 "$log" >&2
+  echo "pip finds no CUDA build of ${exact[0]}; see $log. Unset PIP_INDEX_URL and PIP_EXTRA_INDEX_URL (pip config list" >&2
+  echo "shows what else is set) and start again, or take the CPU packages, which use no GPU: RLT_CPU=1 $0" >&2
+  return 1
+}
+
 install_packages() {
   local python=$1 log=$2 wanted
   wanted=$(sha256sum <"$lock")  # of what is installed, though a pull may change it meanwhile
@@ -65,6 +80,7 @@ install_packages() {
     echo "To avoid that, stop now, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds, and start again." >&2
     "$PYTHON" -m pip install --disable-pip-version-check "$(grep '^torch==' "$lock")" >>"$log" 2>&1 || return 1
   fi
+  if [[ $lock == */requirements.txt ]]; then take_cuda_build "$log" || return 1; fi
   echo "$wanted" >"$venv/installed-lock.part" && mv "$venv/installed-lock.part" "$venv/installed-lock"  # complete
 }
 

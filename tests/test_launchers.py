@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 from conftest import REPO
@@ -19,6 +20,8 @@ echo "$0 $*" >> "{log}"
 echo "${{CUDA_VISIBLE_DEVICES-all}}" > {folder}/visible
 case "$*" in
   *"-m venv"*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python" ;;
+  *torch.version.cuda*) [[ ! -e {folder}/cpu-torch ]] || exit 1 ;;
+  *torch===*) [[ -e {folder}/cpu-only ]] || rm -f {folder}/cpu-torch ;;
   *--check*) echo "WORLD_SIZE=$WORLD_SIZE" >> "{log}" ;;
 esac
 while [[ -n ${{STAYS_AT:-}} && "$*" == *"$STAYS_AT"* && -e {folder}/stay ]]; do sleep 0.1; done
@@ -126,6 +129,38 @@ def test_a_card_that_only_nvidia_smi_shows_gets_the_cuda_packages(copy, tmp_path
         )
         done, _ = copy("launch_mono.sh")
         assert (f"from {lock} " in done.stderr) if lock else ("driver is 560.94" in done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("cpu_only", [True, False])
+def test_a_cpu_build_of_torch_among_the_cuda_packages_is_replaced_or_told(cpu_only, copy, tmp_path):
+    card = {"RLT_DRIVER": str(tmp_path / "driver")}
+    (tmp_path / "driver").write_text("NVRM version: NVIDIA UNIX  580.65.06  Release Build\n")
+    (tmp_path / "cpu-torch").touch()  # which pip has taken
+    if cpu_only:  # and there is no other on the index
+        (tmp_path / "cpu-only").touch()
+    done, calls = copy("launch_mono.sh", **card)
+    (forced,) = [line for line in calls.splitlines() if "--force-reinstall" in line]
+    wanted = [line for line in (REPO / "requirements.txt").read_text().splitlines() if line.startswith("torch==")]
+    assert wanted[0].replace("==", "===") in forced.split() and "--no-deps" in forced
+    assert (done.returncode, "train.py" in calls) == ((1, False) if cpu_only else (0, True)), done.stderr
+    assert ("PIP_EXTRA_INDEX_URL" in done.stderr and "RLT_CPU=1" in done.stderr) is cpu_only
+    assert (copy.environment / "installed-lock").exists() is not cpu_only  # the next launch tries again
+    done, calls = copy("launch_mono.sh", **card, RLT_CPU="1")
+    assert done.returncode == 0 and "torch.version.cuda" not in calls
+
+
+def test_pip_takes_a_cpu_build_for_two_equal_signs_and_not_for_three(tmp_path):
+    for version in ("2.13.0", "2.13.0+cpu"):
+        with zipfile.ZipFile(tmp_path / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+            info = f"torch-{version}.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    for equals, taken in (("==", "2.13.0+cpu"), ("===", "2.13.0")):
+        pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--force-reinstall", "--no-deps", "--no-index"]
+        command = [*pip, "--find-links", str(tmp_path), f"torch{equals}2.13.0"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout.rstrip().endswith(f"Would install torch-{taken}"), done.stderr
 
 
 def test_changed_lock_sets_up_again(copy, tmp_path):
@@ -330,36 +365,3 @@ def test_locks_agree_on_what_both_name():
     gpu, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
     for name in ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "hydra-core", "omegaconf", "wandb"):
         assert gpu[name] == cpu[name], name
-
-
-def test_the_allocator_is_asked_for_pages_unless_the_user_says_otherwise(monkeypatch):
-    from trainers.plan.hardware import prepare_allocator
-
-    monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
-    prepare_allocator()
-    assert os.environ == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}  # torch would prefer the other name
-    os.environ.clear()
-    prepare_allocator()
-    pages = "expandable_segments:True"
-    assert os.environ == {"PYTORCH_ALLOC_CONF": pages, "PYTORCH_CUDA_ALLOC_CONF": pages}
-
-
-@pytest.mark.parametrize(
-    ("given", "seen"), [(None, "0"), ("3,1", "3"), ("GPU-5f,GPU-6a", "GPU-5f"), ("", ""), ("-1", "-1")]
-)
-def test_a_single_process_sees_one_gpu(given, seen, monkeypatch):
-    import train
-
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")  # to be as it was afterwards
-    monkeypatch.delenv("CUDA_DEVICE_ORDER")
-    if given is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    train.use_one_gpu()
-    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == (seen, "PCI_BUS_ID")
-    for processes, seen in (("", "0"), ("1", "0"), ("2", "0,1")):  # some clusters say that there is one
-        monkeypatch.setenv("WORLD_SIZE", processes)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        train.use_one_gpu()
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen

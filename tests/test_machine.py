@@ -4,6 +4,7 @@ Stand-ins for nvidia-smi, whose answers have the form of the real one's: there i
 """
 
 import os
+import platform
 
 import pytest
 
@@ -56,6 +57,18 @@ def test_a_version_that_is_none_is_unknown(smi):
     smi(card='echo "NVIDIA L4, 23034, 23000, 8.9, [N/A]"')
     assert read_card().driver == ""
     assert "warning" in [f.level for f in preflight.preflight("teacher_rlt_tiny", []).findings if f.check == "CUDA"]
+
+
+def test_in_wsl_not_all_that_is_free_is_planned_with(smi, monkeypatch):
+    wsl = platform.uname_result("Linux", "pc", "5.15.167.4-microsoft-standard-WSL2", "#1 SMP", "x86_64")
+    monkeypatch.setattr(platform, "uname", lambda: wsl)
+    smi()
+    assert (read_card().total, read_card().free) == (81559 * 2**20, (81000 - 2048) * 2**20)
+    smi(card='echo "NVIDIA GeForce RTX 5070, 12227, 1500, 12.0, 610.62"')
+    assert read_card().free == 0
+    monkeypatch.setattr(machine, "cuda_device", lambda: ("NVIDIA L4", 24 * 2**30, 8.9))
+    monkeypatch.setenv("PATH", "")
+    assert (read_card().total, read_card().free) == (24 * 2**30, 22 * 2**30)
 
 
 @pytest.mark.parametrize(

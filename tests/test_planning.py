@@ -1,6 +1,7 @@
 """Warm-ups, downloads and disks of a run that is planned. Run: ./run_tests.sh tests/test_planning.py"""
 
 import json
+import sysconfig
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,22 @@ def test_warm_ups_that_a_run_would_train_first_are_planned_with_it():
     kept = sum(sum(warmup.plan.disk.values()) for warmup in found.warmups.values())
     assert {written.kind: written.size for written in found.written}["warm-ups"] == kept >= 2 * 4 * 804_480
     assert "run:student_sft_tiny is trained first: peak" in found.text(full=False)
+
+
+@pytest.mark.parametrize("run", ["teacher_rlt_tiny", "teacher_sft_tiny", "student_sft_tiny"])
+def test_the_run_in_small_is_of_the_same_precision_on_a_card(run):
+    for words, precision in ((), "fp32"), (("precision=bf16",), "bf16"), (("precision=auto",), "bf16"):
+        found = assess(problem(checked(run, *words), machine(24)))
+        plans = [found.plan, *(warmup.plan for warmup in found.warmups.values())]
+        assert {plan.work.precision for plan in plans} == {precision}
+        assert not found.with_warmups("start") + found.with_warmups("memory")
+
+
+def test_adapters_of_the_run_in_small_need_half_precision_on_a_card_which_is_said():
+    (fault,) = assess(problem(checked("teacher_rlt_tiny", "use_peft=true"), machine(24))).with_warmups("start")
+    assert fault.key == "precision" and "precision=bf16" in fault.remedy
+    there = problem(checked("teacher_rlt_tiny", "use_peft=true", "precision=bf16"), machine(24))
+    assert not assess(there).with_warmups("start")
 
 
 @pytest.mark.parametrize("run", ["teacher_rlt_mono_24gb", "teacher_sft_24gb"])
@@ -176,6 +193,22 @@ def test_a_card_that_the_packages_have_no_kernels_for_is_refused(compute, refuse
     found = assess(problem(checked("teacher_rlt_mono_24gb"), old))
     told = "\n".join(map(str, found.with_warmups("start")))
     assert ("Tesla V100 has compute capability 7.0" in told and "below 7.5" in told) == refused == bool(told)
+
+
+@pytest.mark.parametrize("run", ["teacher_rlt_mono_24gb", "teacher_sft_24gb", "teacher_rlt_tiny"])
+def test_a_run_on_this_machine_s_card_needs_what_compiles_its_kernels(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    elsewhere = machine(24)
+    here = replace(elsewhere, card=replace(elsewhere.card, is_here=True))
+    for there, told in ((here, ["compiler"]), (elsewhere, []), (replace(here, card=None), [])):
+        words = ["device=cpu"] if there.card is None else []
+        assert [fault.key for fault in assess(problem(checked(run, *words), there)).with_warmups("start")] == told
+    (tmp_path / "gcc").touch(0o755)
+    assert assess(problem(checked(run), here)).with_warmups("start") == []
+    monkeypatch.setattr(sysconfig, "get_path", lambda kind: str(tmp_path))
+    (fault,) = assess(problem(checked(run), here)).with_warmups("start")
+    assert str(tmp_path / "Python.h") in fault.cause and "python3-dev" in fault.remedy
 
 
 def test_the_disk_that_is_looked_at_is_the_one_that_is_written_to(tmp_path, monkeypatch):

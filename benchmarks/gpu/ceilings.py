@@ -10,10 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.gpu.report import parser, start
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
+
 import torch
 from torch.utils.benchmark import Timer
-
-from benchmarks.gpu.report import parser, start
 
 
 def seconds(statement: str, least: float = 1.0, **names: object) -> float:

@@ -22,6 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, bridge_way, leave_without_engine, parser, start
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
 
 leave_without_engine("engine")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import REPO, end_when_told, run
-from trainers.plan.hardware import prepare_allocator, vllm_releases_cache
+from trainers.plan.hardware import vllm_releases_cache
 from trainers.plan.machine import read_card
 
 ENGINE = ("vllm", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
@@ -166,6 +166,5 @@ def start(name: str, question: str, arguments: argparse.Namespace) -> Report:
     if arguments.device == "cuda" and read_card() is None:
         print(f"{name}: this machine shows no NVIDIA GPU: nothing was measured (--device cpu rehearses)")
         sys.exit(0)
-    prepare_allocator()
     end_when_told()
     return Report(name, question, arguments)

@@ -25,6 +25,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, bridge_way, leave_without_engine, parser, start
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
 
 leave_without_engine("step")
 
@@ -44,7 +48,7 @@ REST = ("sync", "sentinel", "kv_cache")  # of a step's seconds
 
 
 def main() -> None:
-    made = parser(__doc__, "7b")  # the shape that both presets name
+    made = parser(__doc__)
     made.add_argument("--presets", nargs="*", default=["80gb", "48gb"], help="the first comes before stock TRL")
     made.add_argument("--stock", nargs="*", choices=STOCK, default=list(STOCK), help="none: without stock TRL")
     made.add_argument("--group", type=int, default=8, help="completions of the one question of a step")
@@ -103,7 +107,7 @@ def take_all_but(gb: int) -> torch.Tensor | None:
 def run_stock(name: str, report: Report, arguments: Namespace, models: Path) -> None:
     """A way of bridges.py."""
     way, settings = STOCK[name]
-    sizes = {"model": arguments.model, "prompt": arguments.stock_prompt, "generations": arguments.group}
+    sizes = {"model": arguments.model or "7b", "prompt": arguments.stock_prompt, "generations": arguments.group}
     sizes |= {"completion": arguments.stock_completion, "questions": 1, "micro_batch": 2, "utilization": 0.3}
     given = {"steps": 2, "full_prompts": True, "models": models}
     log = arguments.out / f"step-{name}.log"

@@ -16,6 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, leave_without, parser, start
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
 
 leave_without("student", "trl", "accelerate", "transformers", "jinja2", "datasets", "hydra", "omegaconf")
 
@@ -28,6 +32,7 @@ from benchmarks.score import Memory, Score, frozen, make_texts, one_by_one, sync
 from benchmarks.shapes import SHAPES
 from benchmarks.small_data import made_model
 from data.render import Encoded
+from trainers.attention import leave_out_cudnn
 from trainers.scoring.frozen import ResidentBackbone
 from trainers.scoring.streaming import StreamedBackbone
 from trainers.weights.weight_files import HostWeights, WeightFiles
@@ -59,7 +64,7 @@ def main() -> None:
 
 def measure(report: Report, arguments: object, folder: str) -> None:
     device = torch.device(arguments.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as models.resolve_place has it
+    leave_out_cudnn()  # as every run
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     texts = {
         tokens: make_texts(

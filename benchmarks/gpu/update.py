@@ -19,6 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.report import Report, leave_without, parser, start
+from trainers.plan.hardware import prepare_gpu
+
+if __name__ == "__main__":
+    prepare_gpu()
 
 leave_without("update", "trl", "hydra", "omegaconf", "pydantic", "rich", "peft", "datasets", "pandas", "torchao")
 

@@ -43,7 +43,7 @@ def pretend(library: Path) -> None:
     import trainers.plan.hardware as hardware
     import trainers.plan.machine as machine
 
-    hardware.num_cuda_devices = lambda: 1
+    hardware.num_cuda_devices, hardware.cpu_builds = lambda: 1, dict
     machine.read_card = lambda: machine.Card("simulated", TOTAL, TOTAL, 9.0)
 
 

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import psutil
 
 from trainers.errors import ConfigError, Fault
-from trainers.plan.hardware import cuda_device, num_cuda_devices
+from trainers.plan.hardware import cuda_device, in_wsl, num_cuda_devices
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
 MIN_COMPUTE = 7.5  # what the CUDA 13 builds of torch and vLLM have kernels for begins with Turing
 SMI_TIMEOUT = 20.0  # seconds; where the driver was not loaded before, it takes some
+WSL_KEPT = 2 * 2**30  # of the memory that is free, what Windows refused to give all the same (microsoft/WSL#41176)
 GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
 
 
@@ -168,7 +169,7 @@ def read_card() -> Card | None:
         except OSError as error:
             raise _unknown(f"there is no nvidia-smi, and {error}") from error
         logger.warning("there is no nvidia-smi: all %.1f GiB of %s are taken to be free", size / 2**30, name)
-        return Card(name, size, size, capability)
+        return Card(name, size, _obtainable(size), capability)
     lines = nvidia_smi("--query-gpu=name,memory.total,memory.free,compute_cap,driver_version")
     cells = _cells(lines[0] if lines else "", 1, 4)
     if cells is None:
@@ -181,7 +182,11 @@ def read_card() -> Card | None:
     except ValueError:  # "[N/A]"
         raise _unknown(f"nvidia-smi does not tell the compute capability of {name}") from None
     driver = driver if driver.partition(".")[0].isdigit() else ""
-    return Card(name, int(total) * MIB, int(free) * MIB, capability, driver, _holders())
+    return Card(name, int(total) * MIB, _obtainable(int(free) * MIB), capability, driver, _holders())
+
+
+def _obtainable(free: int) -> int:
+    return max(0, free - WSL_KEPT) if in_wsl() else free
 
 
 def _holders() -> list[Holder]:

@@ -131,13 +131,14 @@ def assess(problem: Problem, ahead: list[Waiting] | None = None) -> Assessment:
         hub |= downloads(warmup.options, (teacher, student))
     sizes = [("downloads", download_folder(), sum(hub.values())), ("warm-ups", warmup_folder(), kept)]
     sizes.append(("disk", folder, sum(found.plan.disk.values())))
-    return replace(found, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
+    start = card_faults(found.plan, problem.machine) + found.start
+    return replace(found, start=start, written=in_turn(sizes, folder, problem.machine.disk_free), warmups=warmups)
 
 
 def _assess_alone(problem: Problem) -> Assessment:
     plan = solve(problem)
     nearest = None if plan.fits else nearest_fit(problem)
-    start = card_faults(plan, problem.machine) + share_faults(plan, problem.machine) + start_faults(plan)
+    start = share_faults(plan, problem.machine) + start_faults(plan)
     return Assessment(problem, plan, nearest, memory_faults(problem, plan, nearest), start)
 
 

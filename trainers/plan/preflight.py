@@ -6,7 +6,6 @@ import platform
 import re
 import shutil
 import sys
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -17,11 +16,13 @@ from trainers.checks import load_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
+from trainers.plan.hardware import cpu_builds, cpu_torch_fault
 from trainers.plan.machine import GB, Machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for
 from trainers.plan.remedies import Change, is_roomy, roomier
 from trainers.plan.run_models import shapes_of, warmups_ahead
 from trainers.plan.solve import SPARE, Problem, device_of, slow_models
+from trainers.plan.start_faults import COMPILERS, compiler_fault
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.reporting import reporters, wandb_is_offline
 from trainers.settings.reward_specs import model_keys
@@ -112,7 +113,8 @@ def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
         findings += _card(options, machine, vram_gb)
         if device_of(options, machine) == "cpu" or machine.card is not None:
             found = assess(Problem(options, *shapes_of(options), machine), ahead)
-            findings += _configuration(found.start) + _memory(found)
+            start = [fault for fault in found.start if fault.key != "compiler"]  # told with the card
+            findings += _configuration(start) + _memory(found)
             plan = found.plan
     except ConfigError as error:  # there is no plan, and the rest is looked at all the same
         findings += _configuration(error.faults) + _unplanned(options, machine)
@@ -208,6 +210,9 @@ def _card(options: CommonOptions, machine: Machine, vram_gb: float | None) -> li
     if lock_file().name == "requirements-cpu.txt":
         message = "the packages that are installed are the CPU build"
         findings.append(Finding("CUDA", "error", message, "./launch_mono.sh without RLT_CPU sets up the CUDA build"))
+    elif "torch" in cpu_builds():
+        fault = cpu_torch_fault(options.device)
+        findings.append(Finding("CUDA", "error", fault.cause, fault.remedy))
     findings.append(_compiler())
     if card.holders:
         held = "; ".join(map(str, card.holders))
@@ -216,16 +221,11 @@ def _card(options: CommonOptions, machine: Machine, vram_gb: float | None) -> li
 
 
 def _compiler() -> Finding:
-    """What Triton, and so vLLM and torch.compile, builds the callers of its kernels with."""
-    missing = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
-    missing += [] if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") else ["a C++ compiler"]
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    missing += [] if header.is_file() else [str(header)]
-    if missing:
-        message = f"missing here: {', '.join(missing)}; kernels are compiled when a run starts"
-        level: Level = "warning" if missing == ["a C++ compiler"] else "error"
-        return Finding("compiler", level, message, "apt install build-essential python3-dev, or as your system has it")
-    return Finding("compiler", "ok", "C, C++ and Python.h")
+    if fault := compiler_fault():
+        return Finding(fault.key, "error", fault.cause, fault.remedy)
+    if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
+        return Finding("compiler", "ok", "C, C++ and Python.h")
+    return Finding("compiler", "warning", "missing here: a C++ compiler, which torch.compile may ask for", COMPILERS)
 
 
 def _memory(assessed: Assessment) -> list[Finding]:

@@ -1,6 +1,10 @@
 """What a run refuses once it knows its device and its models' configs, before it loads or trains any of them."""
 
+import os
+import shutil
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from trainers.config import named_run
@@ -17,14 +21,32 @@ from trainers.weights.adapter_files import LORA_OPTIONS, base_of, is_continued, 
 
 # What transformers and checkpoints call the layers of an expert, and all of them.
 EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts"))
+COMPILERS = "apt install build-essential python3-dev, or as your system has it"
 
 
 def card_faults(plan: Plan, machine: Machine) -> list[Fault]:
     """What is wrong with a card, however much memory it has."""
-    if plan.work.device == "cpu" or machine.card.compute >= MIN_COMPUTE:
+    if plan.work.device == "cpu":
         return []
-    cause = f"{machine.card.name} has compute capability {machine.card.compute}, and the packages, built for CUDA 13, "
-    return [Fault("GPU", ..., f"{cause}have no kernels below {MIN_COMPUTE}", "a newer card, or device=cpu")]
+    faults = []
+    if machine.card.compute < MIN_COMPUTE:
+        cause = f"{machine.card.name} has compute capability {machine.card.compute}, and the packages, built for CUDA "
+        cause += f"13, have no kernels below {MIN_COMPUTE}"
+        faults.append(Fault("GPU", ..., cause, "a newer card, or device=cpu"))
+    if machine.is_here and plan.work.trains and (fault := compiler_fault()):
+        faults.append(fault)
+    return faults
+
+
+def compiler_fault() -> Fault | None:
+    """Of a machine without what Triton builds the callers of its kernels with: vLLM's, TRL's and torch.compile's."""
+    missing = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    missing += [] if header.is_file() else [str(header)]
+    if not missing:
+        return None
+    cause = f"missing here: {', '.join(missing)}; kernels are compiled when a run starts"
+    return Fault("compiler", ..., cause, COMPILERS)
 
 
 def start_faults(plan: Plan) -> list[Fault]:
