@@ -120,11 +120,20 @@ def test_readme_tells_of_each_card_what_is_composed_and_planned():
     assert sorted(told) == CARDS
     plan = preset("teacher_rlt_mono_24gb")[0]
     assert f"planned peak of RL about {plan.peak / GIB:.0f} of {plan.available / GIB:.1f} GiB" in text
+    ((words, taken),) = re.findall(r"`teacher_rlt_mono (use_peft=true [^`]*)` takes (\d+) GiB", text)
+    assert host_and_disk(planned("teacher_rlt_mono", *words.split())[0])[0] == int(taken)
     weights = [2 * shape.num_parameters for shape in (plan.work.teacher, plan.work.student)]
     downloads = f"downloads {sum(weights) / GIB:.0f} GiB and takes {host_and_disk(plan)[0]} GiB of host memory"
     assert downloads in " ".join(text.split())
     each = f"({weights[0] / GIB:.1f} GiB for each of 7B)"
     assert each in " ".join((REPO / "README_MONO_GPU.md").read_text().split())
+
+
+def test_what_docs_tell_of_a_run_that_does_not_fit_is_planned():
+    text = (REPO / "docs" / "memory.md").read_text()
+    needed, left = re.search(r"the update phase needs ([\d.]+) GiB[\s\S]*\(peak ([\d.]+) GiB\); ignore", text).groups()
+    asked, solved = (planned("teacher_rlt_mono", f"per_device_train_batch_size={n}")[0] for n in (8, "auto"))
+    assert (f"{asked.peak / GIB:.1f}", f"{solved.peak / GIB:.1f}") == (needed, left)
 
 
 @pytest.mark.parametrize("run", sorted(set(RUNS) - set(CARDS) - READ_ONLY))
