@@ -38,6 +38,7 @@ from trainers.warmup import warmup_options
 
 PLAN = {"stage=plan", "+stage=plan", "++stage=plan"}
 HELP = {"--help", "-h"}
+CFG = {"--cfg", "--cfg=job", "-c"}  # with Hydra's word behind it: job
 
 
 def run(options: BaseOptions, composed: dict[str, Any], run_name: str) -> None:
@@ -65,7 +66,7 @@ def check_warmups(options: BaseOptions) -> None:
 
 def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, num_devices: int, rank: int) -> None:
     """Plan it, write its config.yaml, and run it."""
-    from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs, use_hub_token
+    from trainers.watch.outputs import prepare_wandb, save_config, take_over_library_logs
 
     plan = None
     if options.stage in ("rl", "sft"):
@@ -74,7 +75,6 @@ def run_stage(options: BaseOptions, composed: dict[str, Any], output_dir: Path, 
     if rank == 0:
         save_config(output_dir, composed, options.model_dump())
     prepare_wandb(options)
-    use_hub_token(options)
     if options.stage == "rescore":
         from trainers.rescore import run_rescore
 
@@ -134,17 +134,16 @@ def begin(arguments: list[str]) -> int:
         ConfigError, OutOfMemory: With all that is to be told.
     """
     asked = set(arguments)
-    if asked & {*HELP, "--cfg", *PLAN}:
+    if asked & {*HELP, *CFG, *PLAN}:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
     prepare_gpu()
     if asked & HELP:
         from trainers.settings.help import print_help
 
         print_help(__doc__)
-    elif "--cfg" in asked:
-        at = arguments.index("--cfg")
-        behind = arguments[at + 1 :]
-        show(arguments[:at] + (behind[1:] if behind[:1] == ["job"] else behind))
+    elif asked & CFG:
+        pairs = zip(["", *arguments], arguments, strict=False)
+        show([word for before, word in pairs if word not in CFG and not (word == "job" and before in CFG)])
     elif "--check" in asked:
         check([word for word in arguments if word != "--check"])
     elif asked & PLAN:

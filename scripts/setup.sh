@@ -51,8 +51,14 @@ check_driver() {
 # Where an index of CPU builds is configured, pip takes one (2.13.0+cpu) for newer than what the lock of the CUDA packages
 # names; === means a version to the letter.
 take_cuda_build() {
-  local log=$1 has_cuda='import sys, torch; sys.exit(torch.version.cuda is None)' exact
-  if "$PYTHON" -c "$has_cuda" 2>>"$log"; then return; fi
+  local log=$1 has_cuda='import sys, torch; sys.exit(3 * (torch.version.cuda is None))' exact status=0
+  "$PYTHON" -c "$has_cuda" 2>>"$log" || status=$?
+  if ((status == 0)); then return; fi
+  if ((status != 3)); then
+    tail -n 5 "$log" >&2
+    echo "torch was installed and cannot be imported; see $log." >&2
+    return 1
+  fi
   echo "This pip has taken a CPU build of torch, which uses no card: taking the CUDA build in its place." >&2
   mapfile -t exact < <(sed -nE 's/^(torch|torchvision|torchaudio|torchcodec)==/\1===/p' "$lock")
   "$PYTHON" -m pip install --force-reinstall --no-deps --disable-pip-version-check "${exact[@]}" >>"$log" 2>&1

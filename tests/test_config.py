@@ -356,6 +356,7 @@ def test_overrides_may_set_keys_that_no_yaml_mentions():
     [
         ("--max-steps=3", "-> max_steps=3"),
         ("--info", "--help, --check and --cfg job are all that have"),
+        ("~run_cfg", "every run has one"),
         ("hydra.run.dir=x", "output_dir=<folder>"),
         ("hydra/job_logging=none", "neither makes folders nor logs"),
         ("model_cfg=nope", "Could not override 'model_cfg'"),
@@ -508,8 +509,14 @@ def test_a_plan_is_asked_for_in_any_of_hydra_s_ways(word):
     assert "update" in done.stdout and "no such stage" not in done.stdout + done.stderr
 
 
-def test_cfg_job_prints_the_composed_configuration():
-    done = run_train("teacher_rlt_mono.yaml", "--cfg", "job", "max_steps=7", "hub_token=hf_SECRET")
+def test_two_words_that_each_ask_for_something_else_are_told():
+    done = run_train("teacher_rlt_tiny", "--cfg", "job", "--check")
+    assert done.returncode == 1 and "--check: there is another such word" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--cfg job", "--cfg=job", "-c job"])
+def test_cfg_job_prints_the_composed_configuration(flag):
+    done = run_train("teacher_rlt_mono.yaml", *flag.split(), "max_steps=7", "hub_token=hf_SECRET")
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
     assert shown["max_steps"] == 7 and "SECRET" not in done.stdout

@@ -29,7 +29,7 @@ def machine(gb, host):
 
 
 def checked(*overrides, run="teacher_rlt_mono"):
-    """Without what the run itself keeps on the host for the sake of its card of 40 GB."""
+    """What the plan decides is where models rest, not activations."""
     words = ["activation_offloading=false", *overrides]
     return load_options(compose_run(run, words), repo=REPO, needs_device=False)
 

@@ -20,7 +20,7 @@ echo "$0 $*" >> "{log}"
 echo "${{CUDA_VISIBLE_DEVICES-all}}" > {folder}/visible
 case "$*" in
   *"-m venv"*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python" ;;
-  *torch.version.cuda*) [[ ! -e {folder}/cpu-torch ]] || exit 1 ;;
+  *torch.version.cuda*) [[ ! -e {folder}/broken-torch ]] || exit 1; [[ ! -e {folder}/cpu-torch ]] || exit 3 ;;
   *torch===*) [[ -e {folder}/cpu-only ]] || rm -f {folder}/cpu-torch ;;
   *--check*) echo "WORLD_SIZE=$WORLD_SIZE" >> "{log}" ;;
 esac
@@ -147,6 +147,13 @@ def test_a_cpu_build_of_torch_among_the_cuda_packages_is_replaced_or_told(cpu_on
     assert (copy.environment / "installed-lock").exists() is not cpu_only  # the next launch tries again
     done, calls = copy("launch_mono.sh", **card, RLT_CPU="1")
     assert done.returncode == 0 and "torch.version.cuda" not in calls
+
+
+def test_a_torch_that_cannot_be_imported_is_not_taken_for_a_cpu_build(copy, tmp_path):
+    (tmp_path / "driver").write_text("NVRM version: NVIDIA UNIX  580.65.06  Release Build\n")
+    (tmp_path / "broken-torch").touch()
+    done, calls = copy("launch_mono.sh", RLT_DRIVER=str(tmp_path / "driver"))
+    assert done.returncode == 1 and "cannot be imported" in done.stderr and "--force-reinstall" not in calls
 
 
 def test_pip_takes_a_cpu_build_for_two_equal_signs_and_not_for_three(tmp_path):

@@ -36,6 +36,20 @@ def test_what_is_offered_would_be_taken(run, words, gb):
         assert plan.fits_device and not start_faults(plan) and not share_faults(plan, machine(gb))
 
 
+def test_activations_rest_on_the_host_where_no_micro_batch_fits_without():
+    """A card of 40 GB would keep 7.7 percent free with one text at a time; one of 80 GB has room for four."""
+    asked = "activation_offloading=auto"
+    small, large = (planned("teacher_rlt_mono", asked, gb=gb)[0] for gb in (40, 80))
+    assert small.options.activation_offloading is True and small.peak <= 0.92 * small.available
+    assert large.options.activation_offloading is False and large.options.per_device_train_batch_size == 4
+    for given, decided in (("false", False), ("true", True)):
+        for plan in (planned("teacher_rlt_mono", f"activation_offloading={given}", gb=gb)[0] for gb in (40, 80)):
+            assert plan.options.activation_offloading is decided
+    assert planned("teacher_rlt_mono", "activation_offloading=false", gb=40)[0].spare < 0.08
+    on_a_cpu = load_options(compose_run("teacher_rlt_tiny", ["device=cpu", asked]), repo=REPO)
+    assert solve(problem(on_a_cpu, machine(40))).options.activation_offloading is False
+
+
 @pytest.mark.parametrize(("share", "starts"), [("0.5", False), ("0.76", False), ("0.79", True), ("auto", True)])
 def test_a_share_of_the_card_that_leaves_vllm_no_cache_is_told(share, starts):
     """Of 24 GB, 22.35 GiB, 17.24 are taken before the cache, and 6208 tokens of 57344 bytes are 0.33: 78.6 percent."""

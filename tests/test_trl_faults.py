@@ -118,8 +118,7 @@ def test_the_hub_is_not_sent_to_without_an_account(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(reporting, "_hub_token", lambda: None)
     assert "no account of the hub is known" in refused(RL, "log_completions_hub_repo=me/texts")
-    for key in ("push_to_hub=true", "log_completions_hub_repo=me/texts"):
-        load_options(compose_run(RL, [key, "hub_token=hf_x"]), repo=REPO)
+    load_options(compose_run(RL, ["push_to_hub=true", "hub_token=hf_x"]), repo=REPO)
     monkeypatch.setattr(reporting, "_hub_token", lambda: "token")
     load_options(compose_run(RL, ["push_to_hub=true"]), repo=REPO)
 

@@ -56,6 +56,10 @@ def test_a_question_that_a_function_skips_is_left_to_the_others():
     left = without_unscored(rewards, entries, torch.ones(2), num_generations=2)
     expected = torch.tensor([[nan, 1.0], [nan, 0.0], [-2.0, 1.0], [nan, nan]])
     assert torch.equal(left.nan_to_num(9), expected.nan_to_num(9))
+    # Nor does the row that the student could not score make it one that concerns the question.
+    rewards = torch.tensor([[nan, 5.0], [-1.0, nan], [-2.0, nan]])
+    left = without_unscored(rewards, ["teacher_logprob_kl", *entries[:1]], torch.ones(2), num_generations=3)
+    assert torch.equal(left.nan_to_num(9), torch.tensor([[nan, nan], [-1.0, nan], [-2.0, nan]]).nan_to_num(9))
 
 
 def test_the_student_s_reward_that_counts_nothing_takes_no_row_away(renderer, model_dir, tmp_path):

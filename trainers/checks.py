@@ -132,7 +132,7 @@ def _device_faults(options: CommonOptions, num_devices: int) -> list[Fault]:
     if num_devices > max(1, gpus):
         cause = f"this machine shows {gpus} NVIDIA GPUs, and each process needs one"
         return [Fault("num_processes", num_devices, cause, f"./launch.sh {max(1, gpus)}")]
-    if (options.device == "cpu" or gpus == 0) and getattr(options, "activation_offloading", False):
+    if (options.device == "cpu" or gpus == 0) and getattr(options, "activation_offloading", False) is True:
         cause = "without a GPU they are in host memory already"
         return [Fault("activation_offloading", True, cause, "activation_offloading=false")]
     return _cuda_build_faults(options, gpus) if options.stage == "rl" else []

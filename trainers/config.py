@@ -28,6 +28,7 @@ DEFAULT_RUN = "teacher_rlt_tiny"
 SAME = {"unbias_student_log_probs_temp": "student_temperature"}
 NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
 
+OWN_FLAGS = ("--help", "-h", "--check", "--cfg")  # of train.py
 MULTIRUN = ("-m", "--multirun")  # Hydra's
 
 # `${repo:data/file.jsonl}` in a YAML file: a file that ships, wherever the launcher was started.
@@ -73,6 +74,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     result, run = [], None
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~")
+        if argument in OWN_FLAGS:
+            raise ConfigError(Fault(argument, ..., "there is another such word beside it", "one of them at a time"))
         if argument.startswith("-"):
             option, _, value = _shown(argument.lstrip("-")).partition("=")
             remedy = f"{option.replace('-', '_')}={value or '<value>'}; --help, --check and --cfg job are all that have"
@@ -83,6 +86,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         if "=" not in argument and not argument.startswith("~"):
             run = find_run(argument)
         elif key in GROUPS or argument.startswith("~"):
+            if key == "run_cfg" and argument.startswith("~"):
+                raise ConfigError(Fault(argument, ..., "every run has one", "leave it out, or run_cfg=<another>"))
             if key == "run_cfg":
                 run = find_run(argument.split("=", 1)[1])
             else:

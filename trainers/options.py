@@ -131,8 +131,10 @@ class TrainOptions(CommonOptions):
     lora_target_modules: str | list[str] = opt(
         "all-linear", "layers that get an adapter: all-linear, or the last parts of their names, e.g. [q_proj, v_proj]"
     )
-    activation_offloading: bool = opt(
-        False, "rest what the backward pass needs in host memory meanwhile; for a GPU, and slower"
+    activation_offloading: bool | Literal["auto"] = opt(
+        False,
+        "rest what the backward pass needs in host memory meanwhile; for a GPU, and slower; auto: where no micro-batch "
+        "fits without",
     )
 
 
@@ -346,10 +348,7 @@ def _is_own(cls: type[BaseModel], name: str) -> bool:
 
 
 def trl_arguments(options: CommonOptions, kind: str) -> dict[str, Any]:
-    """Return the TRL options that were set, ready for TRL's configuration class.
-
-    Not `hub_token`: transformers pickles its arguments beside the model, and uploads them (`outputs.use_hub_token`).
-    """
+    """Return the TRL options that were set, ready for TRL's configuration class."""
     own = (RLOptions if kind == "grpo" else SFTOptions).model_fields
-    names = set(trl_options(kind)) - set(own) - set(DERIVED) - {"hub_token"}
+    names = set(trl_options(kind)) - set(own) - set(DERIVED)
     return {name: getattr(options, name) for name in options.model_fields_set & names}

@@ -20,13 +20,14 @@ from trainers.optimizers import OwnOptimizer
 from trainers.options import RLOptions
 from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
 from trainers.rollout.sampler import RolloutSampler
+from trainers.rollout.sentinel import LEAST_TOKENS
 from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.evaluation import HELD_OUT, Evaluation, HeldOutFiles
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
 from trainers.scoring.reward_funcs import StudentReward, without_unscored
-from trainers.settings.reward_specs import reads_teacher_logprobs
+from trainers.settings.engine_specs import reshaping
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
 from trainers.weights.saving import OwnSaving
@@ -70,9 +71,8 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         read = partial(sampled_explanation, sampler.renderer)
         self._held_out = HeldOutFiles(Path(args.output_dir) / HELD_OUT, read)
         self.share_prompts = options.share_prompts
-        # Where neither is so, what the engine tells may be of a reshaped distribution (engine_specs.RESHAPING).
-        is_teachers_own = options.vllm_importance_sampling_correction or reads_teacher_logprobs(options)
-        self._to_compare = sampler.sentinel is not None and is_teachers_own
+        # What the engine tells of a reshaped distribution is not the teacher's.
+        self._to_compare = sampler.sentinel is not None and not any(reshaping(options))
         self._logged_step = 0
         self._uncorrected: dict[str, Tensor] | None = None  # the batch whose ratio is to be computed
         self._mismatch = {"train": Mismatch(), "eval": Mismatch()}
@@ -130,13 +130,13 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
 
     @torch.no_grad()
     def _compare_longest(self, batch: dict[str, Tensor]) -> None:
-        """Let the sentinel compare the longest text of the first rollout, which is read as an update reads it."""
-        sampled = (batch["completion_mask"] * batch["tool_mask"]).bool()
-        if not sampled.any():  # mask_truncated_completions
+        """Let the sentinel compare the longest completion of the first rollout, which is read as an update reads it."""
+        sampled = (batch["completion_mask"] * batch["tool_mask"] * ~batch["sampling_per_token_logps"].isnan()).bool()
+        longest = int(sampled.sum(1).argmax())
+        if sampled[longest].sum() < LEAST_TOKENS:  # as where mask_truncated_completions leaves none
             return
         self._to_compare = False
         ids, mask = (torch.cat((batch[f"prompt_{kind}"], batch[f"completion_{kind}"]), 1) for kind in ("ids", "mask"))
-        longest = int((mask.sum(1) * sampled.any(1)).argmax())
         row = slice(longest, longest + 1)
         with evaluating(self.model):
             logps = self._logps_of(self.model, ids[row], mask[row], sampled.size(1))[0]

@@ -29,7 +29,7 @@ measure() {  # SECONDS SCRIPT [ARGUMENTS]
 # By the card's memory; without a card each says that it has none.
 card='from trainers.plan.machine import GB, read_card
 print(getattr(read_card(), "total", 80 * GB) // GB)'
-gb=$(cd "$repo" && CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} "$python" -c "$card") || exit 1
+gb=$(PYTHONPATH=$repo CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} "$python" -c "$card") || exit 1
 student=7b update=7b engine=1.5b presets=() stock=()
 for size in 80 48 24 16 12; do
   if ((size <= gb && ${#presets[@]} < 2)); then presets+=("${size}gb"); fi

@@ -10,7 +10,7 @@ from trainers.memory import cache_share
 from trainers.plan.machine import Machine
 from trainers.plan.model_shapes import ModelShape
 from trainers.plan.remedies import Change
-from trainers.plan.solve import DECIDED
+from trainers.plan.solve import DECIDED, written
 from trainers.plan.workload import GIB, Plan
 
 WIDTH = 40  # of a bar that fills the memory
@@ -95,8 +95,9 @@ def _below(plan: Plan, machine: Machine) -> list[str]:
     lines.append(f"  disk {_gib(sum(plan.disk.values()))} of {_gib(machine.disk_free)} GiB free")
     values = {key: getattr(options, key, None) for key in DECIDED} | {"precision": plan.work.precision}
     values["optim"] = plan.work.optimizer
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if v not in (None, "auto")}
-    lines.append("  with " + " ".join(f"{key}={value}" for key, value in shown.items()))
+    decided = {k: v for k, v in values.items() if v not in (None, "auto") and v is not False}
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in decided.items()}
+    lines.append("  with " + " ".join(f"{key}={written(value)}" for key, value in shown.items()))
     return lines
 
 
@@ -119,7 +120,7 @@ def _also(plan: Plan, change: Change) -> str:
     for key in DECIDED:
         before, after = (getattr(s.options, key, None) for s in (plan, change.plan))
         if before != after and key not in change.settings and after is not None:
-            found.append(f"{key}={after:.3g}" if isinstance(after, float) else f"{key}={after}")
+            found.append(f"{key}={after:.3g}" if isinstance(after, float) else f"{key}={written(after)}")
     before, after = cache_share(plan.work), cache_share(change.plan.work)
     if after is not None and before != after:
         found.append(f"(cache for {after:.0%} of the completions)")

@@ -21,6 +21,7 @@ from trainers.plan.solve import (
     reads_teacher,
     share_faults,
     solve,
+    written,
 )
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.batch import batch_plan
@@ -97,16 +98,12 @@ class Change:
         return f"{self}   (peak {plan.peak / GIB:.1f} GiB{spare}){others}"
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
+        return " ".join(f"{key}={written(value)}" for key, value in self.settings.items())
 
 
 def is_roomy(plan: Plan) -> bool:
     """Whether it keeps free what the solver does."""
     return plan.peak <= int(plan.available * (1 - SPARE))
-
-
-def _written(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _changed(options: CommonOptions, knob: Settings, longest: int | None = None) -> Settings:
@@ -183,7 +180,9 @@ def _makes_sense(problem: Problem, settings: Settings) -> bool:
         return adapters and options.lora_r > settings["lora_r"]
     if "attn_implementation" in settings:
         return options.attn_implementation == "eager"
-    if "enforce_eager" in settings or "activation_offloading" in settings:
+    if "activation_offloading" in settings:
+        return device == "cuda" and options.activation_offloading != "auto"  # both were tried
+    if "enforce_eager" in settings:
         return device == "cuda"
     if settings.get("optim") in ("adamw_8bit", "cpu_offload"):
         return not adapters and precision_of(options, machine) == "bf16"

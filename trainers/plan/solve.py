@@ -30,6 +30,7 @@ DECIDED = (  # what a plan shows of its decisions
     "precision",
     "optim",
     "per_device_train_batch_size",
+    "activation_offloading",
     "student_mode",
     "reference_mode",
     "student_tokens_per_pass",
@@ -58,6 +59,11 @@ class Problem:
 
     def changed(self, settings: dict[str, Any]) -> "Problem":
         return replace(self, options=self.options.model_copy(update=settings))
+
+
+def written(value: Any) -> str:
+    """A value of an option as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def device_of(options: CommonOptions, machine: Machine) -> str:
@@ -110,7 +116,8 @@ def solve(problem: Problem) -> Plan:
         hopeless = None
         for work in candidates:
             micro_batch = getattr(work.options, "per_device_train_batch_size", None)
-            but_tokens = (work.optimizer, work.student_mode, work.reference_mode, micro_batch)
+            offloads = getattr(work.options, "activation_offloading", False)
+            but_tokens = (work.optimizer, offloads, work.student_mode, work.reference_mode, micro_batch)
             if but_tokens == hopeless and work is not candidates[-1]:
                 continue  # fewer tokens per pass are no help
             last = _with_cache(work, budget, available, host_free, total, enough)
@@ -131,13 +138,15 @@ def _candidates(problem: Problem) -> Iterator[Workload]:
     trains = options.stage in TRAINING
     choices = product(
         _optimizers(options, precision, device) if trains else [None],
+        _offloadings(options, device) if trains else [None],
         _student_modes(options, student, device) if student is not None else [None],
         _reference_modes(options, teacher, device),
         _micro_batches(options, devices) if trains else [None],
         _tokens_per_pass(options, device),
     )
-    for optimizer, student_mode, reference_mode, micro_batch, tokens in choices:
+    for optimizer, offloads, student_mode, reference_mode, micro_batch, tokens in choices:
         update = {"per_device_train_batch_size": micro_batch, "optim": optimizer} if trains else {}
+        update |= {"activation_offloading": offloads} if trains else {}
         if options.stage != "sft":
             update |= {"student_tokens_per_pass": tokens}
             update |= {"student_mode": student_mode} if student_mode else {}
@@ -157,6 +166,12 @@ def _candidates(problem: Problem) -> Iterator[Workload]:
 def _optimizers(options: TrainOptions, precision: str, device: str) -> list[str]:
     name = optimizer_name(options, TORCH_DTYPES[precision])
     return [name, "cpu_offload"] if options.optim == "auto" and name == "adamw_8bit" and device == "cuda" else [name]
+
+
+def _offloadings(options: TrainOptions, device: str) -> list[bool]:
+    if options.activation_offloading != "auto":
+        return [options.activation_offloading]
+    return [False, True] if device == "cuda" else [False]  # what a CPU keeps is in host memory already
 
 
 def _student_modes(options: ScoringOptions, student: ModelShape, device: str) -> list[str]:

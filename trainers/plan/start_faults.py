@@ -33,7 +33,7 @@ def card_faults(plan: Plan, machine: Machine) -> list[Fault]:
         cause = f"{machine.card.name} has compute capability {machine.card.compute}, and the packages, built for CUDA "
         cause += f"13, have no kernels below {MIN_COMPUTE}"
         faults.append(Fault("GPU", ..., cause, "a newer card, or device=cpu"))
-    if machine.is_here and plan.work.trains and (fault := compiler_fault()):
+    if machine.is_here and (fault := compiler_fault()):
         faults.append(fault)
     return faults
 
@@ -112,8 +112,8 @@ def _position_faults(options: RLOptions, positions: int, longrope: int | None) -
     faults, limit, what = [], positions, f"the teacher's {positions} positions"
     if longrope is not None and longrope < positions:
         limit = longrope
-        what = f"{limit} tokens, above which the teacher's rotary embedding (longrope) takes its long factors: the "
-        what += "engine then does so for every text, the trainer for long ones only"
+        what = f"{limit} tokens, above which the teacher's rotary embedding (longrope) takes its long factors: vLLM "
+        what += "then does so for every text, transformers for batches with a long one in them"
     if options.max_prompt_length + options.max_completion_length > limit:
         cause = f"with max_prompt_length {options.max_prompt_length} it exceeds {what}"
         remedy = f"max_completion_length={limit - options.max_prompt_length}"

@@ -20,6 +20,7 @@ HALF_TOLERANCE = 0.3
 LARGEST_TOLERANCE = 1.0  # beyond it no rounding can be at work
 # On average over a text: bf16's rounding is some 0.04 (a standard deviation of 0.05 a token, trl#6789).
 HALF_MEAN = 0.1
+LEAST_TOKENS = 16  # of which a mean says something: of one token, one in twenty would be beyond it
 TAIL = 10  # times the tolerance; a single difference beyond that is no rounding's either
 
 

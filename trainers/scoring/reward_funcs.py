@@ -160,9 +160,11 @@ def without_unscored(
     """
     missing = rewards.isnan() & (weights.to(rewards.device) != 0)
     asked = torch.tensor([entry in OF_STUDENT for entry in entries], device=rewards.device)
-    by_group = missing.view(-1, num_generations, len(entries))
+    unscored = (missing & asked).any(1, keepdim=True)
+    by_group = (missing | unscored).view(-1, num_generations, len(entries))
     concerns_none = by_group.all(1, keepdim=True).expand_as(by_group).reshape(missing.shape)
-    return rewards.masked_fill((missing & (asked | ~concerns_none)).any(1, keepdim=True), torch.nan)
+    skipped = (missing & ~concerns_none).any(1, keepdim=True)
+    return rewards.masked_fill(unscored | skipped, torch.nan)
 
 
 def _written(teacher: Renderer, ids: list[int]) -> tuple[str, bool]:

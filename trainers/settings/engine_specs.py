@@ -194,10 +194,18 @@ def _sampling_faults(options: RLOptions) -> list[Fault]:
     return faults
 
 
-def _reshaping_faults(options: RLOptions) -> list[Fault]:
-    """What alters the distribution that vLLM tells log-probabilities of, where the teacher's own are needed."""
-    given, needs = options.generation_kwargs or {}, []
+def reshaping(options: RLOptions) -> tuple[list[str], list[str]]:
+    """The options, and the names among `generation_kwargs`, that alter the distribution which vLLM samples from and
+    tells log-probabilities of."""
+    given = options.generation_kwargs or {}
     named = [name for name, neutral in RESHAPING_KWARGS.items() if given.get(name) not in (None, neutral)]
+    return [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral], named
+
+
+def _reshaping_faults(options: RLOptions) -> list[Fault]:
+    """What alters that distribution, where the teacher's own log-probabilities are needed."""
+    given, needs = options.generation_kwargs or {}, []
+    reshaped, named = reshaping(options)
     if reads_teacher_logprobs(options):
         needs.append(("the reward's KL", "kl_penalty_reward_coeff=0 or include_teacher_think_entropy=false"))
     else:
@@ -209,7 +217,6 @@ def _reshaping_faults(options: RLOptions) -> list[Fault]:
     readers, ways = " and ".join(who for who, _ in needs), " with ".join(way for _, way in reversed(needs))
     cause = f"vLLM tells log-probabilities of what it makes of the distribution, and {readers} would take them for the "
     cause += "teacher's"
-    reshaped = [name for name, neutral in RESHAPING.items() if getattr(options, name) not in neutral]
     remedy = f"leave it out, or use_vllm=false, or {ways}"
     faults = [Fault(name, getattr(options, name), cause, remedy) for name in reshaped]
     remedy = f"leave it out, or {ways}"  # transformers has other names for them, or none

@@ -41,7 +41,7 @@ def completions_at_once(options: RLOptions) -> int:
 def _is_higher_better(metric: str) -> bool:
     """Whether a metric of RL is a reward, or a part of one; how long explanations are, e.g., is neither."""
     name = metric.removeprefix("eval_")
-    return name.startswith("rewards/") or name.endswith(("reward", "accuracy"))
+    return name.endswith(("reward", "accuracy")) or (name.startswith("rewards/") and name.endswith("/mean"))
 
 
 def held_out_faults(options: TrainOptions) -> list[Fault]:

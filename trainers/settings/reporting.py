@@ -65,7 +65,7 @@ def hub_faults(options: TrainOptions) -> list[Fault]:
     for key, value in asked.items():
         if value and os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
             faults.append(Fault(key, value, "HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE, or leave {key} out"))
-        elif value and _hub_token() is None and not options.hub_token:
+        elif value and _hub_token() is None and not (key == "push_to_hub" and options.hub_token):
             faults.append(Fault(key, value, "no account of the hub is known", f"hf auth login, or leave {key} out"))
     return faults
 

@@ -204,12 +204,6 @@ def prepare_wandb(options: BaseOptions) -> None:
         logger.warning("wandb: not logged in, so it logs offline (`wandb login`, or `wandb sync` the run afterwards)")
 
 
-def use_hub_token(options: BaseOptions) -> None:
-    """Let the hub's library find the token of the run where it looks for one."""
-    if token := getattr(options, "hub_token", None):
-        os.environ["HF_TOKEN"] = token
-
-
 def use_tensorboard_dir(output_dir: Path) -> None:
     """Put tensorboard's files in the run's folder; an evaluation before training would open them elsewhere."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs")

@@ -43,7 +43,7 @@ def explain(question: str, solution: str) -> str:
     ids = renderer.encode_prompt(renderer.teacher_prompt(question, solution))  # as in training, token by token
     asked, closing = torch.tensor([ids], device=device), tags.explanation[1]
     stops = {{"max_new_tokens": {limit}, "stop_strings": [closing], "tokenizer": tokenizer}}
-    stops["eos_token_id"] = list(renderer.end_ids)
+    stops["eos_token_id"] = list(renderer.end_ids){further}
     written = model.generate(asked, do_sample=True, **sampling, **stops)[0, len(ids) :]
     return sampled_explanation(renderer, written.tolist()).text.strip()
 
@@ -51,12 +51,13 @@ def explain(question: str, solution: str) -> str:
 print(explain("What is 2+3?", "5"))
 ```
 
-vLLM takes the same `ids` as `prompt_token_ids`, with `**sampling`, `stop=[closing]` and
+vLLM takes the same `ids` as `prompt_token_ids`, with `**sampling`{vllm}, `stop=[closing]` and
 `skip_special_tokens=False`{merged}.
 """
 MERGED = """; for its plain
 engine merge the adapter first: `./launch_mono.sh stage=merge model_name_or_path={folder} output_dir=<new folder>`"""
 
+NOTHING_FURTHER = {"further": "", "vllm": ""}
 UNALTERED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -92,12 +93,22 @@ def write_model_card(folder: Path, options: TrainOptions, end_ids: tuple[int, ..
             template=options.chat_template_kwargs,
             limit=options.max_completion_length if is_rl else 2048,
             sampling=_sampling(options) if is_rl else UNALTERED,
+            **(_further(options) if is_rl else NOTHING_FURTHER),
         )
     card.write_text(text, encoding="utf-8")
 
 
 def _sampling(options: RLOptions) -> dict[str, Any]:
-    """What the run sampled with, as arguments of transformers' `generate`."""
+    """What the run sampled with, by the names that transformers and vLLM share."""
     given = {name: value for name in UNALTERED if (value := getattr(options, name)) is not None}
     given["top_k"] = max(0, given.get("top_k", 0))  # vLLM has -1 for all, too
-    return UNALTERED | given | ({} if options.use_vllm else options.generation_kwargs or {})
+    return UNALTERED | given
+
+
+def _further(options: RLOptions) -> dict[str, str]:
+    """Where the run's other arguments of sampling stand: vLLM's and transformers' have names of their own."""
+    if not options.generation_kwargs:
+        return NOTHING_FURTHER
+    if options.use_vllm:
+        return NOTHING_FURTHER | {"vllm": f", `**{options.generation_kwargs}`"}
+    return NOTHING_FURTHER | {"further": f"\n    stops |= {options.generation_kwargs!r}"}

@@ -1,12 +1,23 @@
 """How a trained model is written: in files of which the host holds one at a time."""
 
+import copyreg
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
+from trl import GRPOConfig, SFTConfig
 
 from trainers.plan.host_memory import SHARD
 from trainers.watch.phases import PhaseTimer
+
+
+def _without_token(arguments: GRPOConfig | SFTConfig) -> tuple[Any, ...]:
+    """What is pickled of arguments: transformers writes them beside the model, and push_to_hub uploads that file."""
+    return copyreg.__newobj__, (type(arguments),), vars(arguments) | {"hub_token": None}
+
+
+for kind in (GRPOConfig, SFTConfig):
+    copyreg.pickle(kind, _without_token)
 
 
 class OwnSaving:
