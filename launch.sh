@@ -11,7 +11,7 @@ shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/scripts/setup.sh"
 for word in "$@"; do
-  case $word in --help | -h | --cfg | --check) WORLD_SIZE=$processes exec "$PYTHON" "$here/train.py" "$@" ;; esac
+  case $word in --help | -h | --cfg | --cfg=* | -c | --check) WORLD_SIZE=$processes exec "$PYTHON" "$here/train.py" "$@" ;; esac
 done
 if ((processes == 1)); then exec "$PYTHON" "$here/train.py" "$@"; fi
 # A mistake in the configuration is told once, at once, before any process starts.

@@ -184,6 +184,7 @@ def measure(order: dict[str, Any]) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     work = plan.work
     chosen = {"optim": work.optimizer, "micro_batch": work.micro_batch, "student_mode": work.student_mode}
+    chosen |= {"activations": "on the host"} if plan.options.activation_offloading else {}
     chosen |= {"host memory": host} if host else {}
     wanted = [phase for phase in PEAKS if phase != "save" or order["saves"]]
     phases = {phase: plan.total(phase) / GIB for phase in wanted if phase in plan.phases}

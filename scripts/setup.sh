@@ -62,8 +62,14 @@ take_cuda_build() {
   echo "This pip has taken a CPU build of torch, which uses no card: taking the CUDA build in its place." >&2
   mapfile -t exact < <(sed -nE 's/^(torch|torchvision|torchaudio|torchcodec)==/\1===/p' "$lock")
   "$PYTHON" -m pip install --force-reinstall --no-deps --disable-pip-version-check "${exact[@]}" >>"$log" 2>&1
-  if "$PYTHON" -c "$has_cuda" 2>>"$log"; then return; fi
+  status=0
+  "$PYTHON" -c "$has_cuda" 2>>"$log" || status=$?
+  if ((status == 0)); then return; fi
   tail -n 5 "$log" >&2
+  if ((status != 3)); then
+    echo "The CUDA build of torch cannot be imported; see $log." >&2
+    return 1
+  fi
   echo "pip finds no CUDA build of ${exact[0]}; see $log. Unset PIP_INDEX_URL and PIP_EXTRA_INDEX_URL (pip config list" >&2
   echo "shows what else is set) and start again, or take the CPU packages, which use no GPU: RLT_CPU=1 $0" >&2
   return 1

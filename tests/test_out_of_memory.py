@@ -180,14 +180,18 @@ def test_what_is_offered_applies_to_the_run_in_order(run, phase, words, offered)
     assert [told.split()[0] for told, _ in remedies_of(plan, phase)] == offered
 
 
-@pytest.mark.parametrize("card", ["12gb", "24gb", "48gb", "80gb", "96gb", "sft_24gb"])
-def test_what_is_offered_makes_the_phase_as_small_as_it_says_once_it_is_pasted(card):
-    """With it alone `auto` would take a larger micro-batch, or a larger cache, in the room that it leaves."""
+@pytest.mark.parametrize(
+    ("card", "gb"), [*((card, None) for card in ("12gb", "24gb", "48gb", "80gb", "96gb", "sft_24gb")), ("96gb", 80)]
+)
+def test_what_is_offered_makes_the_phase_as_small_as_it_says_once_it_is_pasted(card, gb):
+    """With it alone `auto` would take a larger micro-batch, or a larger cache, in the room that it leaves, or no longer
+    offload activations, as the last one does."""
     run = f"teacher_{card}" if card.startswith("sft") else f"teacher_rlt_mono_{card}"
-    plan = planned(run)[0]
+    plan = planned(run, gb=gb)[0]
+    assert plan.options.activation_offloading is (gb == 80)
     for phase in plan.phases:
         for words, size in remedies_of(plan, phase):
-            again = planned(run, *words.split())[0]
+            again = planned(run, *words.split(), gb=gb)[0]
             assert again.total(phase) == pytest.approx(size, abs=2**21), (phase, words)
             assert size < plan.total(phase)
 

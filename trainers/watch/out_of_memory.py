@@ -144,6 +144,7 @@ def _kept(work: Workload, phase: str) -> Settings:
     if phase == "update":
         kept["per_device_train_batch_size"] = o.per_device_train_batch_size
         kept |= {"optim": work.optimizer} if work.optimizer == "cpu_offload" else {}
+        kept |= {"activation_offloading": True} if o.activation_offloading else {}
     if work.is_rl and work.student_mode == "streamed" and not o.offload_untrained_models:
         kept["student_mode"] = "streamed"
     if work.is_rl and work.reference_mode == "streamed" and not o.offload_untrained_models:
