@@ -203,7 +203,8 @@ def test_a_run_on_this_machine_s_card_needs_what_compiles_its_kernels(run, monke
     here = replace(elsewhere, card=replace(elsewhere.card, is_here=True))
     seven = "Qwen/Qwen2.5-7B-Instruct"
     scored = checked("score", "dataset_id_or_path=a/b", f"model_name_or_path={seven}", f"student_model={seven}")
-    assert [fault.key for fault in assess(problem(scored, here, longest=99)).start] == ["compiler"]  # TRL's head is Triton's, too
+    found = assess(problem(scored, here, longest=99)).start
+    assert [fault.key for fault in found] == ["compiler"]  # TRL's head is Triton's, too
     for there, told in ((here, ["compiler"]), (elsewhere, []), (replace(here, card=None), [])):
         words = ["device=cpu"] if there.card is None else []
         assert [fault.key for fault in assess(problem(checked(run, *words), there)).with_warmups("start")] == told
