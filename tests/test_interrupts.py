@@ -1,13 +1,18 @@
 """A run that is told to end. Run: ./run_tests.sh tests/test_interrupts.py"""
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 
+import pytest
 from conftest import REPO
 from safetensors.torch import load_file
+
+from trainers.watch.outputs import Interrupt
 
 
 def test_ctrl_c_ends_a_run_with_a_line(model_dir, rows_file, tmp_path):
@@ -38,3 +43,22 @@ def test_ctrl_c_ends_a_run_with_a_line(model_dir, rows_file, tmp_path):
     (kept,) = re.findall(r"interrupted: go on from it with model_name_or_path=(\S+)", shown)
     assert load_file(f"{kept}/model.safetensors")
     assert "interrupted" in (out / "training.log").read_text()
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_interrupt_that_was_lost_ends_the_run_at_its_next_step(handler):
+    """As one that a finalizer has met."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        Interrupt().on_train_begin(None, None, None)  # of a warm-up in the same process
+        interrupt = Interrupt()
+        interrupt.on_train_begin(None, None, None)
+        interrupt.on_step_end(None, None, None)
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        is_ignored = handler is signal.SIG_IGN
+        with nullcontext() if is_ignored else pytest.raises(KeyboardInterrupt):
+            interrupt.on_step_end(None, None, None)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -54,6 +54,7 @@ def test_adapters_have_a_reference_that_follows_nothing(tmp_path, caplog):
 def test_a_metric_that_evaluations_have_not_is_told_with_those_they_have():
     evaluated = {"eval_reward": -1.0, "eval_student_accuracy": 0.5}
     best = ["load_best_model_at_end=true", "eval_strategy=steps", "save_steps=25", "eval_steps=25"]
+    best.append("greater_is_better=true")
     for metric in ("reward", "eval_student_accuracy"):
         check_best_metric(options(*best, f"metric_for_best_model={metric}"), evaluated)
     with pytest.raises(ConfigError, match="no such metric[\\s\\S]*did you mean student_accuracy"):

@@ -39,7 +39,7 @@ from trainers.watch.health import HealthWatch
 from trainers.watch.heartbeat import heartbeat
 from trainers.watch.memory_watch import MemoryWatch
 from trainers.watch.out_of_memory import out_of_memory_told
-from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
+from trainers.watch.outputs import Interrupt, MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.watch.result import write_result
 from trainers.watch.totals import Totals
@@ -105,7 +105,7 @@ def run_rl(options: RLOptions, output_dir: Path, plan: Plan | None = None) -> No
                 train_dataset=train_set,
                 eval_dataset=eval_set,
                 processing_class=teacher.tokenizer,
-                callbacks=[MetricsWriter(output_dir, timer), *watches],
+                callbacks=[MetricsWriter(output_dir, timer), Interrupt(), *watches],
             )
             timer.memory.note("load")
             train_and_report(trainer, options, output_dir)

@@ -26,7 +26,7 @@ from trainers.settings.trl_config import precision_arguments, tell_length
 from trainers.texts import check_traces, load_train_and_eval_rows, sft_parts, sft_rows, show_sample, tag_format
 from trainers.watch.heartbeat import heartbeat
 from trainers.watch.out_of_memory import out_of_memory_told
-from trainers.watch.outputs import MetricsWriter, Progress, use_tensorboard_dir
+from trainers.watch.outputs import Interrupt, MetricsWriter, Progress, use_tensorboard_dir
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapter_files import base_of, tokenizer_of
 from trainers.weights.model_card import write_model_card
@@ -93,7 +93,7 @@ def run_sft(
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
-            callbacks=[MetricsWriter(output_dir, timer), Progress()],
+            callbacks=[MetricsWriter(output_dir, timer), Interrupt(), Progress()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -178,6 +178,28 @@ def ending_in_the_log(output_dir: Path) -> Iterator[None]:
         raise
 
 
+class Interrupt(TrainerCallback):
+    """Ends a run at its next step where the KeyboardInterrupt of Ctrl-C was lost: it is raised wherever the run is, and
+    Python passes over what finalizers raise."""
+
+    def __init__(self) -> None:
+        self._came = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        is_ours = isinstance(getattr(handler, "__self__", None), Interrupt)  # an earlier trainer's
+        if is_ours or handler is signal.default_int_handler:  # not where interrupts are ignored
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._came = True
+        signal.default_int_handler(number, frame)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+
+
 def take_over_library_logs() -> None:
     """Let transformers and TRL, once imported, log through our handlers in place of their own."""
     import datasets
