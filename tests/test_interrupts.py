@@ -14,13 +14,22 @@ from safetensors.torch import load_file
 
 from trainers.watch.outputs import Interrupt
 
+# train.py in a process whose KeyboardInterrupt never comes.
+LOST = """
+import signal, train
+signal.default_int_handler = lambda *_: None
+signal.signal(signal.SIGINT, signal.default_int_handler)
+train.main()
+"""
 
-def test_ctrl_c_ends_a_run_with_a_line(model_dir, rows_file, tmp_path):
+
+@pytest.mark.parametrize("start", [[str(REPO / "train.py")], ["-c", LOST]], ids=["raised", "lost"])
+def test_ctrl_c_ends_a_run_with_a_line(start, model_dir, rows_file, tmp_path):
     out = tmp_path / "out"
     words = [f"model_name_or_path={model_dir}", f"student_model={model_dir}", f"dataset_id_or_path={rows_file}"]
     words += ["train_batch_size=8", "per_device_train_batch_size=8", "num_generations=4", "max_completion_length=16"]
     words += ["max_steps=1000", "logging_steps=1", "save_steps=1", "report_before_after=false", "num_probes=0"]
-    command = [sys.executable, str(REPO / "train.py"), *words, f"output_dir={out}"]
+    command = [sys.executable, *start, *words, f"output_dir={out}"]
     run = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
