@@ -136,11 +136,36 @@ def test_default_run_could_work_here():
     assert "this run could work" in done.stdout
 
 
-def test_faults_of_the_configuration_are_findings_beside_the_others():
-    found = preflight.preflight("teacher_rlt_mono_85gb", ["num_generation=8", "beta=-1"], 85)
-    assert levels(found.findings, "configuration") == ["error", "error"]
-    assert levels(found.findings, "packages") and not found.works
-    assert found.as_dict()["fits"] is False
+@pytest.mark.parametrize(("words", "faults"), [(["num_generation=8", "beta=-1"], 2), (["weight_decay=much"], 1)])
+def test_faults_of_the_configuration_are_findings_beside_all_others(words, faults, card, monkeypatch):
+    card()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = preflight.preflight("teacher_rlt_mono_85gb", [*words, "report_to=wandb"])
+    assert levels(found.findings, "configuration") == ["error"] * faults
+    assert {each.check for each in found.findings} >= {
+        "presets", "packages", "python", "GPU", "CUDA", "memory", "host memory", "disk", "wandb",
+        "model_name_or_path", "student_model",
+    }  # fmt: skip
+    assert not found.works and found.as_dict()["fits"] is False
+
+
+@pytest.mark.parametrize("words", [["beta=1,2"], ["stage=nothing"]])
+def test_what_cannot_be_read_leaves_the_machine(words, card):
+    card()
+    found = preflight.preflight("teacher_rlt_mono_85gb", words).findings
+    assert levels(found, "configuration") == ["error"]
+    assert levels(found, "GPU") == ["ok"]
+    assert [each for key in ("memory", "host memory", "disk") for each in levels(found, key)] == ["warning"] * 3
+
+
+def test_a_card_that_cannot_be_asked_leaves_memory_and_disk(monkeypatch):
+    def broken():
+        raise ConfigError(Fault("GPU", ..., "nvidia-smi failed", "put it right"))
+
+    monkeypatch.setattr(machine, "read_card", broken)
+    found = preflight.preflight("teacher_rlt_mono_85gb", ["beta=-1"]).findings
+    assert levels(found, "configuration") == ["error", "error"]
+    assert levels(found, "host memory") == levels(found, "disk") == ["warning"]
 
 
 def test_neither_torch_nor_vllm_is_imported():

@@ -81,6 +81,24 @@ def load_options(
     Raises:
         ConfigError: With every fault found; nothing was loaded or written.
     """
+    options, faults, _ = read_options(composed, num_devices, repo, needs_device)
+    if faults:
+        raise ConfigError(faults)
+    return options
+
+
+def read_options(
+    composed: Mapping[str, Any], num_devices: int = 1, repo: Path = Path(), needs_device: bool = True
+) -> tuple[CommonOptions, list[Fault], Set[str]]:
+    """What can be read of a composed configuration, for those who tell of the rest as well; see `load_options`.
+
+    Returns:
+        The options, every fault, and the names of those that are wrong by themselves: of these the default is read,
+        or nothing where there is none.
+
+    Raises:
+        ConfigError: If there is no such stage, so that nothing can be read.
+    """
     stage = composed.get("stage", "rl")
     if stage not in STAGES:
         raise ConfigError(Fault("stage", stage, "there is no such stage", f"one of: {', '.join(STAGES)}, plan"))
@@ -99,9 +117,7 @@ def load_options(
     else:
         invalid = set()
     faults += option_faults(options, num_devices, repo, needs_device, invalid)
-    if faults:
-        raise ConfigError(faults)
-    return options
+    return options, faults, invalid
 
 
 def option_faults(

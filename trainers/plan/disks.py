@@ -1,13 +1,12 @@
 """What a run leaves on which disk: downloads, the warm-ups it trains first, and its own files."""
 
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from trainers.config import named_run
 from trainers.errors import Fault
 from trainers.options import CommonOptions
-from trainers.plan.machine import existing
+from trainers.plan.machine import existing, free_disk
 from trainers.plan.model_shapes import ModelShape
 from trainers.plan.workload import GIB
 from trainers.settings.reward_specs import model_keys
@@ -61,7 +60,7 @@ def in_turn(sizes: list[tuple[str, Path, int]], own: Path, own_free: int) -> lis
     found = []
     for kind, folder, size in sizes:
         disk = existing(folder).stat().st_dev
-        free = own_free if disk == existing(own).stat().st_dev else shutil.disk_usage(existing(folder)).free
+        free = own_free if disk == existing(own).stat().st_dev else free_disk(folder)
         before = taken.get(disk, 0)
         found.append(Written(kind, folder, size, before, free - before))
         taken[disk] = before + size

@@ -82,7 +82,12 @@ def read_machine(folder: Path, vram_gb: float | None = None) -> Machine:
         vram_gb: Plan for a card of so many GB instead of the one that is here.
     """
     card = read_card() if vram_gb is None else planned_card(vram_gb)
-    return Machine(card, *host_room(), shutil.disk_usage(existing(folder)).free)
+    return Machine(card, *host_room(), free_disk(folder))
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where the folder is, or will be."""
+    return shutil.disk_usage(existing(folder)).free
 
 
 def existing(folder: Path) -> Path:

@@ -6,19 +6,19 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from trainers.checks import load_options
+from trainers.checks import load_options, read_options
 from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.plan.hardware import cpu_builds, cpu_torch_fault
-from trainers.plan.machine import GB, Machine
-from trainers.plan.planning import Assessment, assess, check_planned, machine_for
+from trainers.plan.machine import GB, Card, Machine, free_disk, host_room, read_machine
+from trainers.plan.planning import Assessment, assess, check_planned, machine_for, run_folder
 from trainers.plan.remedies import Change, is_roomy, roomier
 from trainers.plan.run_models import shapes_of, warmups_ahead
 from trainers.plan.solve import SPARE, Problem, device_of, slow_models
@@ -101,27 +101,41 @@ def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> P
 def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
     findings = [_python()]
     try:
-        options = load_options(compose_run(run, overrides), repo=REPO, needs_device=False)
+        options, faults, invalid = read_options(compose_run(run, overrides), repo=REPO, needs_device=False)
         check_planned(options)
-        ahead = warmups_ahead(options)
-    except ConfigError as error:
-        return Preflight(findings + _configuration(error.faults), None, None)
-    sources, machine, plan = _sources(options, ahead), None, None
+        ahead = [] if faults else warmups_ahead(options)
+    except ConfigError as error:  # there are no options to ask for anything else
+        return Preflight(findings + _configuration(error.faults) + _bare(vram_gb), None, None)
+    sources, machine, plan = _sources(options, ahead, invalid), None, None
     _ask_ahead(sources)
+    findings += _configuration(faults)
     try:
         machine = machine_for(options, vram_gb)
         findings += _card(options, machine, vram_gb)
-        if device_of(options, machine) == "cpu" or machine.card is not None:
+        if not faults and (device_of(options, machine) == "cpu" or machine.card is not None):
             found = assess(Problem(options, *shapes_of(options), machine), ahead)
             start = [fault for fault in found.start if fault.key != "compiler"]  # told with the card
             findings += _configuration(start) + _memory(found)
             plan = found.plan
-    except ConfigError as error:  # there is no plan, and the rest is looked at all the same
-        findings += _configuration(error.faults) + _unplanned(options, machine)
+    except ConfigError as error:
+        findings += _configuration(error.faults)
+    if plan is None:  # the rest is looked at all the same
+        findings += _unplanned(options, machine)
     there = [_wandb(options), *map(_source, sources)]
     if machine is not None and not machine.is_here:  # what the machine that has the card can reach is not known here
         there = [replace(f, level="warning") if f.level == "error" else f for f in there]
     return Preflight(findings + there, plan, machine)
+
+
+def _bare(vram_gb: float | None) -> list[Finding]:
+    """The machine as it is, where no option can be read."""
+    try:
+        machine = read_machine(REPO / "results", vram_gb)
+    except ConfigError as error:
+        return _configuration(error.faults)
+    card = machine.card
+    shown = "this machine shows no NVIDIA GPU" if card is None else f"{card.name}, {card.total / GB:.1f} GB"
+    return [Finding("GPU", "ok", shown), *_free(machine, machine.card)]
 
 
 def _configuration(faults: Sequence[Fault]) -> list[Finding]:
@@ -279,12 +293,17 @@ def _warmup(name: str, warmup: Assessment, rest: Level) -> list[Finding]:
 
 def _unplanned(options: CommonOptions, machine: Machine | None) -> list[Finding]:
     """What is free, where there is no plan to compare it with."""
-    if machine is None:
-        return []
+    if machine is None:  # the card cannot be asked
+        machine = Machine(None, *host_room(), free_disk(run_folder(options)))
+    on_card = machine.card is not None and device_of(options, machine) == "cuda"
+    return _free(machine, machine.card if on_card else None)
+
+
+def _free(machine: Machine, card: Card | None) -> list[Finding]:
     free = {"host memory": machine.host_free, "disk": machine.disk_free}
-    if device_of(options, machine) == "cuda":
-        free = {"memory": machine.card.free} | free
-    unknown = "what the run needs is not known, see configuration"
+    if card is not None:
+        free = {"memory": card.free} | free
+    unknown = "what the run needs is not known"
     return [Finding(key, "warning", f"{size / GIB:.1f} GiB are free; {unknown}") for key, size in free.items()]
 
 
@@ -299,9 +318,9 @@ def _wandb(options: CommonOptions) -> Finding:
     return Finding("wandb", "ok", "logged in")
 
 
-def _sources(options: CommonOptions, ahead: list[Waiting]) -> list[Source]:
+def _sources(options: CommonOptions, ahead: list[Waiting], invalid: Set[str] = frozenset()) -> list[Source]:
     """The models and the data that a run names, and those that its warm-ups start from, each of these once."""
-    named = (*model_keys(options), *DATA)
+    named = [key for key in (*model_keys(options), *DATA) if key not in invalid]
     found = [("", key, path) for key in named if (path := getattr(options, key, None))]
     seen = {(key in DATA, path) for _, key, path in found}
     for warmup in ahead:
