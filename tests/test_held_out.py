@@ -19,7 +19,7 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.memory import PROBES
-from trainers.plan.remedies import knobs
+from trainers.plan.knobs import knobs
 from trainers.scoring.probes import MEANING
 from trainers.texts import check_enough, load_train_and_eval_rows
 from trainers.warmup import warmup_options

@@ -15,11 +15,12 @@ from trainers.errors import ConfigError
 from trainers.memory import cache_share
 from trainers.options import options_class
 from trainers.plan import planning
+from trainers.plan.knobs import Change, knobs
 from trainers.plan.machine import Holder, Machine, planned_card
 from trainers.plan.model_shapes import AdapterShape
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.planning import machine_for, run_plan
-from trainers.plan.remedies import Change, knobs, nearest_fit, refuse
+from trainers.plan.remedies import nearest_fit, refuse
 from trainers.plan.run_models import shapes_of
 from trainers.plan.solve import Problem, micro_batch_choices, solve
 from trainers.plan.workload import GIB, PHASES
@@ -206,6 +207,24 @@ def test_knobs_tell_what_each_change_does():
     now = planned("teacher_rlt_mono_80gb")[0].peak
     assert changes["optim=cpu_offload"] < now
     assert any("use_peft=true" in name and peak < now for name, peak in changes.items())
+
+
+def test_knobs_tell_what_is_solved_and_what_takes_more():
+    """Also what is nothing to offer: the micro-batches next to the solved one, another bridge, and their like."""
+    named = [f"teacher_rlt_mono_{gb}gb" for gb in (80, 24)]
+    large, small = (load_options(compose_run(name), repo=REPO, needs_device=False) for name in named)
+    there = problem(large, machine(80))
+    now, changes = solve(there), {str(change): change.plan for change in knobs(there)}
+    assert now.options.per_device_train_batch_size == 2
+    assert changes["per_device_train_batch_size=4"].options.per_device_train_batch_size == 4
+    assert changes["per_device_train_batch_size=4"].total("update") > now.total("update")
+    copied = changes["weight_bridge=copy"]
+    assert copied.phases["update"]["engine's weights"] >= now.phases["update"]["weights"]
+    for change in ("gradient_checkpointing=false", "optim=flash_adamw", "student_quantization=8bit"):
+        assert changes[change].peak > now.peak
+    there = problem(small, machine(24))
+    (copied,) = (change for change in knobs(there) if str(change) == "weight_bridge=copy")
+    assert "does not fit" in knobs_text(solve(there), [copied])
 
 
 def test_plan_is_made_from_the_memory_that_is_free_and_names_who_holds_the_rest():

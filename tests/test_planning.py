@@ -19,10 +19,10 @@ from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.plan import disks, model_shapes, planning, preflight, run_models, start_faults
 from trainers.plan.disks import downloads, in_turn
+from trainers.plan.knobs import knobs
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine
 from trainers.plan.planning import assess, planned
-from trainers.plan.remedies import knobs
 from trainers.plan.run_models import shapes_of
 from trainers.plan.workload import GIB
 from trainers.warmup import cached_path, waiting, warmup_options
@@ -228,7 +228,7 @@ def test_what_goes_to_one_disk_takes_room_in_turn(tmp_path, monkeypatch):
     sizes = [("downloads", tmp_path, 28), ("warm-ups", other, 7), ("disk", own, 71)]
     real = disks.existing
     monkeypatch.setattr(disks, "existing", lambda folder: Path("/proc") if folder == other else real(folder))
-    monkeypatch.setattr(disks.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5}))
+    monkeypatch.setattr(disks, "free_disk", lambda folder: 5)
     found = in_turn(sizes, own, 90)
     assert [(w.kind, w.before, w.free) for w in found] == [("downloads", 0, 90), ("warm-ups", 0, 5), ("disk", 28, 62)]
     assert [len(w.faults) for w in found] == [0, 1, 1]

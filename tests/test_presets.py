@@ -139,7 +139,8 @@ def test_what_docs_tell_of_a_run_that_does_not_fit_is_planned():
 @pytest.mark.parametrize("run", sorted(set(RUNS) - set(CARDS) - READ_ONLY))
 def test_every_other_run_that_computes_with_models_is_planned(run):
     options = load_options(compose_run(run, SCORED if run == "score" else []), repo=REPO, needs_device=False)
-    there = Machine(None, 8 * GIB, 8 * GIB, 100 * GIB) if options.device == "cpu" else machine(getattr(options, "vram_gb", None) or 80)
+    card = machine(getattr(options, "vram_gb", None) or 80)
+    there = Machine(None, 8 * GIB, 8 * GIB, 100 * GIB) if options.device == "cpu" else card
     plan = solve(problem(options, there, longest=8192 if run == "score" else None))
     assert plan.fits and (options.device == "cpu" or plan.spare >= SPARE)
     phases = {"rl": set(PHASES), "sft": {"load", "update", "save"}, "score": {"load", "score"}}

@@ -10,9 +10,10 @@ from planned import problem
 from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.plan import preflight
+from trainers.plan.knobs import is_roomy, knobs
 from trainers.plan.machine import Machine, planned_card
 from trainers.plan.planning import assess
-from trainers.plan.remedies import host_remedy, is_roomy, knobs, nearest_fit, refuse
+from trainers.plan.remedies import host_remedy, nearest_fit, refuse
 from trainers.plan.solve import solve
 from trainers.plan.workload import GIB
 

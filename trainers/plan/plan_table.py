@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers.memory import cache_share
+from trainers.plan.knobs import Change
 from trainers.plan.machine import Machine
 from trainers.plan.model_shapes import ModelShape
-from trainers.plan.remedies import Change
 from trainers.plan.solve import DECIDED, written
 from trainers.plan.workload import GIB, Plan
 
@@ -124,6 +124,8 @@ def _also(plan: Plan, change: Change) -> str:
     before, after = cache_share(plan.work), cache_share(change.plan.work)
     if after is not None and before != after:
         found.append(f"(cache for {after:.0%} of the completions)")
+    if not change.plan.fits_device:
+        found.append("does not fit")
     if not change.plan.fits_host:
         found.append(f"host memory of {_gib(change.plan.host_need)} GiB, which is not free")
     return " ".join(found)

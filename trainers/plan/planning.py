@@ -8,11 +8,12 @@ from trainers.config import REPO, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import TRAINING, WITH_MODELS, BaseOptions, CommonOptions
 from trainers.plan.disks import Written, download_folder, downloads, in_turn
+from trainers.plan.knobs import Change, knobs
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine, read_machine
 from trainers.plan.model_shapes import local_config
 from trainers.plan.plan_table import knobs_text, plan_text
-from trainers.plan.remedies import Change, host_remedy, knobs, nearest_fit, refuse
+from trainers.plan.remedies import host_remedy, nearest_fit, refuse
 from trainers.plan.run_models import first_start, shape_of, shapes_of, warmups_ahead
 from trainers.plan.solve import Problem, device_of, precision_of, share_faults, slow_models, solve
 from trainers.plan.start_faults import card_faults, config_faults, device_choice_faults, of_warmup, start_faults

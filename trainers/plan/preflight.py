@@ -17,9 +17,10 @@ from trainers.config import CONFIG_DIR, REPO, compose_run, named_run
 from trainers.errors import ConfigError, Fault
 from trainers.options import CommonOptions
 from trainers.plan.hardware import cpu_builds, cpu_torch_fault
+from trainers.plan.knobs import Change, is_roomy
 from trainers.plan.machine import GB, Card, Machine, free_disk, host_room, read_machine
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for, run_folder
-from trainers.plan.remedies import Change, is_roomy, roomier
+from trainers.plan.remedies import roomier
 from trainers.plan.run_models import shapes_of, warmups_ahead
 from trainers.plan.solve import SPARE, Problem, device_of, slow_models
 from trainers.plan.start_faults import COMPILERS, compiler_fault

@@ -13,7 +13,7 @@ from trainers.checks import option_faults
 from trainers.config import REPO
 from trainers.errors import OutOfMemory
 from trainers.memory import kv_least, make_plan
-from trainers.plan.remedies import Change
+from trainers.plan.knobs import Change
 from trainers.plan.workload import GIB, Plan, Workload
 from trainers.settings.batch import micro_batch_choices
 from trainers.watch.memory_watch import used_bytes
