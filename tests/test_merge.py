@@ -161,7 +161,9 @@ def test_start_is_recognised_and_its_reference_named(model_dir, adapter_dir, tmp
     assert start("a", use_peft=True, beta=0.0).adapter and "no KL reference (beta=0)" in caplog.text
     with pytest.raises(ConfigError, match="merge of another adapter"):
         resolve_start(options(), str(adapter_dir), tmp_path / "b", torch.bfloat16)
-    assert resolve_start(options(), str(model_dir), tmp_path / "c", torch.float32) == Start(str(model_dir))
+    assert resolve_start(options(beta=0.1), str(model_dir), tmp_path / "c", torch.float32) == Start(str(model_dir))
+    assert f"start from {model_dir}: it is a whole model, and every weight of that is trained" in caplog.text
+    assert "KL reference: that model" in caplog.text
     with pytest.raises(ConfigError, match="is no folder with a LoRA adapter"):  # of run:NAME it shows only here
         resolve_start(options(use_peft=True, adapter_start="continue"), str(model_dir), tmp_path, torch.float32)
 

@@ -44,19 +44,20 @@ def resolve_start(options: TrainOptions, path: str, output_dir: Path, dtype: tor
     """
     if faults := start_faults(options, path):
         raise ConfigError(faults)
+    trained = "a fresh adapter is trained on that" if options.use_peft else "every weight of that is trained"
+    follows = getattr(options, "sync_ref_model", False) and not options.use_peft  # adapters have another reference
+    further = ", without the fresh adapter" if options.use_peft else ""
+    further += ", which follows the teacher (sync_ref_model)" if follows else ""
     if not is_adapter(path):
-        return Start(path)
-    adapter = open_adapter(KEY, path)
-    if is_continued(options):
+        start, how, reference = Start(path), f"it is a whole model, and {trained}", f"that model{further}"
+    elif is_continued(options):
+        adapter = open_adapter(KEY, path)
         how = f"its LoRA adapter is trained on, on its base {adapter.base}"
         start, reference = Start(adapter.base, adapter), "that adapter as it is now"
     else:
         start = Start(whole_model(options, KEY, path, output_dir, dtype))
-        how = f"its LoRA adapter is merged into its base {adapter.base}, "
-        how += "and a fresh adapter is trained on that" if options.use_peft else "and every weight of that is trained"
-        reference = "the merged model" + (", without the fresh adapter" if options.use_peft else "")
-        follows = getattr(options, "sync_ref_model", False) and not options.use_peft  # adapters have another reference
-        reference += ", which follows the teacher (sync_ref_model)" if follows else ""
+        how = f"its LoRA adapter is merged into its base {open_adapter(KEY, path).base}, and {trained}"
+        reference = f"the merged model{further}"
     if options.stage == "rl":
         how += f"; KL reference: {reference}" if options.beta else "; no KL reference (beta=0)"
     logger.info("start from %s: %s", path, how)
