@@ -48,6 +48,15 @@ def test_processes_are_read_whatever_their_names(line, told, smi):
     assert [str(holder) for holder in read_card().holders] == told
 
 
+def test_memory_that_no_process_is_named_for_is_told(smi):
+    """As in a container, where those of others are not seen."""
+    smi(card='echo "NVIDIA L4, 23034, 12000, 8.9, 580.65.06"', processes="echo 4711, python3, 1024")
+    assert read_card().held == ["pid 4711 (python3) 1.0 GiB", "processes that nvidia-smi does not name 9.8 GiB"]
+    found = preflight.preflight("teacher_rlt_mono_24gb", []).findings
+    (held,) = (each.message for each in found if each.check == "GPU" and each.level == "warning")
+    assert "does not name 9.8 GiB" in held
+
+
 def test_a_name_of_a_card_with_a_comma_is_read(smi):
     smi(card='echo "A card, revised, 81559, 81000, 9.0, 580.65.06"')
     assert read_card() == Card("A card, revised", 81559 * 2**20, 81000 * 2**20, 9.0, "580.65.06")

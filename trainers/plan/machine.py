@@ -20,6 +20,7 @@ MIB = 2**20
 MIN_COMPUTE = 7.5  # what the CUDA 13 builds of torch and vLLM have kernels for begins with Turing
 SMI_TIMEOUT = 20.0  # seconds; where the driver was not loaded before, it takes some
 WSL_KEPT = 2 * 2**30  # of the memory that is free, what Windows refused to give all the same (microsoft/WSL#41176)
+DRIVERS_OWN = 2**30  # bytes; less may be missing where no process holds anything
 GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
 
 
@@ -41,6 +42,7 @@ class Card:
 
     Attributes:
         compute: Its compute capability; bf16 arithmetic begins with 8.0.
+        unnamed: Of what is not free, what no process that is known holds: those of other containers, or a display's.
         is_here: False for one that is only planned for.
     """
 
@@ -50,7 +52,14 @@ class Card:
     compute: float = 8.0
     driver: str = ""
     holders: list[Holder] = field(default_factory=list)
+    unnamed: int = 0
     is_here: bool = True
+
+    @property
+    def held(self) -> list[str]:
+        """Who holds what is not free, for people."""
+        told = f"processes that nvidia-smi does not name {self.unnamed / 2**30:.1f} GiB"
+        return [*map(str, self.holders), *([told] if self.unnamed else [])]
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,10 @@ def read_card() -> Card | None:
     except ValueError:  # "[N/A]"
         raise _unknown(f"nvidia-smi does not tell the compute capability of {name}") from None
     driver = driver if driver.partition(".")[0].isdigit() else ""
-    return Card(name, int(total) * MIB, _obtainable(int(free) * MIB), capability, driver, _holders())
+    holders = _holders()
+    unnamed = (int(total) - int(free)) * MIB - sum(holder.used for holder in holders)
+    unnamed = unnamed if unnamed >= DRIVERS_OWN else 0
+    return Card(name, int(total) * MIB, _obtainable(int(free) * MIB), capability, driver, holders, unnamed)
 
 
 def _obtainable(free: int) -> int:

@@ -41,7 +41,7 @@ def _heading(plan: Plan, machine: Machine) -> str:
     if work.device == "cuda":
         card = machine.card
         lines.append(f"  on {card.name}: {card.free / GIB:.1f} of {card.total / GIB:.1f} GiB free")
-        lines += [f"  held by {holder}" for holder in card.holders]
+        lines += [f"  held by {holder}" for holder in card.held]
     else:
         lines.append(f"  on the CPU: {machine.host_free / GIB:.1f} of {machine.host_total / GIB:.1f} GiB free")
     return "\n".join(lines)

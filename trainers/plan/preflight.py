@@ -229,8 +229,7 @@ def _card(options: CommonOptions, machine: Machine, vram_gb: float | None) -> li
         fault = cpu_torch_fault(options.device)
         findings.append(Finding("CUDA", "error", fault.cause, fault.remedy))
     findings.append(_compiler())
-    if card.holders:
-        held = "; ".join(map(str, card.holders))
+    if held := "; ".join(card.held):
         findings.append(Finding("GPU", "warning", f"others hold memory: {held}", "end them if they are yours"))
     return findings
 
