@@ -136,6 +136,13 @@ def test_default_run_could_work_here():
     assert "this run could work" in done.stdout
 
 
+def test_a_preset_that_is_broken_fails(monkeypatch):
+    monkeypatch.setattr(preflight, "_runs", lambda: ["teacher_rlt_tiny", "teacher_rlt_mono_7gb"])
+    found = preflight.preflight("teacher_rlt_tiny", [])
+    (presets,) = (each for each in found.findings if each.check == "presets")
+    assert presets.level == "error" and "teacher_rlt_mono_7gb" in presets.message and not found.works
+
+
 @pytest.mark.parametrize(("words", "faults"), [(["num_generation=8", "beta=-1"], 2), (["weight_decay=much"], 1)])
 def test_faults_of_the_configuration_are_findings_beside_all_others(words, faults, card, monkeypatch):
     card()

@@ -91,9 +91,11 @@ def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> P
         overrides: `key=value` words.
         vram_gb: Plan for a card of so many GB that need not be here; None for the one that is.
     """
-    with get_context("fork").Pool() as pool:  # Hydra takes a fifth of a second for each preset
+    runs = _runs()
+    workers = min(len(os.sched_getaffinity(0)), len(runs))
+    with get_context("fork").Pool(workers) as pool:  # Hydra takes a fifth of a second for each preset
         packages = pool.apply_async(_packages)
-        presets = pool.map_async(_preset_fault, _runs(), chunksize=1)
+        presets = pool.map_async(_preset_fault, runs, chunksize=1)
         found = _look(run, overrides, vram_gb)
         found.findings[:0] = [_presets(presets.get()), *packages.get()]
     return found
