@@ -185,7 +185,7 @@ def training_arguments(setup: Setup) -> dict[str, Any]:
         "max_completion_length": arguments.completion,
         "temperature": 1.0,
         "beta": 0.0,
-        "gradient_checkpointing": setup.device.type == "cuda",
+        "gradient_checkpointing": arguments.checkpointing,
         "generation_kwargs": {"min_tokens": arguments.completion, "ignore_eos": True},
         "report_to": "none",
         "save_strategy": "no",

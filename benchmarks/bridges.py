@@ -22,9 +22,9 @@ Ways:
 Every way samples as many tokens from the same prompts (end of turn ignored), earns the same kind of reward (score ways
 aside), and updates with the same optimizer. TRL's engine gets this project's engine arguments (on a CPU fp32, eager,
 where it would otherwise compile, and blocks of the prefix cache as small); on a CPU both need the live linear weights
-of trainers/weights/cpu_kernels.py. Where nothing is computed again for the backward pass (a CPU), this project's ways
-read the prompt of a group once (`share_prompts`), which is part of what is compared. `sentinel` is the trainer's part;
-the engine's is in `generate`.
+of trainers/weights/cpu_kernels.py. Where nothing is computed again for the backward pass (on a CPU unless told
+`--checkpointing`), this project's ways read the prompt of a group once (`share_prompts`), which is part of what is
+compared. `sentinel` is the trainer's part; the engine's is in `generate`.
 
 Each way runs in a process of its own: one step that is not counted, then `--steps` that are. The ways take turns step
 by step, so that what else happens on the machine meets them alike; with `--one-by-one` (always on a GPU, which would
@@ -78,6 +78,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=8 if gpu else None, help="completions in one backward pass")
     parser.add_argument("--utilization", type=float, default=0.4, help="share of the GPU for vLLM")
     parser.add_argument("--optim", choices=("adamw_torch", "adamw_8bit"), default="adamw_torch")
+    checkpointing = {"action": argparse.BooleanOptionalAction, "default": gpu}
+    parser.add_argument("--checkpointing", **checkpointing, help="gradient checkpointing, of TRL the default")
     parser.add_argument("--sleep", action="store_true", help="of TRL: its engine's weights leave the GPU too")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
