@@ -29,7 +29,7 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
     )
     for name, shape, mode, is_written in frozen:
         if is_written or (on_gpu and mode in ("cpu", "streamed")):  # on a CPU what is streamed stays on disk
-            held = shape.num_parameters * size
+            held = (shape.num_parameters - (shape.beside_text if mode == "streamed" else 0)) * size
             if mode == "cpu" or is_written or left is None or held < STREAMED_SHARE * left:
                 host[name] = held
                 left = None if left is None else left - held

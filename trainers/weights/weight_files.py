@@ -1,11 +1,12 @@
 """Where the weights of a streamed model lie: in safetensors files, or in host memory."""
 
+import copy
 import ctypes
 import json
 import logging
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +100,12 @@ class WeightFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
+    def only(self, names: Collection[str]) -> "WeightFiles":
+        """These tensors of them."""
+        found = copy.copy(self)
+        found._places = {name: place for name, place in self._places.items() if name in names}
+        return found
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
 
@@ -157,6 +164,9 @@ class HostWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
