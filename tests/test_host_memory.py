@@ -10,6 +10,7 @@ from trainers.checks import load_options
 from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.plan import planning
+from trainers.plan.host_memory import STAGED
 from trainers.plan.machine import Machine, planned_card
 from trainers.plan.plan_table import plan_text
 from trainers.plan.planning import memory_faults
@@ -95,6 +96,7 @@ def test_streamed_student_is_read_from_disk_where_the_host_has_no_room():
     most = 4 + SEVEN / GIB / 0.8
     plans = [planned(80, most + more, "beta=0", "sync_ref_model=false") for more in (0.1, -0.1)]
     assert [plan.host.get("student") for plan in plans] == [SEVEN, None]
+    assert [plan.host.get("reading from disk", 0) for plan in plans] == [0, 2 * STAGED]
     assert all(plan.fits for plan in plans)
 
 

@@ -13,6 +13,7 @@ from test_streaming import save, stream
 
 from trainers.scoring import loading, streaming
 from trainers.scoring.loading import load_frozen
+from trainers.weights.weight_files import WeightFiles
 
 
 class AtOnce:
@@ -57,6 +58,15 @@ def test_the_next_layer_is_asked_for_before_one_computes(tmp_path, monkeypatch):
         assert found.index(("asked for", i + 1)) < found.index(("computes", i)), (
             f"layer {i} computes, and nothing comes"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_a_tensor_is_read_from_where_it_begins(dtype, model_dir):
+    """As blocks on the way to a GPU take it: as it is stored, and in another type."""
+    files, name = WeightFiles(str(model_dir), "student_model"), "model.layers.1.mlp.up_proj.weight"
+    whole, part = files.tensor(name).view(-1), torch.empty(1000, dtype=dtype)
+    files._read_part(name, 777, part)
+    assert whole.dtype == torch.float32 and torch.equal(part, whole[777:1777].to(dtype))
 
 
 class Made(Exception):

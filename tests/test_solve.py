@@ -113,24 +113,33 @@ def test_where_student_and_reference_rest_on_a_card_with_room(words, student, re
     assert (plan.options.student_mode, plan.options.reference_mode) == (student, reference)
 
 
-def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_experts(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "can_stream", "mode", "intermediate"),
+    [
+        ("qwen3_moe", True, "streamed", 4 * (200 + 64)),
+        # Cannot be: whatever offload_untrained_models says, there is room for it. A shared expert reads all.
+        ("glm4_moe", False, "resident", 4 * (200 + 64) + 200),
+    ],
+)
+def test_a_mixture_of_experts_reads_with_all_its_chosen_experts(family, can_stream, mode, intermediate, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
+    config = {"model_type": family, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
+    config |= {"num_experts": 8} if family == "qwen3_moe" else {"n_routed_experts": 8}
     (tmp_path / "config.json").write_text(json.dumps(config | sizes))
     plan, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}")
     shape = plan.work.student
-    assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
-    assert plan.options.student_mode == "resident"  # whatever offload_untrained_models says: there is room for it
+    assert (shape.can_stream, shape.intermediate) == (can_stream, intermediate)
+    assert plan.options.student_mode == mode
     assert plan.options.reference_mode == "streamed"
     asked, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", "student_mode=cpu")
     assert asked.options.student_mode == "cpu"
 
 
-def test_a_mixture_of_experts_that_the_card_has_no_room_for_is_read_on_the_host_with_a_warning(tmp_path):
-    """30B as Qwen3-30B-A3B is, 57 GiB; beside a 7B in training there is no room for it on 80 GB."""
+def test_a_mixture_that_the_card_has_no_room_for_and_cannot_be_streamed_is_read_on_the_host(tmp_path):
+    """With a warning. 30B, 57 GiB, in a family whose layers hold buffers; beside a 7B in training there is no room."""
     sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32}
     sizes |= {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936}
-    config = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    config = {"model_type": "glm4_moe", "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     (tmp_path / "config.json").write_text(json.dumps(config | sizes))
     words = [f"student_model={tmp_path}", "vram_gb=80"]
     for further, warned in (([], 1), (["student_mode=cpu"], 0)):

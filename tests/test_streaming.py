@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPO
-from families import COMMON, FAMILIES
+from families import COMMON, FAMILIES, LAID_OUT_OTHERWISE
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer import utils
 
@@ -38,7 +38,7 @@ MORE = {
 
 def save(family, folder, dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)
-    values = COMMON | (FAMILIES | MORE)[family] | changes
+    values = COMMON | (LAID_OUT_OTHERWISE | FAMILIES | MORE)[family] | changes
     if family == "gpt2":
         values = {k: v for k, v in values.items() if not k.startswith(("hidden", "num", "inter", "max"))}
     config = AutoConfig.for_model(family, **values, initializer_range=0.2)

@@ -7,6 +7,8 @@ from trainers.plan.workload import GIB, Workload
 PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}
 # Of what is free when it is loaded: a streamed model that takes more is read from disk at every pass.
 STREAMED_SHARE = 0.8
+# Of each of the two blocks through which it then goes to a GPU (weight_files.py).
+STAGED = 64 * 2**20
 # Of a file that a trained model is written to: safetensors holds a copy of each on the host (saving.py).
 SHARD = 2 * 10**9
 
@@ -29,10 +31,12 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
     )
     for name, shape, mode, is_written in frozen:
         if is_written or (on_gpu and mode in ("cpu", "streamed")):  # on a CPU what is streamed stays on disk
-            held = shape.num_parameters * size
+            held = (shape.num_parameters - (shape.beside_text if mode == "streamed" else 0)) * size
             if mode == "cpu" or is_written or left is None or held < STREAMED_SHARE * left:
                 host[name] = held
                 left = None if left is None else left - held
+            else:
+                host["reading from disk"] = host.get("reading from disk", 0) + 2 * STAGED
     if on_gpu and work.trains:
         if getattr(work.options, "activation_offloading", False):
             host["activations"] = offloaded_bytes(work)

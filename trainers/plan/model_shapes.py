@@ -102,7 +102,9 @@ class ModelShape:
         parameters: Each stored parameter's shape by its name; a tied head is not listed.
         layer_prefix: What the names of the layers' parameters begin with, before the layer's number.
         kv_width: Elements of keys and values of one token in one layer.
-        can_stream: Whether its layers can pass the device one by one, as far as shapes tell (scoring/streaming.py).
+        can_stream: Whether its layers can pass the device one by one, as far as is known without its files
+            (scoring/streaming.py).
+        beside_text: Elements of the parameters that text does not need: they are not streamed.
         adapter: Of an adapter, whose base the other sizes are of.
         can_share_prompts: See the function of that name.
         caps_scores: Whether its attention scores go through tanh, and the result is kept too.
@@ -124,6 +126,7 @@ class ModelShape:
     max_positions: int
     kv_width: int
     can_stream: bool = True
+    beside_text: int = 0
     adapter: AdapterShape | None = None
     can_share_prompts: bool = False
     caps_scores: bool = False
@@ -323,11 +326,9 @@ def _from_transformers(config: dict[str, Any], name: str, trust: bool) -> ModelS
 
 def _built_shape(model: Any, config: Any, model_type: str, name: str) -> ModelShape:
     """The sizes of a model that transformers has built without memory."""
-    from torch.nn import ModuleList
+    from trainers.weights.model_weights import can_be_mapped, find_layers, text_elements
 
-    text = config.get_text_config()
-    lists = ((n, m) for n, m in model.named_modules() if isinstance(m, ModuleList))
-    prefix = next(f"{n}." for n, m in lists if len(m) == text.num_hidden_layers)
+    text, prefix = config.get_text_config(), f"{find_layers(model)[1]}."
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
     if not hasattr(text, "num_attention_heads"):
         remedy = "name a causal language model with attention, e.g. of the Qwen, Llama or Gemma family"
@@ -341,12 +342,10 @@ def _built_shape(model: Any, config: Any, model_type: str, name: str) -> ModelSh
     latent = getattr(text, "kv_lora_rank", None)
     kv_width = latent + text.qk_rope_head_dim if latent else 2 * kv_heads * head_dim
     sizes = (hidden, _inner_width(text), text.num_hidden_layers, heads, kv_heads, head_dim, text.vocab_size)
-    # Checkpoints hold a mixture's experts apart that the model holds as one; and a model of text and images has more.
-    inside = [shape for n, shape in parameters.items() if n.startswith(prefix)]
-    can_stream = text is config and all(len(shape) < 3 for shape in inside)
-    shape = ModelShape(name, model_type, parameters, prefix, *sizes, max_positions(config), kv_width, can_stream)
+    shape = ModelShape(name, model_type, parameters, prefix, *sizes, max_positions(config), kv_width)
     capped = bool(getattr(text, "attn_logit_softcapping", None))
-    further = {"eager_unless_told": capped or config._attn_implementation == "eager"}
+    further = {"can_stream": can_be_mapped(model), "beside_text": shape.num_parameters - text_elements(model)}
+    further |= {"eager_unless_told": capped or config._attn_implementation == "eager"}
     return replace(shape, caps_scores=capped, window=sliding_window(text.to_dict()), **further)
 
 

@@ -150,12 +150,14 @@ def load_frozen(
     trust, attention = options.trust_remote_code, options.attn_implementation
     if mode == "streamed":
         config = load_config(path, key, trust)
-        source: WeightFiles | HostWeights = WeightFiles(path, key)
-        if writable or (device.type == "cuda" and fits_in_memory(source.num_elements() * dtype.itemsize)):
-            source = HostWeights(source, dtype, pin=device.type == "cuda")
-        attention = attention_of(attention, config)
+        on_gpu, attention = device.type == "cuda", attention_of(attention, config)
+
+        def move(files: WeightFiles) -> Any:  # WeightFiles or HostWeights
+            is_held = writable or (on_gpu and fits_in_memory(files.num_elements() * dtype.itemsize))
+            return HostWeights(files, dtype, pin=on_gpu) if is_held else files
+
         backbone: ResidentBackbone | StreamedBackbone = StreamedBackbone(
-            source, config, device, dtype, attention, key, trust
+            WeightFiles(path, key), config, device, dtype, attention, key, trust, move
         )
     else:
         device = torch.device("cpu") if mode == "cpu" else device

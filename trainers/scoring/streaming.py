@@ -7,7 +7,7 @@ live on the device between two layers. FlexGen (arXiv 2303.06865) schedules gene
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from trainers.attention import attention_fault, suit_attention
 from trainers.errors import ConfigError, Fault
+from trainers.weights.model_weights import ModelWeights, find_layers
 from trainers.weights.weight_files import HostWeights, WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class StreamedBackbone:
         dtype: Of the weights and the arithmetic.
         attention: Attention implementation; None for transformers' choice.
         key: The option that named the model, for messages.
+        move: Takes the tensors that are needed, which are not always all, to where they lie from then on.
 
     Raises:
         ConfigError: If the model is not a stack of layers, or its checkpoint does not hold the tensors that its
@@ -55,6 +57,7 @@ class StreamedBackbone:
         attention: str | None,
         key: str,
         trust: bool = False,
+        move: Callable[[WeightFiles], WeightFiles | HostWeights] | None = None,
     ) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
         try:
@@ -69,16 +72,18 @@ class StreamedBackbone:
         suit_attention(self.model.eval().requires_grad_(False), device)
         self.model.tie_weights()
         self.base = self.model.base_model
-        self._names = _checkpoint_names(self.model, source, key)
+        self._weights = _model_weights(self.model, source, key)
         self.layers, self._prefix = _find_layers(self.model, key)
         self._groups = [
-            {name: self._names[f"{self._prefix}.{i}.{name}"] for name, _ in layer.named_parameters()}
+            {name: f"{self._prefix}.{i}.{name}" for name, _ in layer.named_parameters()}
             for i, layer in enumerate(self.layers)
         ]
         self._embedding, self._lm_head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         self._embedding.padding_idx = None  # it may lie outside the few rows that are looked up
         head = _name_of(self.model, self._lm_head).rpartition(".")[0]
-        self._head_names = {leaf: self._names[f"{head}.{leaf}"] for leaf, _ in self._lm_head.named_parameters()}
+        self._head_names = {leaf: f"{head}.{leaf}" for leaf, _ in self._lm_head.named_parameters()}
+        if move is not None:
+            self.source = self._weights.source = move(source.only(self._weights.stored()))
         self._place_the_rest()
         self._try(key)
 
@@ -91,16 +96,17 @@ class StreamedBackbone:
         """See `Backbone.blend`; the weights must be in host memory."""
         assert isinstance(self.source, HostWeights), "weights on disk are never written"
         for name, value in parameters.items():
-            self.source.tensor(self._names[name]).mul_(1 - share).add_(value.cpu(), alpha=share)
+            self._weights.blend(name, value.cpu(), share)
         self._place_the_rest()
 
     def _place_the_rest(self) -> None:
         """Put what is neither embedding, layer nor head (the last norm, and buffers) on the device for good."""
         apart = {id(p) for module in (self._embedding, self._lm_head) for p in module.parameters()}
         for name, parameter in list(self.model.named_parameters()):
-            if id(parameter) not in apart and not name.startswith(self._prefix + "."):
+            is_apart = id(parameter) in apart or name.startswith(self._prefix + ".")
+            if name in self._weights and not is_apart:
                 module, leaf = self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-                value = self.source.tensor(self._names[name]).to(self.device, self.dtype, copy=True)
+                value = self._weights.tensor(name).to(self.device, self.dtype, copy=True)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
@@ -108,7 +114,7 @@ class StreamedBackbone:
 
     def run(self, batches: list[Tensor]) -> Iterator[Tensor]:
         """See `Backbone.run`. Each layer's weights are read once for all batches."""
-        with _Feeder(self.source, self.device, self.dtype) as feeder:
+        with _Feeder(self._weights, self.device, self.dtype) as feeder:
             weights = feeder.stream(self._groups)
             hidden, calls = [], []
             for ids in batches:
@@ -134,7 +140,7 @@ class StreamedBackbone:
     @contextmanager
     def placed_head(self) -> Iterator[None]:
         """Have the head's weights on the device for a while."""
-        with _Feeder(self.source, self.device, self.dtype) as feeder:
+        with _Feeder(self._weights, self.device, self.dtype) as feeder:
             weights = feeder.end(feeder.begin(self._head_names))
         with self._placed_head(weights):
             yield
@@ -185,7 +191,7 @@ class StreamedBackbone:
     def _embed(self, ids: Tensor) -> Tensor:
         """Look tokens up: only the rows that occur are read, and brought to the device."""
         unique, inverse = ids.unique(return_inverse=True)
-        table = self.source.tensor(self._names[_name_of(self.model, self._embedding)])
+        table = self._weights.tensor(_name_of(self.model, self._embedding))
         pinned = self.device.type == "cuda"
         rows = torch.empty(len(unique), table.size(1), dtype=table.dtype, pin_memory=pinned)
         torch.index_select(table, 0, unique, out=rows)
@@ -211,8 +217,8 @@ class StreamedBackbone:
 class _Feeder:
     """Brings groups of weights to the device, one ahead of its use, in a thread and on a stream of its own."""
 
-    def __init__(self, source: WeightFiles | HostWeights, device: torch.device, dtype: torch.dtype) -> None:
-        self.source, self.device, self.dtype = source, device, dtype
+    def __init__(self, weights: ModelWeights, device: torch.device, dtype: torch.dtype) -> None:
+        self.weights, self.device, self.dtype = weights, device, dtype
         self._slots: list[Weights] = [{}, {}]
         self._free: list[torch.cuda.Event | None] = [None, None]
         self._is_cuda = device.type == "cuda"
@@ -257,7 +263,7 @@ class _Feeder:
 
     def _fit(self, slot: Weights, group: dict[str, str]) -> None:
         """Make the slot hold tensors of this group's shapes; layers are mostly alike, and nothing is allocated."""
-        shapes = {name: self.source.shape(stored) for name, stored in group.items()}
+        shapes = {name: self.weights.shape(there) for name, there in group.items()}
         if {name: tuple(t.shape) for name, t in slot.items()} != shapes:
             slot.clear()
             # One block for the whole group: a large one goes back to the system when it is freed. Each tensor in it
@@ -272,19 +278,19 @@ class _Feeder:
     def _fill(self, index: int, group: dict[str, str]) -> "torch.cuda.Event | None":
         slot = self._slots[index]
         if not self._is_cuda:
-            self.source.read(group, slot)
+            self.weights.read(group, slot)
             return None
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             if self._free[index] is not None:
                 self._stream.wait_event(self._free[index])
-            self.source.read(group, slot)
+            self.weights.read(group, slot)
             return self._stream.record_event()
 
     def begin(self, group: dict[str, str]) -> Future:
         """Start to bring one more group; on a CPU its tensors stay where they are."""
         if not self._is_cuda:
             return self._thread.submit(self._mapped, group)
-        shapes = {name: self.source.shape(stored) for name, stored in group.items()}
+        shapes = {name: self.weights.shape(there) for name, there in group.items()}
         values = {name: torch.empty(s, dtype=self.dtype, device=self.device) for name, s in shapes.items()}
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         return self._thread.submit(self._bring, group, values)
@@ -297,13 +303,13 @@ class _Feeder:
         return values
 
     def _mapped(self, group: dict[str, str]) -> tuple[Weights, None]:
-        stored = {name: self.source.tensor(name_there) for name, name_there in group.items()}
-        self.source.bytes_read += sum(tensor.nbytes for tensor in stored.values())
+        stored = {name: self.weights.tensor(name_there) for name, name_there in group.items()}
+        self.weights.source.bytes_read += sum(tensor.nbytes for tensor in stored.values())
         return {name: tensor.to(self.dtype) for name, tensor in stored.items()}, None
 
     def _bring(self, group: dict[str, str], values: Weights) -> "tuple[Weights, torch.cuda.Event]":
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            self.source.read(group, values)
+            self.weights.read(group, values)
             return values, self._stream.record_event()
 
 
@@ -323,30 +329,19 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def _find_layers(model: Any, key: str) -> tuple[nn.ModuleList, str]:
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module, name
-    cause = f"{type(model).__name__} has no list of {count} layers: it cannot be streamed"
-    raise ConfigError(Fault(key, model.config._name_or_path, cause, _remedy(key)))
+    try:
+        return find_layers(model)
+    except ValueError as error:
+        fault = Fault(key, model.config._name_or_path, f"{error}: it cannot be streamed", _remedy(key))
+        raise ConfigError(fault) from error
 
 
-def _checkpoint_names(model: Any, source: WeightFiles | HostWeights, key: str) -> dict[str, str]:
-    """For each parameter (tied ones included) the tensor of the checkpoint that it is."""
-    names: dict[str, str] = {}
-    wrong: list[str] = []
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters:
-        # Of a tied weight its first name, by which `blend` knows it: the file may hold it under the others as well.
-        same = [other for other, p in parameters if p is parameter]
-        stored = next((candidate for candidate in same if candidate in source), None)
-        if stored is None or source.shape(stored) != tuple(parameter.shape):
-            wrong.append(name)
-        names[name] = stored
-    if wrong:
+def _model_weights(model: Any, source: WeightFiles | HostWeights, key: str) -> ModelWeights:
+    weights = ModelWeights(model, source)
+    if wrong := weights.missing:
         cause = f"its files do not hold {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} as it is in the model"
         raise ConfigError(Fault(key, model.config._name_or_path, f"{cause}: it cannot be streamed", _remedy(key)))
-    return names
+    return weights
 
 
 def _remedy(key: str) -> str:

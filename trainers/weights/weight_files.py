@@ -1,11 +1,13 @@
 """Where the weights of a streamed model lie: in safetensors files, or in host memory."""
 
+import copy
 import ctypes
 import json
 import logging
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from trainers.errors import ConfigError, Fault
 from trainers.models import damaged_fault
-from trainers.plan.host_memory import STREAMED_SHARE
+from trainers.plan.host_memory import STAGED, STREAMED_SHARE
 from trainers.plan.machine import host_room
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class WeightFiles:
 
     def __init__(self, path: str, key: str) -> None:
         self.bytes_read = 0
+        self._staging: _Staging | None = None
         self._places = {n: p for file in find_weight_files(path, key) for n, p in _places(file, key).items()}
 
     def __contains__(self, name: str) -> bool:
@@ -98,6 +101,12 @@ class WeightFiles:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
+
+    def only(self, names: Collection[str]) -> "WeightFiles":
+        """These tensors of them."""
+        found = copy.copy(self)
+        found._places = {name: place for name, place in self._places.items() if name in names}
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
@@ -118,17 +127,54 @@ class WeightFiles:
         """Copy the tensors `group` names into the tensors of the same keys."""
         for name, stored in group.items():
             place, target = self._places[stored], into[name]
-            if target.device.type == "cpu" and target.dtype == place.dtype and target.is_contiguous():
-                _read_into(place, target)
+            if target.is_cuda:
+                self._staging = self._staging or _Staging()
+                self._staging.copy(partial(self._read_part, stored), target)
             else:
-                target.copy_(self.tensor(stored))
+                self._read_part(stored, 0, target)
             self.bytes_read += math.prod(place.shape) * place.dtype.itemsize
 
+    def _read_part(self, name: str, start: int, target: Tensor) -> None:
+        """Read as many elements as a tensor of the host has, from `start` on."""
+        place = self._places[name]
+        if target.dtype == place.dtype and target.is_contiguous():
+            _read_into(place, start, target)
+        else:
+            target.copy_(self.tensor(name).view(-1)[start : start + target.numel()].view(target.shape))
 
-def _read_into(place: _Place, target: Tensor) -> None:
+
+class _Staging:
+    """Two pinned blocks of the host, through which files go to a GPU: while one is copied, the other is read into.
+
+    From a file's mapped pages, which cannot be pinned, a copy would keep the CPU until it is done, and come from a
+    buffer of the driver's.
+    """
+
+    def __init__(self) -> None:
+        self._blocks = [torch.empty(STAGED, dtype=torch.uint8) for _ in range(2)]
+        for block in self._blocks:
+            if _pin(block):
+                weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, block.data_ptr())
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._last = 0
+
+    def copy(self, read: Callable[[int, Tensor], None], target: Tensor) -> None:
+        """Copy to the device, on the current stream, what `read` reads from an element on."""
+        whole, step = target.view(-1), STAGED // target.itemsize
+        for start in range(0, len(whole), step):
+            part, self._last = whole[start : start + step], 1 - self._last
+            if (event := self._copied[self._last]) is not None:
+                event.synchronize()  # the block may still be copied from
+            block = self._blocks[self._last][: part.nbytes].view(target.dtype)
+            read(start, block)
+            part.copy_(block, non_blocking=True)
+            self._copied[self._last] = torch.cuda.current_stream(target.device).record_event()
+
+
+def _read_into(place: _Place, start: int, target: Tensor) -> None:
     left = memoryview(target.view(-1).view(torch.uint8).numpy())
     with place.file.open("rb", buffering=0) as file:
-        file.seek(place.offset)
+        file.seek(place.offset + start * place.dtype.itemsize)
         while left:
             count = file.readinto(left)
             if not count:
@@ -157,6 +203,9 @@ class HostWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
