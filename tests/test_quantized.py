@@ -5,12 +5,14 @@ import logging
 import pytest
 import torch
 from conftest import ROWS
+from transformers import AutoModelForCausalLM
 
 from data.explanation import written_explanation
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.options import options_class
+from trainers.plan.model_shapes import model_shape, read_config
 from trainers.scoring.loading import load_frozen, make_scorer
-from trainers.scoring.quantized import Sample, reward_changes, samples_of
+from trainers.scoring.quantized import Sample, quantization_config, reward_changes, samples_of
 from trainers.student import StudentScore
 
 CPU = torch.device("cpu")
@@ -77,3 +79,22 @@ def test_samples_take_the_explanation_that_is_there():
 def test_a_frozen_model_is_quantized_only_on_request(model_dir):
     frozen = load_frozen(options(), str(model_dir), "student_model", CPU, torch.float32, 1.0)
     assert {p.dtype for p in frozen.backbone.model.parameters()} == {torch.float32}
+
+
+def test_student_that_is_stored_quantized_scores_as_one_that_is_quantized_on_loading(
+    model_dir, tokenizer, renderer, tmp_path
+):
+    stored, kind = tmp_path / "stored", quantization_config("4bit", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=kind, dtype=torch.float32)
+    model.save_pretrained(stored)
+    tokenizer.save_pretrained(stored)
+    shape = model_shape(read_config(str(stored), "student_model"))
+    assert shape.quantized == "4bit" and not shape.can_stream
+    explanations = [written_explanation(renderer, row["reasoning_trace"], True) for row in ROWS]
+    teacher = [torch.full((len(renderer.padding_ids) + len(e.ids),), -1.0) for e in explanations]
+    texts = [row["question"] for row in ROWS], explanations, [row["solution"] for row in ROWS], teacher
+    rewards = []
+    for path, chosen in ((stored, options()), (model_dir, options(student_quantization="4bit"))):
+        scorer = make_scorer(chosen, tmp_path, str(path), renderer, renderer, CPU, torch.float32, [])
+        rewards.append([scored.reward for scored in scorer.score(*texts)])
+    assert rewards[0] == rewards[1]

@@ -11,6 +11,7 @@ from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.options import options_class
 from trainers.plan import preflight
+from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine
 from trainers.plan.planning import assess
 from trainers.plan.remedies import nearest_fit, refuse
@@ -111,6 +112,28 @@ def test_a_card_that_is_not_here_is_planned_for_as_if_it_were(words, gb):
 def test_where_student_and_reference_rest_on_a_card_with_room(words, student, reference):
     plan, _ = planned("teacher_rlt_mono_80gb", *words, gb=200)
     assert (plan.options.student_mode, plan.options.reference_mode) == (student, reference)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "awq", "bits": 4}, 4),
+        ({"quant_method": "fp8"}, 16),
+    ],
+)
+def test_a_student_that_is_stored_quantized_rests_on_the_card_and_takes_what_it_is_stored_in(
+    quantization, bits, tmp_path
+):
+    """Not as bf16 weights that are streamed, which its loading refuses. fp8 may become bf16 on some cards."""
+    config = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"] | {"quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", gb=200)
+    assert plan.options.student_mode == "resident"
+    linear = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 3584 * 18944)
+    rest = plan.work.student.num_parameters - linear
+    assert plan.phases["score"]["student"] == 2 * rest + linear * bits // 8
 
 
 @pytest.mark.parametrize(

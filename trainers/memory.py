@@ -115,7 +115,7 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
 
 def _quantized(work: Workload, size: int) -> int:
     """A student of 8 or 4 bits; embeddings and head stay as they are (bitsandbytes replaces linear layers)."""
-    kind = work.options.student_quantization
+    kind = work.options.student_quantization or work.student.quantized
     if kind is None:
         return size
     linear = sum(map(prod, work.student.linear_shapes)) * work.itemsize

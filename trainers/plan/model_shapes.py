@@ -110,6 +110,7 @@ class ModelShape:
         caps_scores: Whether its attention scores go through tanh, and the result is kept too.
         eager_unless_told: Whether its attention is eager where none is asked for (trainers/attention.py).
         window: Tokens that some of its layers look back at the most; None where all see everything before them.
+        quantized: `8bit` or `4bit` where its linear layers are stored, and computed with, in so many.
     """
 
     name: str
@@ -132,6 +133,7 @@ class ModelShape:
     caps_scores: bool = False
     eager_unless_told: bool = False
     window: int | None = None
+    quantized: str | None = None
 
     @cached_property
     def num_parameters(self) -> int:
@@ -222,9 +224,21 @@ def _shape_of(config_json: str, name: str, trust: bool) -> ModelShape:
         if config[size] is not None and not (isinstance(config[size], int | list) and config[size]):
             value = f"{name or config.get('model_type')}: {size}={config[size]!r}"
             raise ConfigError(Fault("model", value, "a size is a whole number above 0", "correct the model's config"))
-    if config.get("model_type") in FAMILY_DEFAULTS and SIZES <= config.keys():
-        return _known_family(config, name)
-    return _from_transformers(config, name, trust)
+    is_known = config.get("model_type") in FAMILY_DEFAULTS and SIZES <= config.keys()
+    shape = _known_family(config, name) if is_known else _from_transformers(config, name, trust)
+    if (quantization := config.get("quantization_config")) is None:
+        return shape
+    return replace(shape, can_stream=False, quantized=_stored_bits(quantization))
+
+
+def _stored_bits(quantization: dict[str, Any]) -> str | None:
+    """See `ModelShape.quantized`: of the methods that keep their layers so on any card. None for others, which may
+    become what they were once loaded (mxfp4, fp8)."""
+    method = quantization.get("quant_method")
+    if method == "bitsandbytes":
+        return "4bit" if quantization.get("load_in_4bit") else "8bit"
+    bits = {4: "4bit", 8: "8bit"}.get(quantization.get("bits"))
+    return bits if method in ("gptq", "awq") else None
 
 
 def model_shape(config: dict[str, Any], name: str = "", trust: bool = False) -> ModelShape:
