@@ -158,6 +158,28 @@ def test_peak_on_a_gpu_is_no_more_than_was_in_use_together(monkeypatch, begin, c
     assert watch.take()["memory/sync_peak"] == sum(course[-1])
 
 
+def test_peak_of_a_save_is_its_own(monkeypatch):
+    """Neither the next step's nor that of the phase that follows, and what came before is none of it."""
+    card = Card(monkeypatch, 32, 1)
+    watch = MemoryWatch(torch.device("cuda"))
+    card.becomes(60, 1)
+    card.becomes(32, 1)
+    watch.note("step")
+    watch.step()
+    card.becomes(70, 1)  # an evaluation's last pass
+    card.becomes(32, 1)
+    with watch.between_steps("save"):
+        card.becomes(65, 1)
+        card.becomes(34, 1)
+    watch.note("kv_cache")
+    assert watch.take() == {
+        **{"memory/step": 33, "memory/step_peak": 61, "memory/save": 35, "memory/save_peak": 66},
+        **{"memory/kv_cache": 35, "memory/kv_cache_peak": 35},
+    }
+    watch.step()
+    assert watch._peaks == [61 * GIB, 35 * GIB]
+
+
 @pytest.mark.parametrize(
     ("of_torch", "rest", "freed"),
     [

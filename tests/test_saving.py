@@ -41,6 +41,7 @@ def test_a_model_is_written_in_shards_and_read_as_it_was(renderer, model_dir, tm
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(read[name], value) for name, value in trainer.model.state_dict().items())
     assert "save_pretrained" not in vars(trainer.model)
+    assert trainer.timer.memory.phases["save_peak"] > 0
 
 
 def test_the_warm_up_and_the_engine_that_is_built_anew_write_shards_too(model_dir, tmp_path, monkeypatch):

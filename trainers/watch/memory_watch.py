@@ -136,6 +136,17 @@ class MemoryWatch:
             self._warn("creep", "memory creeps up: %.2f GiB at most in the first steps, %.2f at least now", first, last)
 
     @contextmanager
+    def between_steps(self, phase: str) -> Iterator[None]:
+        """A phase whose peak is its own: no part of a step's, nor of what came before it."""
+        self.peak()
+        peak = self._step_peak
+        try:
+            yield
+            self.note(phase)
+        finally:
+            self._step_peak = peak
+
+    @contextmanager
     def interrupted(self) -> Iterator[None]:
         """What is noted meanwhile (an evaluation) is no part of the step and the interval around it."""
         phases, peak = self.phases, self._step_peak
