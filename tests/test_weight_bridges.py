@@ -212,36 +212,6 @@ def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_pa
         assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
 
 
-@pytest.mark.parametrize("way", ["shared", "copy with adapters"])
-def test_checkpoint_is_a_normal_one_for_fresh_transformers_and_fresh_vllm(renderer, model_dir, tmp_path, prompts, way):
-    from vllm import LLM, SamplingParams
-
-    with running(renderer, model_dir, tmp_path, **WAYS[way]) as (engine, model):
-        train_some(model, prompts)
-        engine.sync_weights()
-        ours = engine.generate(prompts, SAMPLING, number=0)
-        saved = tmp_path / "saved"
-        (model.merge_and_unload() if way != "shared" else model).save_pretrained(saved)
-        renderer.tokenizer.save_pretrained(saved)
-    assert (saved / "model.safetensors").is_file()
-    fresh = AutoModelForCausalLM.from_pretrained(saved)
-    assert "model.layers.0.self_attn.q_proj.weight" in fresh.state_dict()
-    assert largest_difference(ours.logprobs, trainer_logprobs(fresh, prompts, ours.completion_ids)) < 1e-5
-    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 160}
-    settings |= {"kv_cache_memory_bytes": 2**26, "gpu_memory_utilization": 0.01}
-    llm = LLM(str(saved), logprobs_mode="processed_logprobs", **settings)
-    texts = [
-        {"prompt_token_ids": prompt + ids[:-1]}
-        for prompt, ids in zip(prompts[::4], ours.completion_ids[::4], strict=True)
-    ]
-    last = [[ids[-1]] for ids in ours.completion_ids[::4]]
-    params = [SamplingParams(max_tokens=1, logprob_token_ids=ids, detokenize=False) for ids in last]
-    outputs = llm.generate(texts, params, use_tqdm=False)
-    found = [[o.outputs[0].logprobs[0][ids[0]].logprob] for o, ids in zip(outputs, last, strict=True)]
-    llm.llm_engine.engine_core.shutdown()
-    assert largest_difference(found, [[logps[-1]] for logps in ours.logprobs[::4]]) < 1e-5
-
-
 @pytest.mark.parametrize("released", [False, True])
 def test_cache_is_released_and_taken_again_by_itself(renderer, model_dir, tmp_path, prompts, released):
     with running(renderer, model_dir, tmp_path) as (engine, model):
