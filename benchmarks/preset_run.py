@@ -202,10 +202,8 @@ def measure(order: dict[str, Any]) -> None:
             memory = self.timer.memory
             torch.cuda.empty_cache()  # what torch has kept of the update is no need of the save's
             memory.take()
-            memory.peak()
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 super().save_model(out)
-            memory.note("save")
             with (folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(memory.take()) + "\n")
 

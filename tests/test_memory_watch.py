@@ -2,11 +2,15 @@
 
 import logging
 from mmap import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from trainers.rollout.sampler import RolloutSampler
 from trainers.watch.memory_watch import MemoryWatch
+from trainers.watch.outputs import MetricsWriter
+from trainers.watch.phases import PhaseTimer
 
 GIB = 2**30
 
@@ -41,6 +45,15 @@ def test_memory_of_each_phase_is_told_in_gib(watch):
 def test_rising_peaks_warn_once(watch, caplog):
     run(watch, [10 + 0.1 * step for step in range(60)])
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert "creeps up" in caplog.text
+
+
+def test_steps_of_a_run_are_what_the_rise_is_looked_for_in(watch, caplog, tmp_path):
+    writer = MetricsWriter(tmp_path, PhaseTimer(watch))
+    for step in range(60):
+        watch.now = (10 + 0.1 * step) * GIB
+        writer.on_step_begin(None, None, None)
+        writer.on_step_end(None, None, None)
     assert "creeps up" in caplog.text
 
 
@@ -143,6 +156,50 @@ def test_peak_on_a_gpu_is_no_more_than_was_in_use_together(monkeypatch, begin, c
     assert expected == card.peak
     watch.note("sync")
     assert watch.take()["memory/sync_peak"] == sum(course[-1])
+
+
+def test_peak_of_a_save_is_its_own(monkeypatch):
+    """Neither the next step's nor that of the phase that follows, and what came before is none of it."""
+    card = Card(monkeypatch, 32, 1)
+    watch = MemoryWatch(torch.device("cuda"))
+    card.becomes(60, 1)
+    card.becomes(32, 1)
+    watch.note("step")
+    watch.step()
+    card.becomes(70, 1)  # an evaluation's last pass
+    card.becomes(32, 1)
+    with watch.between_steps("save"):
+        card.becomes(65, 1)
+        card.becomes(34, 1)
+    watch.note("kv_cache")
+    assert watch.take() == {
+        **{"memory/step": 33, "memory/step_peak": 61, "memory/save": 35, "memory/save_peak": 66},
+        **{"memory/kv_cache": 35, "memory/kv_cache_peak": 35},
+    }
+    watch.step()
+    assert watch._peaks == [61 * GIB, 35 * GIB]
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "rest", "freed"),
+    [
+        (45, 1, None),  # a student scores meanwhile
+        (20, 1, None),
+        (20, 18, "0.00"),  # what torch gives back is not the cache's
+        (45, 10, "8.00"),
+    ],
+)
+def test_release_of_the_cache_is_seen_whatever_torch_takes_meanwhile(monkeypatch, caplog, of_torch, rest, freed):
+    card = Card(monkeypatch, 32, 18)
+    engine = SimpleNamespace(can_release=True, kv_cache_bytes=lambda: 17 * GIB)
+    engine.release_cache = lambda: card.becomes(of_torch, rest)
+    timer = PhaseTimer(MemoryWatch(torch.device("cuda")))
+    RolloutSampler(SimpleNamespace(record_rollouts=None, replay_rollouts=None), None, timer, engine)._release_cache()
+    told = [record.message for record in caplog.records]
+    if freed is None:
+        assert not told
+    else:
+        assert len(told) == 1 and f"the KV cache freed {freed} GiB where 17.00 were expected" in told[0]
 
 
 @pytest.mark.parametrize("leaks", ["score", "step", "sync", None])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import defaultdict
 
 import pytest
 import torch
@@ -30,10 +31,26 @@ def shards(folder):
     return sorted({folder / name for name in index["weight_map"].values()})
 
 
-def test_a_model_is_written_in_shards_and_read_as_it_was(renderer, model_dir, tmp_path, monkeypatch):
+def split_tensors(model, folder):
+    """Whether weights that are views of one tensor lie in several files."""
+    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    places = defaultdict(set)
+    for name, parameter in model.named_parameters():
+        places[parameter.untyped_storage().data_ptr()].add(files[name])
+    return max(map(len, places.values())) > 1
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_a_model_is_written_in_shards_and_read_as_it_was(renderer, model_dir, tmp_path, monkeypatch, use_vllm):
+    """With vLLM, whose fused tensors the weights are views of then, those of one tensor in several files, too."""
     monkeypatch.setattr(saving, "SHARD", SMALL)
-    trainer = make_trainer(renderer, model_dir, tmp_path, use_vllm=False)
-    trainer.save_model(str(tmp_path / "saved"))
+    trainer = make_trainer(renderer, model_dir, tmp_path, use_vllm=use_vllm)
+    try:
+        trainer.save_model(str(tmp_path / "saved"))
+    finally:
+        if use_vllm:
+            trainer.sampler.engine.close()
+    assert split_tensors(trainer.model, tmp_path / "saved") == use_vllm
     files = shards(tmp_path / "saved")
     sizes = [sum(t.nbytes for t in load_file(file).values()) for file in files]
     whole = sum(t.nbytes for t in load_file(model_dir / "model.safetensors").values())
@@ -41,6 +58,7 @@ def test_a_model_is_written_in_shards_and_read_as_it_was(renderer, model_dir, tm
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(read[name], value) for name, value in trainer.model.state_dict().items())
     assert "save_pretrained" not in vars(trainer.model)
+    assert trainer.timer.memory.phases["save_peak"] > 0
 
 
 def test_the_warm_up_and_the_engine_that_is_built_anew_write_shards_too(model_dir, tmp_path, monkeypatch):

@@ -68,6 +68,17 @@ def test_what_others_hold_of_a_card_is_no_part_of_the_peak(tmp_path, monkeypatch
     assert watch.totals(1)["peak_gib"] == 19.5
 
 
+def test_a_checkpoint_that_took_the_most_is_compared_with_what_was_planned_for_it(tmp_path):
+    plan, _ = planned("teacher_rlt_mono_80gb")
+    plan.phases["save"] = {"clones": 90 * GIB}
+    watch, state = Totals(sampler(), tmp_path, plan), SimpleNamespace(global_step=1)
+    watch.on_log(None, state, None, logged(1.0, 1.0, 2.0))
+    assert watch.totals(1)["peak_phase"] == "step" and watch.totals(1)["planned_peak_gib"] < 80
+    watch.on_log(None, state, None, logged(1.0, 1.0, 2.0) | {"memory/save_peak": 4.0})
+    found = watch.totals(1)
+    assert (found["peak_phase"], found["peak_gib"], found["planned_peak_gib"]) == ("save", 4.0, 90.0)
+
+
 def test_a_run_whose_steps_were_not_logged_tells_its_time(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(totals.time, "perf_counter", lambda: 0.0)
     watch, state = Totals(sampler(), tmp_path, None), SimpleNamespace(global_step=0, is_world_process_zero=True)

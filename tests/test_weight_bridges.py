@@ -5,13 +5,14 @@ vLLM allows one engine in a process at a time: each test closes its own.
 
 import shutil
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from conftest import ROWS
 from safetensors.torch import load_file, save_file
-from small_run import make_engine, make_trainer, small_options
+from small_run import CPU, make_engine, make_trainer, small_options
 from test_engine import largest_difference, train_some, trainer_logprobs
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -20,6 +21,9 @@ from trainers import teacher_grpo
 from trainers.bridges import LOAD_FORMAT, CopyBridge, SharedBridge
 from trainers.errors import ConfigError
 from trainers.models import make_model, make_tokenizer
+from trainers.rollout.sampler import RolloutSampler
+from trainers.watch.memory_watch import MemoryWatch
+from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapter_files import open_adapter
 from trainers.weights.adapters import ADAPTER, REFERENCE
 
@@ -208,36 +212,6 @@ def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_pa
         assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
 
 
-@pytest.mark.parametrize("way", ["shared", "copy with adapters"])
-def test_checkpoint_is_a_normal_one_for_fresh_transformers_and_fresh_vllm(renderer, model_dir, tmp_path, prompts, way):
-    from vllm import LLM, SamplingParams
-
-    with running(renderer, model_dir, tmp_path, **WAYS[way]) as (engine, model):
-        train_some(model, prompts)
-        engine.sync_weights()
-        ours = engine.generate(prompts, SAMPLING, number=0)
-        saved = tmp_path / "saved"
-        (model.merge_and_unload() if way != "shared" else model).save_pretrained(saved)
-        renderer.tokenizer.save_pretrained(saved)
-    assert (saved / "model.safetensors").is_file()
-    fresh = AutoModelForCausalLM.from_pretrained(saved)
-    assert "model.layers.0.self_attn.q_proj.weight" in fresh.state_dict()
-    assert largest_difference(ours.logprobs, trainer_logprobs(fresh, prompts, ours.completion_ids)) < 1e-5
-    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 160}
-    settings |= {"kv_cache_memory_bytes": 2**26, "gpu_memory_utilization": 0.01}
-    llm = LLM(str(saved), logprobs_mode="processed_logprobs", **settings)
-    texts = [
-        {"prompt_token_ids": prompt + ids[:-1]}
-        for prompt, ids in zip(prompts[::4], ours.completion_ids[::4], strict=True)
-    ]
-    last = [[ids[-1]] for ids in ours.completion_ids[::4]]
-    params = [SamplingParams(max_tokens=1, logprob_token_ids=ids, detokenize=False) for ids in last]
-    outputs = llm.generate(texts, params, use_tqdm=False)
-    found = [[o.outputs[0].logprobs[0][ids[0]].logprob] for o, ids in zip(outputs, last, strict=True)]
-    llm.llm_engine.engine_core.shutdown()
-    assert largest_difference(found, [[logps[-1]] for logps in ours.logprobs[::4]]) < 1e-5
-
-
 @pytest.mark.parametrize("released", [False, True])
 def test_cache_is_released_and_taken_again_by_itself(renderer, model_dir, tmp_path, prompts, released):
     with running(renderer, model_dir, tmp_path) as (engine, model):
@@ -256,9 +230,9 @@ def test_cache_is_released_and_taken_again_by_itself(renderer, model_dir, tmp_pa
         assert 0.9 * 2**30 < engine.kv_cache_bytes() <= 2**30  # what prepare_environment asks for
 
 
-def test_release_as_on_a_gpu_follows_vllm_s_rules(renderer, model_dir, tmp_path, prompts, monkeypatch):
+def test_release_as_on_a_gpu_follows_vllm_s_rules(renderer, model_dir, tmp_path, prompts, monkeypatch, caplog):
     """vLLM's CPU worker cannot discard memory: that call alone is left out, all else is vLLM's own."""
-    with running(renderer, model_dir, tmp_path) as (engine, _):
+    with running(renderer, model_dir, tmp_path) as (engine, model):
         executor = engine.llm.llm_engine.model_executor
         monkeypatch.setattr(executor, "discard", lambda tags: executor.sleeping_tags.update(tags))
         engine.can_release = True
@@ -269,6 +243,11 @@ def test_release_as_on_a_gpu_follows_vllm_s_rules(renderer, model_dir, tmp_path,
             engine.sync_weights()
             assert not executor.sleeping_tags
             assert engine.generate(prompts, SAMPLING, number=0) == first
+        sampler = RolloutSampler(small_options(), renderer, PhaseTimer(MemoryWatch(CPU)), engine)
+        monkeypatch.setattr(sampler, "sample", lambda prompt_ids: first)
+        sampler(["What is 2+3?"] * len(prompts), SimpleNamespace(model=model))
+        assert executor.sleeping_tags == {"kv_cache"}
+        assert "the KV cache freed" in caplog.text  # nothing is: see above
 
 
 def test_groups_are_handed_on_while_others_are_still_written(renderer, model_dir, tmp_path, prompts):

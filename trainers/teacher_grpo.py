@@ -28,6 +28,7 @@ from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
 from trainers.scoring.reward_funcs import StudentReward, without_unscored
 from trainers.settings.engine_specs import reshaping
+from trainers.watch.extremes import keep_extremes
 from trainers.watch.phases import PhaseTimer
 from trainers.weights.adapters import base_model
 from trainers.weights.saving import OwnSaving
@@ -105,7 +106,7 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         self._last_loaded_step = -1
 
     def note_metrics(self, values: dict[str, float]) -> None:
-        """Count values into TRL's metrics, of which a mean is logged."""
+        """Count values into TRL's metrics, of which a mean is logged (see extremes.py)."""
         for name, value in values.items():
             self._metrics[self.mode][name].append(value)
 
@@ -249,6 +250,7 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         """Add the seconds of each phase (per optimizer step while training, in total for an evaluation) and the
         memory in use after it."""
         self._note_mismatch()
+        keep_extremes(self._metrics[self.mode])
         if "train_runtime" in logs:  # at the end: no step's
             return super().log(logs, start_time)
         logs |= self._step_logs() if self.model.training else self._evaluation_logs()

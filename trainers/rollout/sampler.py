@@ -180,7 +180,7 @@ class RolloutSampler:
     def _release_cache(self) -> None:
         """Give the engine's KV cache back to the device until the next rollout, and see how much that freed."""
         memory = self.timer.memory
-        before = memory.used() if memory is not None else 0
+        before = memory.beside_torch() if memory is not None else 0
         with self.timer("kv_cache"):
             self.engine.release_cache()
         if memory is not None and self.engine.can_release:

@@ -96,9 +96,15 @@ class MemoryWatch:
         self.phases[f"{phase}_peak"] = max(peak, self.phases.get(f"{phase}_peak", 0))
         self.phases[phase] = self.used()
 
+    def beside_torch(self) -> int:
+        """Bytes in use now, of a GPU without what torch has reserved: a student that scores beside the engine takes and
+        gives back meanwhile. What vLLM unmaps of its KV cache torch goes on counting, before and after alike."""
+        reserved = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        return self.used() - reserved
+
     def freed(self, what: str, before: int, expected: int) -> None:
-        """Warn if since `before` bytes were in use clearly less was freed than `expected`."""
-        freed = before - self.used()
+        """Warn if since `before` bytes were in use beside torch clearly less was freed than `expected`."""
+        freed = before - self.beside_torch()
         if freed < RELEASED * expected:
             self._warn_of(what, freed, expected)
 
@@ -128,6 +134,17 @@ class MemoryWatch:
         if len(seen) >= 2 * WINDOW and min(seen[-WINDOW:]) > CREEP * max(seen[:WINDOW]):
             first, last = max(seen[:WINDOW]) / 2**30, min(seen[-WINDOW:]) / 2**30
             self._warn("creep", "memory creeps up: %.2f GiB at most in the first steps, %.2f at least now", first, last)
+
+    @contextmanager
+    def between_steps(self, phase: str) -> Iterator[None]:
+        """A phase whose peak is its own: no part of a step's, nor of what came before it."""
+        self.peak()
+        peak = self._step_peak
+        try:
+            yield
+            self.note(phase)
+        finally:
+            self._step_peak = peak
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """How a trained model is written: in files of which the host holds one at a time."""
 
 import copyreg
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,10 @@ class OwnSaving:
         """TRL's tells of another use, and would take the place of a README.md that is there: see model_card.py."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.timer.during("save"):
+        memory = self.timer.memory
+        # Views of the engine's tensors are cloned on the device to be saved.
+        noted = nullcontext() if memory is None else memory.between_steps("save")
+        with self.timer.during("save"), noted:
             self._save_in_shards(output_dir, state_dict)
 
     def _save_in_shards(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
