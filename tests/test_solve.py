@@ -113,6 +113,37 @@ def test_where_student_and_reference_rest_on_a_card_with_room(words, student, re
     assert (plan.options.student_mode, plan.options.reference_mode) == (student, reference)
 
 
+def told_to_stay(*words):
+    """Of which models is told that they stay on the card although they are asked off it, and why."""
+    options = load_options(compose_run("teacher_rlt_mono_80gb", list(words)), repo=REPO, needs_device=False)
+    found = assess(problem(options, machine(200)))
+    findings = [f for f in preflight._memory(found) if f.check.endswith("=resident")]
+    for finding in findings:
+        key = finding.check.removesuffix("=resident")
+        assert finding.level == "warning" and finding.remedy.startswith(f"{key}=cpu ")
+        assert f"  warning: {finding.check}: {finding.message}" in found.text(full=False)
+        planned("teacher_rlt_mono_80gb", *words, f"{key}=cpu", gb=200)
+    stay = ": it stays on the card, whatever offload_untrained_models says"
+    assert all(finding.message.endswith(stay) for finding in findings)
+    return [(f.check.removesuffix("=resident"), f.message.removesuffix(stay)) for f in findings]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], True),
+        (["overlap_scoring=true"], True),
+        (["disable_student_offloading=true"], False),
+        (["offload_untrained_models=false"], False),
+        (["student_mode=resident"], False),
+        (["student_mode=cpu"], False),
+    ],
+)
+def test_a_quantized_student_that_stays_on_the_card_unlike_asked_is_told(words, told):
+    quantized = [("student_mode", "a student in 4bit cannot be streamed")] * told
+    assert told_to_stay("student_quantization=4bit", *words) == quantized
+
+
 def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_experts(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 200}
@@ -122,6 +153,9 @@ def test_a_mixture_of_experts_is_not_streamed_and_reads_with_all_its_chosen_expe
     assert (shape.can_stream, shape.intermediate) == (False, 4 * (200 + 64))
     assert plan.options.student_mode == "resident"  # whatever offload_untrained_models says: there is room for it
     assert plan.options.reference_mode == "streamed"
+    assert told_to_stay(f"student_model={tmp_path}") == [("student_mode", "qwen3_moe cannot be streamed")]
+    (teacher,) = told_to_stay(f"model_name_or_path={tmp_path}", "use_vllm=false")
+    assert teacher == ("reference_mode", "qwen3_moe cannot be streamed")
     asked, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", "student_mode=cpu")
     assert asked.options.student_mode == "cpu"
 
