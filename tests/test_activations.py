@@ -17,7 +17,7 @@ from trainers.models import DTYPES
 from trainers.plan import activations as layers
 from trainers.plan.hardware import cpu_converts_bf16
 from trainers.plan.model_shapes import FAMILY_DEFAULTS, model_shape
-from trainers.plan.workload import GIB, Workload
+from trainers.plan.workload import GIB, MICRO_TOKENS, Workload
 from trainers.scoring.frozen import ResidentBackbone
 from trainers.scoring.streaming import StreamedBackbone
 from trainers.weights.adapters import add_adapters, base_model
@@ -36,6 +36,7 @@ SIZES = {
 }
 TEXTS, TOKENS = 2, 384
 WIDE = {"intermediate_size": 4096, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+SLIDING = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 128}
 
 
 def config(model_type="qwen2", **sizes):
@@ -227,6 +228,8 @@ def test_scores_are_most_of_it_where_texts_are_long():
             for family in ("qwen2", "gemma2", "phi3")
             for precision in ("fp32", "bf16")
         ),
+        (config("mistral", **SLIDING), "fp32", "sdpa"),
+        (config("gemma3_text", **SLIDING), "bf16", "sdpa"),
     ],
     ids=str,
 )
@@ -246,18 +249,28 @@ def test_resident_student_takes_what_is_planned(given, precision, attention, mon
     assert planned == pytest.approx(measured(step), rel=0.04)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
-def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "precision", "attention", "tokens"),
+    [
+        (config(), "fp32", "eager", TOKENS),
+        (config("gemma2"), "fp32", "eager", TOKENS),
+        (config("mistral", **SLIDING), "fp32", "sdpa", 1024),
+        (config("gemma3_text", **SLIDING), "bf16", "sdpa", 1024),
+        (config("mistral", **SLIDING), "fp32", "sdpa", 192),  # of which two share a mask
+    ],
+    ids=str,
+)
+def test_streamed_student_holds_the_masks_of_a_whole_pass(given, precision, attention, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.memory.SCORE_TILE", {"cpu": (0, 0)})  # the head is another matter
-    given = config(model_type)
-    make(given, "fp32").save_pretrained(tmp_path)
-    items = make_plan(work(given, "fp32", "streamed"), GIB).phases["score"]
+    make(given, precision).save_pretrained(tmp_path)
+    items = make_plan(work(given, precision, "streamed", tokens, attn_implementation=attention), GIB).phases["score"]
     planned = sum(items[name] for name in ("scoring buffers", "streaming buffers", "hidden states"))
     full = AutoConfig.for_model(**given)
     source = WeightFiles(str(tmp_path), "student_model")
-    device = torch.device("cpu")
-    backbone = StreamedBackbone(source, full, device, torch.float32, "eager", "student_model")
-    batches = [torch.randint(3, 512, (1, TOKENS)) for _ in range(4)]
+    device, dtype = torch.device("cpu"), DTYPES[precision]
+    backbone = StreamedBackbone(source, full, device, dtype, attention, "student_model")
+    texts = max(1, MICRO_TOKENS["cpu"] // tokens)
+    batches = [torch.randint(3, 512, (texts, tokens)) for _ in range(4 // texts)]
 
     def step():
         with torch.no_grad():
@@ -265,6 +278,22 @@ def test_streamed_student_holds_the_masks_of_a_whole_pass(model_type, tmp_path, 
                 pass
 
     assert planned == pytest.approx(measured(step), rel=0.05)
+
+
+def test_a_window_is_read_with_masks_only_where_it_is_no_longer_than_the_texts():
+    """Of Mistral's first 7B a byte for each of 8192 x 8192 pairs of tokens, held for each of 32 texts of a pass."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+    def scoring(window, attention):
+        given = config("mistral", **sizes, head_dim=128, sliding_window=window)
+        overrides = {"attn_implementation": attention, "student_tokens_per_pass": 2**18, "train_batch_size": 64}
+        chosen = work(given, "bf16", "streamed", 8192, **overrides)
+        return make_plan(chosen, GIB).phases["score"]
+
+    without = scoring(None, "sdpa")
+    assert scoring(8193, "sdpa") == scoring(4096, "flash_attention_2") == without
+    masked = scoring(8192, "sdpa")
+    assert masked["hidden states"] - without["hidden states"] == 32 * 8192**2
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -27,8 +27,11 @@ def told_by(script, *arguments):
 
 
 def test_score():
-    sizes = ["--model", "tiny", "--completions", "4", "--mean-tokens", "32", "--repeats", "1"]
-    _, found = told_by("score", "--device", "cpu", *sizes)
+    sizes = ["--model", "tiny", "--completions", "8", "--mean-tokens", "32", "--repeats", "1"]
+    said, found = told_by("score", "--device", "cpu", *sizes, "--tokens-per-pass", "160")
+    streamed = next(line.split() for line in said.splitlines() if line.startswith("(c) streamed"))
+    a_pass = found["median"]["c"] / found["passes"]
+    assert found["passes"] == 2 and float(streamed[3]) == pytest.approx(a_pass, abs=0.006)
     assert max(found["largest_difference"].values()) < 1e-4
     assert min(found["median"].values()) > 0 and found["bytes_moved"]["c"] > 0
     assert found["bytes_moved"]["a"] > 3 * found["bytes_moved"]["c"]  # once for each completion
@@ -129,6 +132,9 @@ def test_a_gpu_scores_with_a_7b(monkeypatch, gpu, expected):
     monkeypatch.setattr(sys, "argv", ["score.py"])
     asked = score.parse()
     assert (asked.model, asked.mean_tokens, asked.slow_completions) == expected
+    texts = score.make_texts(asked.completions, 1000, asked.mean_tokens)
+    assert score.count_passes(texts, asked.tokens_per_pass, torch.device(asked.device)) == 1  # weights are moved once
+    assert sum(len(text.ids) for text in texts) > (16384 if gpu else 4096)
 
 
 def test_bridges_tells_the_share_of_the_sentinel_and_what_a_release_frees(monkeypatch, capsys):

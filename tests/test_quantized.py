@@ -1,6 +1,7 @@
 """Students in 8 and 4 bits. Run: ./run_tests.sh tests/test_quantized.py"""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from data.explanation import written_explanation
 from rewards.teacher_logprob_kl import TeacherLogprobKL
 from trainers.options import options_class
 from trainers.plan.model_shapes import model_shape, read_config
+from trainers.scoring import loading
 from trainers.scoring.loading import load_frozen, make_scorer
 from trainers.scoring.quantized import Sample, quantization_config, reward_changes, samples_of
 from trainers.student import StudentScore
@@ -32,6 +34,7 @@ def test_quantized_student_scores_near_the_full_one_and_says_how_near(kind, mode
     with caplog.at_level(logging.INFO):
         quantized = make_scorer(options(student_quantization=kind), *arguments)
     assert f"student in {kind}: on 4 samples the mean reward goes from" in caplog.text
+    assert "with the full student in the teacher's place in the KL" in caplog.text
     weight = quantized.student.frozen.backbone.model.model.layers[0].mlp.up_proj.weight
     assert weight.dtype in (torch.int8, torch.uint8)
     explanations = [written_explanation(renderer, row["reasoning_trace"], True) for row in ROWS]
@@ -40,6 +43,25 @@ def test_quantized_student_scores_near_the_full_one_and_says_how_near(kind, mode
     pairs = [(a.reward, b.reward) for a, b in zip(full.score(*texts), quantized.score(*texts), strict=True)]
     assert all(a != b for a, b in pairs)
     assert all(abs(a - b) < 1.0 for a, b in pairs), pairs
+
+
+@pytest.mark.parametrize(
+    ("can_stream", "fits", "modes"),
+    [(True, False, ["streamed", None]), (False, True, ["cpu", None]), (False, False, [None])],
+)
+def test_the_full_student_is_read_off_the_device(can_stream, fits, modes, model_dir, renderer, tmp_path, monkeypatch):
+    """The plan counts only the quantized one, which is loaded in the mode of the options."""
+    loaded, load, shape_of = [], loading.load_frozen, loading.model_shape
+    monkeypatch.setattr(loading, "load_frozen", lambda *a, mode, **k: loaded.append(mode) or load(*a, mode=mode, **k))
+    monkeypatch.setattr(loading, "model_shape", lambda *a: replace(shape_of(*a), can_stream=can_stream))
+    monkeypatch.setattr(loading, "fits_in_memory", lambda size: fits)
+    told = []
+    monkeypatch.setattr(loading.logger, "warning", lambda text, *given: told.append(text % given))
+    chosen = options(student_quantization="8bit")
+    make_scorer(chosen, tmp_path, str(model_dir), renderer, renderer, CPU, torch.float32, samples_of(ROWS))
+    assert loaded == modes
+    no_room = ["student in 8bit: host memory has no room to read the full one: its change is not known"]
+    assert told == ([] if len(modes) == 2 else no_room)
 
 
 def test_change_of_the_reward_by_hand():

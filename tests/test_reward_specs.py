@@ -1,5 +1,6 @@
-"""What reward_funcs may say, told before anything loads. Run: ./run_tests.sh tests/test_reward_specs.py"""
+"""What the reward's options may say, told before anything loads. Run: ./run_tests.sh tests/test_reward_specs.py"""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from conftest import REPO
 
 from trainers.checks import load_options
-from trainers.config import compose_run
+from trainers.config import CONFIG_DIR, compose_run
 from trainers.errors import ConfigError
 from trainers.scoring.loading import check_models
 
@@ -57,7 +58,7 @@ def test_without_math_verify_accuracy_is_refused(monkeypatch):
 def test_faults_of_functions_import_neither_torch_nor_the_named_package():
     code = (
         "import sys; sys.path.insert(0, '.'); from trainers.checks import load_options;"
-        "from trainers.config import compose_run; from trainers.errors import ConfigError\n"
+        "from trainers.config import CONFIG_DIR, compose_run; from trainers.errors import ConfigError\n"
         "try: load_options(compose_run('teacher_rlt_tiny', ['reward_funcs=[{_target_: trl.rewardss.f}]']))\n"
         "except ConfigError as error: print(error)\n"
         "load_options(compose_run('teacher_rlt_tiny', ['device=auto', 'reward_funcs=[{_target_: trl.rewards.f}]']))\n"
@@ -74,3 +75,25 @@ def test_a_student_that_no_reward_asks_is_neither_needed_nor_looked_at(model_dir
     with pytest.raises(ConfigError, match="nobody/nothing"):
         check_models(options(*named, "reward_funcs=[format,student_answer]"))
     assert options("student_model=null", "reward_funcs=[accuracy]").student_model is None
+
+
+@pytest.mark.parametrize(
+    ("written", "words", "temperature"),
+    [
+        ("unbias_student_log_probs_temp: 0.5", [], 0.5),
+        ("unbias_student_log_probs_temp: null", [], 1.0),
+        ("unbias_student_log_probs_temp: 0.5", ["unbias_student_log_probs_temp=0.9"], 0.9),
+        ("unbias_student_log_probs_temp: 0.5", ["student_temperature=0.9"], 0.9),
+        ("unbias_student_log_probs_temp: 0.5\nstudent_temperature: 0.5", [], None),
+    ],
+)
+def test_a_yaml_of_one_s_own_may_name_options_as_the_reference_does(monkeypatch, tmp_path, written, words, temperature):
+    shutil.copytree(CONFIG_DIR, tmp_path / "cfgs")
+    (tmp_path / "cfgs/reward_cfg/own.yaml").write_text(f"# @package _global_\n{written}\n")
+    monkeypatch.setattr("trainers.config.CONFIG_DIR", tmp_path / "cfgs")
+    composed = compose_run("teacher_rlt_tiny", ["reward_cfg=own", *words])
+    if temperature is None:  # which of the two counts could not be told
+        with pytest.raises(ConfigError, match="use student_temperature, which is set beside it"):
+            load_options(composed, repo=REPO)
+    else:
+        assert load_options(composed, repo=REPO).student_temperature == temperature

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,17 @@ from trainers.scoring.frozen import FrozenModel, ResidentBackbone
 from trainers.scoring.loading import check_head
 from trainers.scoring.streaming import StreamedBackbone
 from trainers.weights.weight_files import WeightFiles
+
+THREE = ("solution_log_prob_reward", "kl_reward", "match_reward")  # parts of a reward
+SEVEN = {
+    "mean": lambda x: x.mean().item(),
+    "sum": lambda x: x.sum().item(),
+    "min": lambda x: x.min().item(),
+    "max": lambda x: x.max().item(),
+    "median": lambda x: x.sort().values[(len(x) - 1) // 2].item(),
+    "first_quartile": lambda x: x.quantile(0.25).item(),
+    "last_quartile": lambda x: x.quantile(0.75).item(),
+}
 
 
 def options(model_dir, file, **values):
@@ -102,9 +114,25 @@ def test_what_is_kept_of_a_scored_file_gives_its_rewards_again(model_dir, tmp_pa
     assert json.loads((again / "rescore.json").read_text())["groups"] == len(ROWS)
 
 
-def test_neither_scoring_nor_its_student_imports_vllm():
-    code = "import sys; sys.modules['vllm'] = None; import trainers.score, trainers.rescore, trainers.scoring.loading"
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+def test_neither_scoring_nor_scoring_again_needs_vllm(model_dir, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
+
+    def run(*command):
+        without = {**os.environ, "PYTHONPATH": str(hidden)}
+        return subprocess.run([sys.executable, *command], cwd=REPO, env=without, capture_output=True, text=True)
+
+    assert "ModuleNotFoundError" in run("-c", "import vllm").stderr
+    path = write(tmp_path / "rows.jsonl", [{**row, "explanation": row["reasoning_trace"]} for row in ROWS])
+    words = [f"{key}={model_dir}" for key in ("model_name_or_path", "student_model")]
+    words += [f"dataset_id_or_path={path}", "keep_scores=true", "device=cpu"]
+    for stage, given in (("score", words), ("rescore", [f"scores={tmp_path}/score/scores"])):
+        done = run("train.py", f"stage={stage}", f"output_dir={tmp_path}/{stage}", *given)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("score/scores.jsonl", "rescore/rescored.jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert len(lines) == len(ROWS) and all(line["reward"] < 0 for line in lines)
 
 
 @pytest.mark.parametrize(("temperature", "together"), [(0.7, 256), (1.3, 2)])
@@ -126,7 +154,11 @@ def test_every_row_by_the_formula_in_order(model_dir, renderer, tmp_path, monkey
         expected = solution.mean() + 0.01 * solution.min() - 3 * kl.mean() - 0.03 * kl.max() + match
         assert line["reward"] == pytest.approx(expected.item(), abs=1e-4)
         assert line["match_reward"] == match
-        assert line["reasoning_kl_max"] == pytest.approx(kl.max().item(), abs=1e-4)
+        reduced = {f"answer_log_prob_{name}": reduce(solution) for name, reduce in SEVEN.items()}
+        reduced |= {f"reasoning_kl_{name}": reduce(kl) for name, reduce in SEVEN.items()}
+        assert line.keys() - reduced.keys() == {"reward", "student_solves", *THREE}
+        assert {name: line[name] for name in reduced} == pytest.approx(reduced, abs=1e-3)
+        assert sum(line[name] for name in THREE) == pytest.approx(line["reward"])
 
 
 def test_the_teacher_s_log_probs_may_be_those_at_temperature_one(model_dir, tmp_path):

@@ -136,6 +136,37 @@ def test_a_student_that_is_stored_quantized_rests_on_the_card_and_takes_what_it_
     assert plan.phases["score"]["student"] == 2 * rest + linear * bits // 8
 
 
+def told_to_stay(*words):
+    """Of which models is told that they stay on the card although they are asked off it, and why."""
+    options = load_options(compose_run("teacher_rlt_mono_80gb", list(words)), repo=REPO, needs_device=False)
+    found = assess(problem(options, machine(200)))
+    findings = [f for f in preflight._memory(found) if f.check.endswith("=resident")]
+    for finding in findings:
+        key = finding.check.removesuffix("=resident")
+        assert finding.level == "warning" and finding.remedy.startswith(f"{key}=cpu ")
+        assert f"  warning: {finding.check}: {finding.message}" in found.text(full=False)
+        planned("teacher_rlt_mono_80gb", *words, f"{key}=cpu", gb=200)
+    stay = ": it stays on the card, whatever offload_untrained_models says"
+    assert all(finding.message.endswith(stay) for finding in findings)
+    return [(f.check.removesuffix("=resident"), f.message.removesuffix(stay)) for f in findings]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], True),
+        (["overlap_scoring=true"], True),
+        (["disable_student_offloading=true"], False),
+        (["offload_untrained_models=false"], False),
+        (["student_mode=resident"], False),
+        (["student_mode=cpu"], False),
+    ],
+)
+def test_a_quantized_student_that_stays_on_the_card_unlike_asked_is_told(words, told):
+    quantized = [("student_mode", "a student in 4bit cannot be streamed")] * told
+    assert told_to_stay("student_quantization=4bit", *words) == quantized
+
+
 @pytest.mark.parametrize(
     ("family", "can_stream", "mode", "intermediate"),
     [
@@ -154,6 +185,12 @@ def test_a_mixture_of_experts_reads_with_all_its_chosen_experts(family, can_stre
     assert (shape.can_stream, shape.intermediate) == (can_stream, intermediate)
     assert plan.options.student_mode == mode
     assert plan.options.reference_mode == "streamed"
+    stays = f"{family} cannot be streamed"
+    for key, words in (
+        ("student_mode", [f"student_model={tmp_path}"]),
+        ("reference_mode", [f"model_name_or_path={tmp_path}", "use_vllm=false"]),
+    ):
+        assert told_to_stay(*words) == ([] if can_stream else [(key, stays)])
     asked, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", "student_mode=cpu")
     assert asked.options.student_mode == "cpu"
 

@@ -23,10 +23,9 @@ CONFIG_DIR = REPO / "cfgs"
 GROUPS = ("run_cfg", "trainer_cfg", "reward_cfg", "model_cfg", "data_cfg")
 DEFAULT_RUN = "teacher_rlt_tiny"
 
-# Names of the reference implementation for options that have a plainer one here, and what its null means. Of words
-# alone: in a YAML file such a name stands beside the other's default, and which of the two counts could not be told.
+# Names of the reference implementation for options that have a plainer one here, and what its null means.
 SAME = {"unbias_student_log_probs_temp": "student_temperature"}
-NULL_OF_SAME = {"unbias_student_log_probs_temp": "1.0"}
+NULL_OF_SAME = {"unbias_student_log_probs_temp": 1.0}
 
 OWN_FLAGS = ("--help", "-h", "--check", "--cfg")  # of train.py
 MULTIRUN = ("-m", "--multirun")  # Hydra's
@@ -93,13 +92,31 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
             else:
                 result.append(argument.lstrip("+") if key in GROUPS else argument)
         else:
-            name, equals, value = argument.lstrip("+").partition("=")
-            value = NULL_OF_SAME.get(name, value) if value.strip().lower() in ("null", "none") else value
-            result.append(f"++{SAME.get(name, name)}{equals}{value}")
+            name, _, value = argument.lstrip("+").partition("=")
+            result.append("++{}={}".format(*_plainly_named(name, value)))
     _check_grammar(word for word in result if "=" in word)
     stages = {f"++stage={stage}": stage for stage in ("score", "rescore", "merge")}
     default = next((stages[word] for word in result if word in stages), DEFAULT_RUN)
     return [f"run_cfg={run or default}", *result]
+
+
+def _plainly_named(name: str, value: Any) -> tuple[str, Any]:
+    """An option as it is called here, and its value."""
+    is_null = str(value).strip().lower() in ("null", "none")
+    return SAME.get(name, name), NULL_OF_SAME.get(name, value) if is_null else value
+
+
+def _with_plain_names(composed: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """A composed configuration whose YAML files may name options as the reference implementation does. Beside a plainer
+    name in a file such a name is left, to be refused: which of the two counts could not be told."""
+    given = {word.lstrip("+").partition("=")[0] for word in words}
+    for name, plain in SAME.items():
+        if name in composed and plain in given:
+            del composed[name]  # a word counts before a file
+        elif name in composed and plain not in composed:
+            key, value = _plainly_named(name, composed.pop(name))
+            composed[key] = value
+    return composed
 
 
 def chosen_run(arguments: list[str]) -> str:
@@ -213,4 +230,4 @@ def compose_run(name: str, overrides: list[str] | None = None) -> dict[str, Any]
     except (HydraException, YAMLError) as error:
         cause, remedy = " ".join(str(error).split()), "correct what it names, in cfgs/ or on the command line"
         raise ConfigError(Fault("configuration", ..., cause, remedy)) from error
-    return _resolved(config)
+    return _with_plain_names(_resolved(config), words)

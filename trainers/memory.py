@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from trainers.options import RLOptions
-from trainers.plan.activations import TILE_FORWARD, activations, mask_elements, reading_layer
+from trainers.plan.activations import TILE_FORWARD, activations, held_masks, reading_layer
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.plan.host_memory import disk_space, host_memory
 from trainers.plan.model_shapes import ModelShape
@@ -218,9 +218,9 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
     cast = entries * hidden * (4 if size < 4 else 0)
     tile = int(positions * entries * TILE_FORWARD) if work.device == "cpu" else 0
     head = positions * width * 4 + max(cast, tile)
-    masks = mask_elements(work, shape)  # elements for each token
+    masks = held_masks(work, shape, texts)  # bytes for each token
     if mode != "streamed":
-        layer = reading_layer(work, shape, texts, 3.4 * hidden + masks)
+        layer = reading_layer(work, shape, texts, 3.4 * hidden + masks / size)
         # The hidden states of this micro-batch and of the one before; those of a tile once more, and in fp32.
         states = 2 * texts * length * hidden * size + positions * hidden * (size + 4 if size < 4 else size)
         return _fragmented(work, {"scoring buffers": max(layer, head + states)})
@@ -229,7 +229,7 @@ def _reader(work: Workload, shape: ModelShape, mode: str) -> dict[str, int]:
         batch = max(completions_at_once(work.options), PROBES * work.num_probes)
     held = min(max(work.options.student_tokens_per_pass, length), batch * length)  # a text is read as a whole
     rotary = 2 * shape.head_dim * size * held // texts  # cosines and sines of each micro-batch
-    resting = held * (hidden + masks) * size + rotary
+    resting = int(held * (hidden * size + masks)) + rotary
     layer = reading_layer(work, shape, texts)
     slots = 2 * shape.largest_layer * size
     placed = shape.vocab * hidden * size if work.device == "cuda" else 0  # a CPU maps the head

@@ -93,9 +93,9 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     return {"activations": held, "head": head}, {"activations": others + layer}
 
 
-def _queries(teacher: ModelShape) -> int:
+def _queries(shape: ModelShape) -> int:
     """Width of a token's queries, over all heads."""
-    return teacher.num_heads * teacher.head_dim
+    return shape.num_heads * shape.head_dim
 
 
 def _not_repeated(work: Workload) -> int:
@@ -243,9 +243,24 @@ def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
 
 
 def mask_elements(work: Workload, shape: ModelShape) -> int:
-    """Elements of the causal mask that a token has where its attention is eager; other kinds need none to read."""
+    """Elements of the causal mask that a token has where its attention is eager."""
     kinds = 2 if shape.model_type.startswith("gemma") else 1  # a sliding window has its own
     return kinds * work.length if work.is_eager(shape) else 0
+
+
+def masks_window(work: Workload, shape: ModelShape, length: int) -> bool:
+    """Whether rows of so many tokens that begin at their first one are read with a mask by sdpa: transformers makes one
+    as soon as a window is no longer than they are. FlashAttention takes the window as a number."""
+    if work.is_eager(shape) or work.options.attn_implementation not in (None, "sdpa"):
+        return False
+    return shape.window is not None and shape.window <= length
+
+
+def held_masks(work: Workload, shape: ModelShape, texts: int) -> float:
+    """Bytes of masks for each token of a micro-batch of so many texts, held as long as the micro-batch is."""
+    if masks_window(work, shape, work.length):
+        return work.length / texts  # of bool, one for all the texts
+    return mask_elements(work, shape) * work.itemsize
 
 
 def reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float = 0, length: int | None = None) -> int:
@@ -262,6 +277,12 @@ def reading_layer(work: Workload, shape: ModelShape, texts: int, beside: float =
     if work.converts_bf16:  # a product has as much beside it
         widths += widest
     feedforward = tokens * (widths * shape.intermediate + 2.3 * shape.hidden + beside) * size
+    if masks_window(work, shape, length):
+        # torch makes numbers of the mask, for each text: beside a negated one on a CPU, on a GPU beside a copy whose
+        # rows are padded (by its source: not measured). With a mask keys and values are repeated for each head.
+        mask = length * (2 * size if work.device == "cuda" else size + 1)
+        widths = 4 * _queries(shape) + 2 * shape.num_kv_heads * shape.head_dim
+        return int(max(feedforward, tokens * (mask + (widths + beside) * size)))
     if not work.is_eager(shape):
         return int(feedforward)
     scores = tokens * shape.num_heads * length

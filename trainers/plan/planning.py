@@ -15,7 +15,7 @@ from trainers.plan.model_shapes import local_config
 from trainers.plan.plan_table import knobs_text, plan_text
 from trainers.plan.remedies import host_remedy, nearest_fit, refuse
 from trainers.plan.run_models import first_start, shape_of, shapes_of, warmups_ahead
-from trainers.plan.solve import Problem, device_of, precision_of, share_faults, slow_models, solve
+from trainers.plan.solve import Problem, device_of, precision_of, share_faults, solve, unasked_modes
 from trainers.plan.start_faults import card_faults, config_faults, device_choice_faults, of_warmup, start_faults
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.engine_specs import short_student
@@ -77,7 +77,8 @@ class Assessment:
     def text(self, full: bool) -> str:
         """The table; with `full` the items of each phase, and what each knob would change."""
         lines = [plan_text(self.plan, self.problem.machine, full)]
-        lines += [f"  warning: {told.key}={told.value}: {told.cause}" for told in slow_models(self.problem, self.plan)]
+        for told in unasked_modes(self.problem, self.plan):
+            lines.append(f"  warning: {told.key}={told.value}: {told.cause}")
         for name, warmup in self.warmups.items():
             plan = warmup.plan
             lines.append(f"  run:{name} is trained first: peak {plan.peak / GIB:.2f} GiB ({plan.peak_phase})")

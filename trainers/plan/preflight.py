@@ -22,7 +22,7 @@ from trainers.plan.machine import GB, Card, Machine, free_disk, host_room, read_
 from trainers.plan.planning import Assessment, assess, check_planned, machine_for, run_folder
 from trainers.plan.remedies import roomier
 from trainers.plan.run_models import shapes_of, warmups_ahead
-from trainers.plan.solve import SPARE, Problem, device_of, slow_models
+from trainers.plan.solve import SPARE, Problem, device_of, unasked_modes
 from trainers.plan.start_faults import COMPILERS, compiler_fault
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.reporting import reporters, wandb_is_offline
@@ -260,7 +260,7 @@ def _memory(assessed: Assessment) -> list[Finding]:
             findings.append(_tight(f"{need / GIB:.1f} of {free / GIB:.1f} {unit}", roomier(assessed.problem)))
         else:
             findings.append(Finding(key, "ok", f"{need / GIB:.1f} of {free / GIB:.1f} {unit}"))
-    for told in slow_models(assessed.problem, assessed.plan):
+    for told in unasked_modes(assessed.problem, assessed.plan):
         findings.append(Finding(f"{told.key}={told.value}", "warning", told.cause, told.remedy))
     for name, warmup in assessed.warmups.items():
         findings += _warmup(name, warmup, rest)

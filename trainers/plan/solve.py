@@ -177,7 +177,7 @@ def _offloadings(options: TrainOptions, device: str) -> list[bool]:
 def _student_modes(options: ScoringOptions, student: ModelShape, device: str) -> list[str]:
     if options.student_quantization and options.student_mode == "auto":
         return ["resident"]
-    offload = options.offload_untrained_models and not options.disable_student_offloading
+    offload = _keeps_off(options, "student_mode")
     if getattr(options, "overlap_scoring", False) and options.student_mode == "auto" and student.can_stream:
         return ["cpu"] if offload and device == "cuda" else ["resident"]  # a streamed one reads a whole batch at once
     return _modes(options.student_mode, student, device, offload)
@@ -199,19 +199,33 @@ def _modes(mode: str, shape: ModelShape, device: str, offload: bool) -> list[str
     return ["streamed"] if offload and device == "cuda" else ["resident", "streamed"]
 
 
-def slow_models(problem: Problem, plan: Plan) -> list[Fault]:
-    """What is told of models that were put where they are read slowly, unasked."""
-    work = plan.work
+def unasked_modes(problem: Problem, plan: Plan) -> list[Fault]:
+    """What is told of models that were put where they are read slowly, unasked, or stay on the card unlike asked."""
+    work, asked = plan.work, problem.options
     found = []
     for key, shape in (("student_mode", work.student), ("reference_mode", work.teacher)):
-        if work.device == "cuda" and getattr(work, key) == "cpu" and getattr(problem.options, key) == "auto":
+        if work.device != "cuda" or shape is None or getattr(asked, key, None) != "auto":
+            continue
+        quantized = (asked.student_quantization or shape.quantized) if key == "student_mode" else None
+        can_stream = shape.can_stream and quantized is None
+        if getattr(work, key) == "cpu":
             why = "it cannot be streamed, and the card has no room for it"
             remedy = "a smaller model there, or one that can be streamed"
-            if shape.can_stream:
+            if can_stream:
                 why = "offload_untrained_models keeps it off the card, and overlap_scoring takes no streamed one"
                 remedy = "overlap_scoring=false, or disable_student_offloading=true"
             found.append(Fault(key, "cpu", f"{why}: it is read on the host's processor, slowly", remedy))
+        elif getattr(work, key) == "resident" and not can_stream and _keeps_off(asked, key):
+            whose = f"a student in {quantized}" if quantized else shape.model_type
+            why = f"{whose} cannot be streamed: it stays on the card, whatever offload_untrained_models says"
+            found.append(Fault(key, "resident", why, f"{key}=cpu to keep it off, where it is read slowly"))
     return found
+
+
+def _keeps_off(options: ScoringOptions, key: str) -> bool:
+    """Whether student or reference is to be kept off a card."""
+    is_exempt = key == "student_mode" and options.disable_student_offloading
+    return options.offload_untrained_models and not is_exempt
 
 
 def _micro_batches(options: TrainOptions, devices: int) -> list[int]:

@@ -202,13 +202,18 @@ def make_scorer(
         return Student(frozen, student, max_positions(frozen.backbone.config))
 
     if kind := options.student_quantization:
-        # Streamed where that can be: a student is quantized where the full one is too large.
+        # Off the device, as a student is quantized where the full one is too large: the plan does not count that one.
         shape = model_shape(read_config(student_path, "student_model"), student_path, options.trust_remote_code)
-        before = read_samples(load(None, mode="streamed" if shape.can_stream else None), samples)
+        mode = "streamed" if shape.can_stream else "cpu"
+        has_room = shape.can_stream or fits_in_memory(shape.num_parameters * dtype.itemsize)
+        before = read_samples(load(None, mode), samples) if has_room else None
         clear_device_cache(garbage_collection=True)
         loaded = load(kind)
         padding = 0 if options.padding_in_kl else len(student.padding_ids)
-        report_change(kind, reward_changes(before, read_samples(loaded, samples), formula, padding))
+        if before is None:
+            logger.warning("student in %s: host memory has no room to read the full one: its change is not known", kind)
+        else:
+            report_change(kind, reward_changes(before, read_samples(loaded, samples), formula, padding))
     else:
         loaded = load(None)
     return ExplanationScorer(loaded, formula, teacher, options.padding_in_kl, keeper)

@@ -89,7 +89,7 @@ def report_change(kind: str, changes: list[tuple[float, float]]) -> None:
     differences = [new - old for old, new in changes]
     logger.info(
         "student in %s: on %d samples the mean reward goes from %.4f to %.4f; a single one changes by %.4f on average, "
-        "at most by %.4f",
+        "at most by %.4f (with the full student in the teacher's place in the KL)",
         kind,
         len(changes),
         sum(old for old, _ in changes) / len(changes),

@@ -106,7 +106,7 @@ RENAMED = {
     "lr_scheduler_type=constant, which takes none: there with lr_scheduler_type=constant_with_warmup",
     "max_seq_length": "max_length",
     "max_steps_per_generation": "generation_aggregation_steps",
-    "unbias_student_log_probs_temp": "student_temperature",
+    "unbias_student_log_probs_temp": "student_temperature, which is set beside it",
     "system_prompt": "teacher_system_prompt or student_system_prompt",
     "torch_dtype": "precision",
     "dtype": "precision",
