@@ -253,6 +253,18 @@ def test_model_that_vllm_refuses_in_fp16_is_told_before_it_is_loaded(tokenizer, 
         check_architecture(options, str(tmp_path), torch.device("cpu"), torch.float16)
 
 
+def test_adapters_that_vllm_does_not_take_are_told_before_the_weights_are_loaded(model_dir, tokenizer, tmp_path):
+    AutoConfig.for_model("gpt2", **COMMON).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    here = (torch.device("cpu"), torch.float32)
+    asked = {"model_name_or_path": str(tmp_path), "use_peft": True}
+    with pytest.raises(ConfigError, match=r"1\. use_peft=True: .*GPT2LMHeadModel.*\n.*weight_bridge=copy or restart"):
+        check_architecture(small_options(**asked), str(tmp_path), *here)
+    for bridge in ("copy", "restart"):
+        check_architecture(small_options(**asked, weight_bridge=bridge), str(tmp_path), *here)
+    check_architecture(small_options(use_peft=True), str(model_dir), *here)
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [({"max_logprobs": "x"}, "max_logprobs: Input should be"), ({"runner": "foo"}, "runner: Input should be")],
