@@ -26,9 +26,8 @@ def engine_and_model(model_dir, renderer):
     options = options_class("rl")(max_prompt_length=128, max_completion_length=32, seed=7, max_num_seqs=16)
     model = load_model(str(model_dir), torch.float32, None, "model_name_or_path", False)
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine = Engine(
-        model, str(model_dir), options, torch.device("cpu"), torch.float32, [renderer.tokenizer.eos_token_id]
-    )
+    end_ids = [renderer.tokenizer.eos_token_id, 300]
+    engine = Engine(model, str(model_dir), options, torch.device("cpu"), torch.float32, end_ids)
     yield engine, model, original
     engine.close()
 
@@ -194,12 +193,26 @@ def test_how_far_it_is_can_be_read_while_it_writes(engine_and_model, prompts):
     assert seen[-1].tokens == pytest.approx(sum(map(len, rollout.completion_ids)), rel=0.15)
 
 
-def test_limits_are_kept(engine_and_model, prompts, renderer):
+def test_limits_are_kept(engine_and_model, prompts):
     engine, _, _ = engine_and_model
     rollout = engine.generate(prompts, {**SAMPLING, "max_tokens": 5}, number=0)
     assert max(map(len, rollout.completion_ids)) <= 5
-    eos = renderer.tokenizer.eos_token_id
-    assert all(eos not in completion[:-1] for completion in rollout.completion_ids)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_completion_ends_right_at_the_first_token_that_ends_one(engine_and_model, prompts, which):
+    """The tokenizer's EOS, and one that ends a turn beside it: some one in ten tokens here, which of its own accord the
+    model hardly ever writes."""
+    engine, _, _ = engine_and_model
+    end = engine.end_ids[which]
+    sampling = {**SAMPLING, "temperature": 2.0, "logit_bias": {end: 8.0, engine.end_ids[1 - which]: -100.0}}
+    endless = engine.generate(prompts, sampling | {"ignore_eos": True, "stop_token_ids": []}, number=0)
+    rollout = engine.generate(prompts, sampling, number=0)
+    assert set(endless.ended) == {"length"}
+    lengths = [ids.index(end) + 1 if end in ids else len(ids) for ids in endless.completion_ids]
+    assert rollout.completion_ids == [ids[:n] for ids, n in zip(endless.completion_ids, lengths, strict=True)]
+    assert rollout.ended == ["eos" if end in ids else "length" for ids in endless.completion_ids]
+    assert any(1 < n < 24 for n in lengths)
 
 
 def test_options_reach_the_engine(engine_and_model):
@@ -251,6 +264,18 @@ def test_model_that_vllm_refuses_in_fp16_is_told_before_it_is_loaded(tokenizer, 
         ConfigError, match=r"1\. model_name.*refuses it: The model type 'gemma2'.* instead\.\n.*correct"
     ):
         check_architecture(options, str(tmp_path), torch.device("cpu"), torch.float16)
+
+
+def test_adapters_that_vllm_does_not_take_are_told_before_the_weights_are_loaded(model_dir, tokenizer, tmp_path):
+    AutoConfig.for_model("gpt2", **COMMON).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    here = (torch.device("cpu"), torch.float32)
+    asked = {"model_name_or_path": str(tmp_path), "use_peft": True}
+    with pytest.raises(ConfigError, match=r"1\. use_peft=True: .*GPT2LMHeadModel.*\n.*weight_bridge=copy or restart"):
+        check_architecture(small_options(**asked), str(tmp_path), *here)
+    for bridge in ("copy", "restart"):
+        check_architecture(small_options(**asked, weight_bridge=bridge), str(tmp_path), *here)
+    check_architecture(small_options(use_peft=True), str(model_dir), *here)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,52 @@ def test_fault_has_cause_and_remedy(words, key, cause, remedy):
     assert f"{key}=" in message and cause in message and remedy in message, message
 
 
+@pytest.mark.parametrize(
+    ("asked", "cause", "with_restart"),
+    [
+        ("cpu_offload_gb: 1", "weights in host memory", True),
+        ("offload_group_size: 2", "weights in host memory", True),
+        ("kv_transfer_config: {kv_connector: ExampleConnector, kv_role: kv_both}", "outlive the weights", False),
+        ("kv_offloading_size: 1", "outlive the weights", False),
+        ("speculative_config: {model: small, num_speculative_tokens: 3}", "loads the teacher's weights", True),
+        ("speculative_config: {method: mtp, num_speculative_tokens: 1}", "loads the teacher's weights", True),
+        ("spec_method: draft_model, spec_model: small, spec_tokens: 3", "loads the teacher's weights", True),
+    ],
+)
+def test_what_would_keep_updates_from_the_engine_is_refused(asked, cause, with_restart):
+    words = f"vllm_kwargs={{{asked}}}"
+    ways = ["use_peft=false", "use_peft=true", "weight_bridge=copy"]
+    if with_restart:
+        assert options(words, "weight_bridge=restart").vllm_kwargs
+    for way in ways if with_restart else [*ways, "weight_bridge=restart"]:
+        with pytest.raises(ConfigError) as error:
+            options(words, way)
+        (fault,) = error.value.faults
+        assert fault.key == "vllm_kwargs" and fault.value.startswith(asked.split(":")[0] + "=")
+        assert cause in fault.cause and "leave it out" in fault.remedy
+        assert ("weight_bridge=restart" in fault.remedy) is with_restart
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "cpu_offload_gb: 0",
+        "offload_group_size: 0",
+        "kv_transfer_config: null",
+        "kv_offloading_size: null",
+        "speculative_config: null",
+        "speculative_config: {method: ngram, num_speculative_tokens: 3}",
+        "speculative_config: {model: ngram, num_speculative_tokens: 3}",
+        "spec_method: suffix, spec_tokens: 3",
+    ],
+)
+def test_what_keeps_no_update_from_the_engine_is_taken(asked):
+    taken = options(f"vllm_kwargs={{{asked}}}")
+    assert not device_faults(taken, "cuda", "torch.bfloat16")
+    faults = device_faults(taken, "cpu", "torch.float32")
+    assert [fault.value for fault in faults] == [asked.split(":")[0]] * ("spec" in asked and "null" not in asked)
+
+
 @pytest.mark.parametrize("name", GENERATE_SET_HERE)
 def test_what_makes_other_completions_than_samples_is_refused_without_vllm(name):
     assert name in generate_arguments()

@@ -63,10 +63,11 @@ def test_what_the_engine_holds_the_other_way_round_is_refused_to_be_shared_and_c
     with pytest.raises(ConfigError, match=r"weight_bridge='shared'[\s\S]*c_attn[\s\S]*weight_bridge=copy"):
         measure("gpt2", use_peft=False)
     assert not torch.distributed.is_initialized()  # the engine that was refused is stopped
-    found = measure("gpt2", use_peft=False, weight_bridge="copy")
-    assert found["least_moved"] > 1e-4
-    assert found["before"] < 1e-5
-    assert found["after"] < 1e-5
+    for use_peft in (False, True):  # vLLM takes no adapters for it: they are merged
+        found = measure("gpt2", use_peft, weight_bridge="copy")
+        assert found["least_moved"] > 1e-4
+        assert found["before"] < 1e-5
+        assert found["after"] < 1e-5
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

@@ -194,6 +194,16 @@ def test_continued_adapter_trains_and_its_copy_does_not(model_dir, adapter_dir, 
     assert "ref" not in load_teacher(options(use_peft=True), start.path, torch.float32, start.adapter).peft_config
 
 
+@pytest.mark.parametrize("continued", [False, True])
+def test_adapters_are_in_fp32_on_a_base_in_bf16(model_dir, adapter_dir, tmp_path, continued):
+    chosen = options(use_peft=True, beta=0.1)
+    start = resolve_start(chosen, str(adapter_dir if continued else model_dir), tmp_path, torch.bfloat16)
+    model = load_teacher(chosen, start.path, torch.bfloat16, start.adapter)
+    assert set(model.peft_config) == ({ADAPTER, "ref"} if continued else {ADAPTER})
+    types = {("lora_" in name, parameter.dtype) for name, parameter in model.named_parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 SMALL = Machine(None, 8 * GIB, 8 * GIB, 100 * GIB)
 
 

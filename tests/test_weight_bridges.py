@@ -209,7 +209,6 @@ def test_weights_are_held_once_where_they_are_shared(renderer, model_dir, tmp_pa
         # q, k, v, o, gate, up and down, each with an adapter in the trainer and one in the engine
         assert engine.bridge.weight_bytes() == once + 2 * adapters
         assert all(not p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
-        assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
 
 
 @pytest.mark.parametrize("released", [False, True])

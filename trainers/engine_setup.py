@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from trainers.errors import ConfigError, Fault
 from trainers.options import RLOptions
-from trainers.settings.engine_specs import CPU_KV_CACHE, batched_tokens, model_length
+from trainers.settings.engine_specs import CPU_KV_CACHE, batched_tokens, bridge_name, model_length
 
 
 def prepare_environment(device: torch.device) -> None:
@@ -77,7 +77,8 @@ def check_architecture(options: RLOptions, model_path: str, device: torch.device
     asks the trainer's model for what only vLLM's has.
 
     Raises:
-        ConfigError: If it would fall back on that backend, or refuses the model (Gemma in fp16).
+        ConfigError: If it would fall back on that backend, or refuses the model (Gemma in fp16), or takes no adapters
+            for it where the bridge brings some (GPT-2).
     """
     prepare_environment(device)
     arguments = engine_arguments(options, model_path, device, dtype)
@@ -94,6 +95,20 @@ def check_architecture(options: RLOptions, model_path: str, device: torch.device
         cause += "alters the classes that the trainer computes with"
         remedy = "use_vllm=false, or a model of another architecture"
         raise ConfigError(Fault("model_name_or_path", options.model_name_or_path, cause, remedy))
+    if bridge_name(options) == "lora":
+        _check_adapters(config)
+
+
+def _check_adapters(config: Any) -> None:
+    """See that vLLM's class for a model takes adapters, which vLLM itself does once the weights are in it."""
+    from vllm.model_executor.models import supports_lora
+
+    with kept_process_state():
+        model_class, _ = config.registry.resolve_model_cls(config.architectures, config)
+    if not supports_lora(model_class):
+        cause = f"vLLM takes no adapters for {model_class.__name__}, and weight_bridge=lora brings it some"
+        remedy = "weight_bridge=copy or restart, which bring them merged, or use_vllm=false"
+        raise ConfigError(Fault("use_peft", True, cause, remedy))
 
 
 def _model_config(arguments: dict[str, Any]) -> Any:

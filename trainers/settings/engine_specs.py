@@ -37,7 +37,6 @@ SET_HERE = {
     "logprobs_mode": None,
     "distributed_executor_backend": None,
     "worker_cls": None,
-    "cpu_offload_gb": None,
 }
 SAMPLING_OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
 SAMPLING_OPTIONS |= {"max_tokens": "max_completion_length", "max_new_tokens": "max_completion_length"}
@@ -61,6 +60,12 @@ MAX_BATCHED_TOKENS = 8192
 CPU_KV_CACHE = 2**30  # bytes
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
 PARALLEL += ("prefill_context_parallel_size", "decode_context_parallel_size")
+# What has vLLM keep weights in host memory, keep keys and values outside of its cache, or decode speculatively; its
+# other arguments for these do nothing alone.
+OFFLOADING = ("cpu_offload_gb", "offload_group_size")
+KV_STORES = ("kv_transfer_config", "kv_offloading_size")
+SPECULATIVE = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+DRAFTS_FROM_TEXT = ("ngram", "ngram_gpu", "suffix")  # methods without a draft model
 
 
 def bridge_name(options: RLOptions) -> str:
@@ -241,6 +246,9 @@ def device_faults(options: RLOptions, device: str, dtype: str) -> list[Fault]:
     if device == "cpu" and "enable_chunked_prefill" in options.vllm_kwargs:
         cause = "on a CPU seeds of requests need whole prompts"
         faults.append(Fault("vllm_kwargs", "enable_chunked_prefill", cause, "leave it out"))
+    if device == "cpu" and (speculative := _speculative_method(options)):
+        cause = "on a CPU vLLM's speculative decoding samples wrongly: it divides logits by numbers that nobody set"
+        faults.append(Fault("vllm_kwargs", speculative[0], cause, "leave it out"))
     invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0")
     if has_engine(options) and device == "cuda" and invariant not in ("", "0"):
         cause = "for the whole process, the trainer too, it replaces products by kernels without a backward pass"
@@ -289,11 +297,38 @@ def _kwargs_faults(options: RLOptions) -> list[Fault]:
         elif name == "quantization" and value is not None and bridge_name(options) != "restart":
             cause = "vLLM packs quantized weights its own way, so the trainer's cannot be put in their place"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "weight_bridge=restart, or no quantization"))
+        elif name in OFFLOADING and value and bridge_name(options) != "restart":
+            cause = f"it keeps weights in host memory, where weight_bridge={bridge_name(options)} does not update them"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "leave it out, or weight_bridge=restart"))
+        elif name in KV_STORES and value:
+            cause = "keys and values kept outside of the engine's cache outlive the weights that they came from"
+            faults.append(Fault("vllm_kwargs", f"{name}={value}", cause, "leave it out"))
         elif name not in vllm_arguments():
             near = difflib.get_close_matches(name, vllm_arguments(), n=2)
             remedy = f"did you mean {' or '.join(near)}?" if near else "see the arguments of vllm.LLM"
             faults.append(Fault("vllm_kwargs", f"{name}={value}", "vLLM has no such argument", remedy))
     return faults
+
+
+def _speculative_method(options: RLOptions) -> tuple[str, str] | None:
+    """The argument that asks for speculative decoding, and by which method; None where none does."""
+    given = {name: options.vllm_kwargs[name] for name in SPECULATIVE if options.vllm_kwargs.get(name)}
+    if not given:
+        return None
+    config = given.get("speculative_config")
+    config = config if isinstance(config, dict) else {}
+    asked = (given.get("spec_method"), config.get("method"), given.get("spec_model"), config.get("model"))
+    return next(iter(given)), next((str(name).strip("[]") for name in asked if name), "draft_model")
+
+
+def _speculative_faults(options: RLOptions) -> list[Fault]:
+    speculative, bridge = _speculative_method(options), bridge_name(options)
+    if speculative is None or speculative[1] in DRAFTS_FROM_TEXT or bridge == "restart":
+        return []
+    name, _ = speculative
+    cause = f"with weight_bridge={bridge} any model that vLLM starts loads the teacher's weights, a draft model too"
+    remedy = "leave it out, or weight_bridge=restart, or on a GPU method: ngram, which has no model"
+    return [Fault("vllm_kwargs", f"{name}={options.vllm_kwargs[name]}", cause, remedy)]
 
 
 def _rollout_faults(options: RLOptions) -> list[Fault]:
@@ -333,6 +368,7 @@ ENGINE_FAULTS = (
     _synced_reference_faults,
     _bridge_faults,
     _kwargs_faults,
+    _speculative_faults,
     _rollout_faults,
     _overlap_faults,
     _engine_only_faults,
