@@ -225,6 +225,8 @@ def test_knobs_tell_what_is_solved_and_what_takes_more():
     there = problem(small, machine(24))
     (copied,) = (change for change in knobs(there) if str(change) == "weight_bridge=copy")
     assert "does not fit" in knobs_text(solve(there), [copied])
+    on_cpu = large.model_copy(update={"device": "cpu", "precision": "bf16"})  # where flash_adamw has no kernels
+    assert "optim=flash_adamw" not in map(str, knobs(problem(on_cpu, Machine(None, *[512 * GIB] * 3))))
 
 
 def test_plan_is_made_from_the_memory_that_is_free_and_names_who_holds_the_rest():

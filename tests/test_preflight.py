@@ -156,6 +156,21 @@ def test_faults_of_the_configuration_are_findings_beside_all_others(words, fault
     assert not found.works and found.as_dict()["fits"] is False
 
 
+def test_a_warm_up_that_is_not_valid_leaves_all_others(card, tmp_path):
+    card()
+    words = ["model_name_or_path=run:teacher_sft", "student_model=run:teacher_rlt_tiny", "vram_gb='80'"]
+    found = preflight.preflight("teacher_rlt_mono_85gb", words).findings
+    (fault,) = (each for each in found if each.check == "configuration")
+    assert "teacher_rlt_tiny" in fault.message
+    assert {each.check for each in found} >= {"CUDA", "memory", "host memory", "disk", "wandb", "student_model"}
+
+
+def test_faults_are_told_of_a_stage_that_is_not_planned_too():
+    found = preflight.preflight("score", ["num_generation=8"]).findings
+    told = " ".join(each.message for each in found if each.check == "configuration")
+    assert "num_generation: unknown" in told and "stage: only the memory of runs that train is planned" in told
+
+
 @pytest.mark.parametrize("words", [["beta=1,2"], ["stage=nothing"]])
 def test_what_cannot_be_read_leaves_the_machine(words, card):
     card()

@@ -58,7 +58,7 @@ def test_without_math_verify_accuracy_is_refused(monkeypatch):
 def test_faults_of_functions_import_neither_torch_nor_the_named_package():
     code = (
         "import sys; sys.path.insert(0, '.'); from trainers.checks import load_options;"
-        "from trainers.config import CONFIG_DIR, compose_run; from trainers.errors import ConfigError\n"
+        "from trainers.config import compose_run; from trainers.errors import ConfigError\n"
         "try: load_options(compose_run('teacher_rlt_tiny', ['reward_funcs=[{_target_: trl.rewardss.f}]']))\n"
         "except ConfigError as error: print(error)\n"
         "load_options(compose_run('teacher_rlt_tiny', ['device=auto', 'reward_funcs=[{_target_: trl.rewards.f}]']))\n"

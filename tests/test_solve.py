@@ -11,6 +11,7 @@ from trainers.config import compose_run
 from trainers.errors import ConfigError
 from trainers.options import options_class
 from trainers.plan import preflight
+from trainers.plan.knobs import knobs
 from trainers.plan.known_models import KNOWN_MODELS
 from trainers.plan.machine import Machine
 from trainers.plan.planning import assess
@@ -134,6 +135,14 @@ def test_a_student_that_is_stored_quantized_rests_on_the_card_and_takes_what_it_
     linear = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 3584 * 18944)
     rest = plan.work.student.num_parameters - linear
     assert plan.phases["score"]["student"] == 2 * rest + linear * bits // 8
+    assert "student_quantization=8bit" not in map(str, knobs(problem(plan.options, machine(200))))
+    asked, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", "student_mode=cpu", gb=200)
+    assert asked.host["student"] == plan.phases["score"]["student"] and not start_faults(asked)
+    for word in ("student_mode=streamed", "student_quantization=8bit"):
+        refused, _ = planned("teacher_rlt_mono_80gb", f"student_model={tmp_path}", word, gb=200)
+        assert [fault.key for fault in start_faults(refused)] == [word.partition("=")[0]]
+    (told,) = told_to_stay(f"student_model={tmp_path}")
+    assert told == ("student_mode", f"a student in {'fp8' if bits == 16 else f'{bits}bit'} cannot be streamed")
 
 
 def told_to_stay(*words):

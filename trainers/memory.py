@@ -13,7 +13,7 @@ from trainers.plan.activations import TILE_FORWARD, activations, held_masks, rea
 from trainers.plan.hardware import vllm_releases_cache
 from trainers.plan.host_memory import disk_space, host_memory
 from trainers.plan.model_shapes import ModelShape
-from trainers.plan.workload import GIB, MICRO_TOKENS, SCORE_TILE, SCORED_AT_ONCE, Plan, Workload
+from trainers.plan.workload import GIB, MICRO_TOKENS, SCORE_TILE, SCORED_AT_ONCE, Plan, Workload, resting_bytes
 from trainers.settings.batch import batch_plan
 from trainers.settings.engine_specs import batched_tokens, model_length
 from trainers.settings.evaluation import completions_at_once, prompts_at_once
@@ -108,18 +108,9 @@ def _resting(work: Workload) -> Iterator[tuple[str, int]]:
     if work.device == "cuda":
         yield "CUDA context", CUDA_CONTEXT
     if work.student is not None and work.student_mode == "resident":
-        yield "student", _quantized(work, work.student.num_parameters * size)
+        yield "student", resting_bytes(work.student, size, work.options.student_quantization)
     if work.reference_mode == "resident":
-        yield "reference" if work.trains else "teacher", weights
-
-
-def _quantized(work: Workload, size: int) -> int:
-    """A student of 8 or 4 bits; embeddings and head stay as they are (bitsandbytes replaces linear layers)."""
-    kind = work.options.student_quantization or work.student.quantized
-    if kind is None:
-        return size
-    linear = sum(map(prod, work.student.linear_shapes)) * work.itemsize
-    return size - linear + linear // work.itemsize * (2 if kind == "8bit" else 1) // 2
+        yield "reference" if work.trains else "teacher", resting_bytes(teacher, size)
 
 
 def _vllm_rank(rank: int) -> int:

@@ -212,7 +212,7 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         self._mismatch[self.mode].add(logps, sampling, mask, ratio)
 
     def _note_mismatch(self) -> None:
-        """One value for each rollout, as TRL's, of which a mean is logged."""
+        """One value for each rollout, as TRL's (see extremes.py)."""
         for mode, mismatch in self._mismatch.items():
             for name, value in mismatch.take().items():
                 self._metrics[mode][name].append(value)

@@ -8,7 +8,7 @@ from trainers.errors import Fault
 from trainers.options import CommonOptions
 from trainers.plan.machine import existing, free_disk
 from trainers.plan.model_shapes import ModelShape
-from trainers.plan.workload import GIB
+from trainers.plan.workload import GIB, resting_bytes
 from trainers.settings.reward_specs import model_keys
 from trainers.weights.adapter_files import base_of, looks_local
 from trainers.weights.hub import is_downloaded
@@ -85,5 +85,5 @@ def downloads(options: CommonOptions, shapes: tuple[ModelShape | None, ...]) -> 
         path = getattr(options, key)
         base = None if path is None or named_run(path) else base_of(path, key)
         if base is not None and not looks_local(base) and not is_downloaded(base):
-            found[base] = shape.num_parameters * DOWNLOADED_ITEMSIZE
+            found[base] = resting_bytes(shape, DOWNLOADED_ITEMSIZE)
     return found

@@ -1,7 +1,7 @@
 """Host memory and disk of a run, as the plan of memory counts them."""
 
 from trainers.plan.activations import offloaded_bytes
-from trainers.plan.workload import GIB, Workload
+from trainers.plan.workload import GIB, Workload, resting_bytes
 
 # The interpreter with torch and vLLM: measured on a CPU, where vLLM's engine is in it; with CUDA an estimate.
 PROCESS = {"cuda": 4 * GIB, "cpu": int(0.75 * GIB)}
@@ -31,7 +31,8 @@ def host_memory(work: Workload, free: int | None = None) -> dict[str, int]:
     )
     for name, shape, mode, is_written in frozen:
         if is_written or (on_gpu and mode in ("cpu", "streamed")):  # on a CPU what is streamed stays on disk
-            held = (shape.num_parameters - (shape.beside_text if mode == "streamed" else 0)) * size
+            quantization = work.options.student_quantization if name == "student" else None
+            held = resting_bytes(shape, size, quantization) - (shape.beside_text * size if mode == "streamed" else 0)
             if mode == "cpu" or is_written or left is None or held < STREAMED_SHARE * left:
                 host[name] = held
                 left = None if left is None else left - held

@@ -14,7 +14,7 @@ from trainers.plan.solve import DECIDED, SPARE, Problem, device_of, precision_of
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.batch import micro_batch_choices
 from trainers.settings.engine_specs import device_faults
-from trainers.settings.optim_specs import TORCH_DTYPES
+from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults
 
 Settings = dict[str, Any]
 
@@ -171,14 +171,16 @@ def applies(problem: Problem, settings: dict[str, Any]) -> bool:
         return False
     changed = options.model_copy(update=settings)
     faults = option_faults(changed, problem.devices, REPO, needs_device=False)
+    device, dtype = device_of(changed, machine), TORCH_DTYPES[precision_of(changed, machine)]
+    if options.stage in TRAINING:
+        faults += optimizer_faults(changed, device, dtype)
     if options.stage == "rl":
-        dtype = TORCH_DTYPES[precision_of(changed, machine)]
-        faults += device_faults(changed, device_of(changed, machine), dtype)
+        faults += device_faults(changed, device, dtype)
     return not faults
 
 
 def makes_sense(problem: Problem, settings: Settings) -> bool:
-    """Whether a change can take less memory with the rest of the options."""
+    """Whether a change can make a difference with the rest of the options."""
     options, machine = problem.options, problem.machine
     device, adapters = device_of(options, machine), getattr(options, "use_peft", False)
     if "precision" in settings and "use_peft" not in settings:
@@ -196,6 +198,10 @@ def makes_sense(problem: Problem, settings: Settings) -> bool:
         return device == "cuda" and options.activation_offloading != "auto"  # both were tried
     if "enforce_eager" in settings:
         return device == "cuda"
+    if settings == {"student_quantization": "8bit"}:
+        return problem.student is not None and problem.student.quantized is None
+    if settings == {"weight_bridge": "copy"}:
+        return options.weight_bridge != "restart"  # which is what models have that no other bridge takes
     if settings.get("optim") in ("adamw_8bit", "cpu_offload", "flash_adamw"):
         return not adapters and precision_of(options, machine) == "bf16"
     if {"student_mode", "reference_mode"} & settings.keys() and "use_peft" not in settings:

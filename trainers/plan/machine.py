@@ -20,7 +20,7 @@ MIB = 2**20
 MIN_COMPUTE = 7.5  # what the CUDA 13 builds of torch and vLLM have kernels for begins with Turing
 SMI_TIMEOUT = 20.0  # seconds; where the driver was not loaded before, it takes some
 WSL_KEPT = 2 * 2**30  # of the memory that is free, what Windows refused to give all the same (microsoft/WSL#41176)
-DRIVERS_OWN = 2**30  # bytes; less may be missing where no process holds anything
+DRIVERS_OWN = 2 * 2**30  # bytes; less may be missing where no process holds anything
 GB = 10**9  # the unit of `vram_gb`: a card sold as 80 GB has at least 80 times so many bytes
 
 
@@ -79,7 +79,7 @@ class Machine:
 
 def planned_card(vram_gb: float) -> Card:
     """A card of so many GB that is not here."""
-    size = int(vram_gb * GB)
+    size = int(float(vram_gb) * GB)  # text, if it is shown beside other faults
     return Card(f"a card of {vram_gb:g} GB", size, size, is_here=False)
 
 

@@ -110,7 +110,8 @@ class ModelShape:
         caps_scores: Whether its attention scores go through tanh, and the result is kept too.
         eager_unless_told: Whether its attention is eager where none is asked for (trainers/attention.py).
         window: Tokens that some of its layers look back at the most; None where all see everything before them.
-        quantized: `8bit` or `4bit` where its linear layers are stored, and computed with, in so many.
+        quantized: `8bit` or `4bit` where its linear layers are stored, and computed with, in so many; the method of
+            another quantized checkpoint; None of any other.
     """
 
     name: str
@@ -228,17 +229,16 @@ def _shape_of(config_json: str, name: str, trust: bool) -> ModelShape:
     shape = _known_family(config, name) if is_known else _from_transformers(config, name, trust)
     if (quantization := config.get("quantization_config")) is None:
         return shape
-    return replace(shape, can_stream=False, quantized=_stored_bits(quantization))
+    return replace(shape, can_stream=False, quantized=_stored_as(quantization))
 
 
-def _stored_bits(quantization: dict[str, Any]) -> str | None:
-    """See `ModelShape.quantized`: of the methods that keep their layers so on any card. None for others, which may
-    become what they were once loaded (mxfp4, fp8)."""
-    method = quantization.get("quant_method")
+def _stored_as(quantization: dict[str, Any]) -> str:
+    """See `ModelShape.quantized`: bits of the methods that keep their layers so on any card. Others may become what
+    they were once loaded (mxfp4, fp8)."""
+    method, bits = quantization.get("quant_method", "other bits"), quantization.get("bits")
     if method == "bitsandbytes":
-        return "4bit" if quantization.get("load_in_4bit") else "8bit"
-    bits = {4: "4bit", 8: "8bit"}.get(quantization.get("bits"))
-    return bits if method in ("gptq", "awq") else None
+        bits = 4 if quantization.get("load_in_4bit") else 8
+    return f"{bits}bit" if method in ("bitsandbytes", "gptq", "awq") and bits in (4, 8) else method
 
 
 def model_shape(config: dict[str, Any], name: str = "", trust: bool = False) -> ModelShape:

@@ -102,13 +102,16 @@ def preflight(run: str, overrides: list[str], vram_gb: float | None = None) -> P
 
 
 def _look(run: str, overrides: list[str], vram_gb: float | None) -> Preflight:
-    findings = [_python()]
+    findings, faults, ahead = [_python()], [], []
     try:
         options, faults, invalid = read_options(compose_run(run, overrides), repo=REPO, needs_device=False)
         check_planned(options)
+    except ConfigError as error:  # there are no options to ask for anything else, or none that are planned by
+        return Preflight(findings + _configuration([*faults, *error.faults]) + _bare(vram_gb), None, None)
+    try:
         ahead = [] if faults else warmups_ahead(options)
-    except ConfigError as error:  # there are no options to ask for anything else
-        return Preflight(findings + _configuration(error.faults) + _bare(vram_gb), None, None)
+    except ConfigError as error:
+        faults = error.faults
     sources, machine, plan = _sources(options, ahead, invalid), None, None
     _ask_ahead(sources)
     findings += _configuration(faults)

@@ -22,11 +22,7 @@ from trainers.plan.knobs import (
     makes_sense,
 )
 from trainers.plan.machine import GB
-from trainers.plan.solve import (
-    Problem,
-    share_faults,
-    solve,
-)
+from trainers.plan.solve import Problem, share_faults, solve
 from trainers.plan.workload import GIB, Plan
 from trainers.settings.batch import batch_plan
 

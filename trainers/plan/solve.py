@@ -206,7 +206,8 @@ def unasked_modes(problem: Problem, plan: Plan) -> list[Fault]:
     for key, shape in (("student_mode", work.student), ("reference_mode", work.teacher)):
         if work.device != "cuda" or shape is None or getattr(asked, key, None) != "auto":
             continue
-        quantized = (asked.student_quantization or shape.quantized) if key == "student_mode" else None
+        name = key.removesuffix("_mode")
+        quantized = shape.quantized or (asked.student_quantization if name == "student" else None)
         can_stream = shape.can_stream and quantized is None
         if getattr(work, key) == "cpu":
             why = "it cannot be streamed, and the card has no room for it"
@@ -216,7 +217,7 @@ def unasked_modes(problem: Problem, plan: Plan) -> list[Fault]:
                 remedy = "overlap_scoring=false, or disable_student_offloading=true"
             found.append(Fault(key, "cpu", f"{why}: it is read on the host's processor, slowly", remedy))
         elif getattr(work, key) == "resident" and not can_stream and _keeps_off(asked, key):
-            whose = f"a student in {quantized}" if quantized else shape.model_type
+            whose = f"a {name} in {quantized}" if quantized else shape.model_type
             why = f"{whose} cannot be streamed: it stays on the card, whatever offload_untrained_models says"
             found.append(Fault(key, "resident", why, f"{key}=cpu to keep it off, where it is read slowly"))
     return found

@@ -13,7 +13,7 @@ from trainers.options import TRAINING, CommonOptions, RLOptions, TrainOptions
 from trainers.plan.machine import MIN_COMPUTE, Machine
 from trainers.plan.model_shapes import longrope_limit, read_config
 from trainers.plan.run_models import first_start, shape_of
-from trainers.plan.workload import Plan
+from trainers.plan.workload import Plan, Workload
 from trainers.settings.engine_specs import bridge_name, device_faults, has_engine
 from trainers.settings.optim_specs import TORCH_DTYPES, optimizer_faults, precision_faults
 from trainers.warmup import warmup_options
@@ -52,8 +52,22 @@ def compiler_fault() -> Fault | None:
 def start_faults(plan: Plan) -> list[Fault]:
     """What a run refuses when it knows its device and its models' configs, before it loads any of them."""
     work = plan.work
-    faults = device_choice_faults(plan.options, work.device, work.precision)
+    faults = device_choice_faults(plan.options, work.device, work.precision) + _frozen_faults(work)
     return faults + (config_faults(plan.options) if work.trains else [])
+
+
+def _frozen_faults(work: Workload) -> list[Fault]:
+    """What the checkpoints of models that are only read do not admit."""
+    faults, kind = [], getattr(work.options, "student_quantization", None)
+    for key, shape in (("student_mode", work.student), ("reference_mode", work.teacher)):
+        if shape is not None and getattr(work, key) == "streamed" and not shape.can_stream:
+            what = f"a checkpoint in {shape.quantized}" if shape.quantized else shape.model_type
+            remedy = f"{key}=resident, or cpu, where it is read slowly"
+            faults.append(Fault(key, "streamed", f"{what} cannot be streamed", remedy))
+    if kind and work.student is not None and work.student.quantized:
+        cause = f"the student's checkpoint is quantized already ({work.student.quantized})"
+        faults.append(Fault("student_quantization", kind, cause, "leave it out"))
+    return faults
 
 
 def device_choice_faults(options: CommonOptions, device: str, precision: str) -> list[Fault]:

@@ -26,6 +26,18 @@ SCORE_TILE = {"cuda": (4096, 32768), "cpu": (256, 2048)}
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
+def resting_bytes(shape: ModelShape, itemsize: int, quantization: str | None = None) -> int:
+    """Bytes of a model's weights; embeddings and head stay as they are where it is of 8 or 4 bits (bitsandbytes
+    replaces linear layers).
+
+    Args:
+        quantization: `8bit` or `4bit` for one that is loaded so; that of its checkpoint counts before it.
+    """
+    kind = shape.quantized or quantization
+    linear = sum(map(prod, shape.linear_shapes)) if kind in ("8bit", "4bit") else 0
+    return (shape.num_parameters - linear) * itemsize + linear * (2 if kind == "8bit" else 1) // 2
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is planned: the options, with every `auto` in them decided, and the models' sizes.

@@ -67,8 +67,8 @@ class Totals(TrainerCallback):
     def totals(self, steps: int) -> dict[str, Any]:
         """What totals.json holds: `steps`, `seconds` by phase and in all (`wall`), and of the steps that were logged
         `completions` and `tokens`, `tokens_per_second` while they were sampled (not where they are replayed),
-        `peak_gib` with `peak_phase`, and `planned_peak_gib` of the phases that a step goes through, and of
-        checkpoints where there were any. On a GPU the peak is without what others held of it when the run was planned.
+        `peak_gib` with `peak_phase`, and `planned_peak_gib` of the phases that a step goes through, and of checkpoints
+        that were followed by another log. On a GPU the peak is without what others held of it when the run was planned.
         """
         found: dict[str, Any] = {"steps": steps, "seconds": {"wall": time.perf_counter() - self._start}}
         if not self._seconds:  # nothing was logged
