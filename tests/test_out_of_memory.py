@@ -181,14 +181,18 @@ def test_what_is_offered_applies_to_the_run_in_order(run, phase, words, offered)
 
 
 @pytest.mark.parametrize(
-    ("card", "gb"), [*((card, None) for card in ("12gb", "24gb", "48gb", "80gb", "96gb", "sft_24gb")), ("96gb", 80)]
+    ("card", "gb", "offloads"),
+    [
+        *((card, None, False) for card in ("12gb", "24gb", "48gb", "80gb", "96gb", "sft_16gb")),
+        *(("sft_24gb", None, True), ("96gb", 80, True)),
+    ],
 )
-def test_what_is_offered_makes_the_phase_as_small_as_it_says_once_it_is_pasted(card, gb):
+def test_what_is_offered_makes_the_phase_as_small_as_it_says_once_it_is_pasted(card, gb, offloads):
     """With it alone `auto` would take a larger micro-batch, or a larger cache, in the room that it leaves, or no longer
-    offload activations, as the last one does."""
+    offload activations."""
     run = f"teacher_{card}" if card.startswith("sft") else f"teacher_rlt_mono_{card}"
     plan = planned(run, gb=gb)[0]
-    assert plan.options.activation_offloading is (gb == 80)
+    assert plan.options.activation_offloading is offloads
     for phase in plan.phases:
         for words, size in remedies_of(plan, phase):
             again = planned(run, *words.split(), gb=gb)[0]

@@ -14,7 +14,7 @@ other bridges. In a FOLDER the models are made once, and what vLLM compiled for 
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +40,7 @@ from trainers.watch.memory_watch import MemoryWatch
 
 WARM_UP = 5  # cycles
 SIZES = ("model", "steps", "questions", "generations", "prompt", "completion", "micro_batch", "utilization")
+SIZES += ("checkpointing",)
 
 
 def trainer_logprobs(model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
@@ -163,6 +164,7 @@ def main() -> None:
     made.add_argument("--completion", type=int, default=256, help="tokens of each completion")
     made.add_argument("--micro-batch", type=int, default=8)
     made.add_argument("--utilization", type=float, default=0.4, help="share of the card for vLLM")
+    made.add_argument("--checkpointing", action=BooleanOptionalAction, default=True, help="gradient checkpointing")
     made.add_argument("--bridge", help="check this one in this process")
     made.add_argument("--folder", help="its model")
     arguments = made.parse_args()

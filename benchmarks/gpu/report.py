@@ -96,7 +96,9 @@ def bridge_way(way: str, log: Path, **sizes: Any) -> dict[str, Any]:
     """Cells of a way of benchmarks/bridges.py, run by itself: one that fails leaves the others."""
     command = [sys.executable, str(REPO / "benchmarks/bridges.py"), "--ways", way]
     for name, value in sizes.items():
-        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        flag = name.replace("_", "-")
+        command += [f"--{flag}" if value is not False else f"--no-{flag}"]
+        command += [] if isinstance(value, bool) else [str(value)]
     found = run(command, log)
     if isinstance(found, str):
         return {"error": found}
