@@ -156,6 +156,12 @@ def test_faults_of_the_configuration_are_findings_beside_all_others(words, fault
     assert not found.works and found.as_dict()["fits"] is False
 
 
+def test_a_size_in_quotes_is_read_beside_a_fault():
+    """There is no card here: the run's own `vram_gb` is planned for."""
+    found = preflight.preflight("teacher_rlt_mono_85gb", ["weight_decay=much", "vram_gb='80'"]).findings
+    assert any("the plan is for a card of 80 GB" in each.message for each in found if each.check == "GPU")
+
+
 def test_a_warm_up_that_is_not_valid_leaves_all_others(card, tmp_path):
     card()
     words = ["model_name_or_path=run:teacher_sft", "student_model=run:teacher_rlt_tiny", "vram_gb='80'"]

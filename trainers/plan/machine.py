@@ -79,7 +79,8 @@ class Machine:
 
 def planned_card(vram_gb: float) -> Card:
     """A card of so many GB that is not here."""
-    size = int(float(vram_gb) * GB)  # text, if it is shown beside other faults
+    vram_gb = float(vram_gb)  # it may be text where other options are at fault, and none were converted
+    size = int(vram_gb * GB)
     return Card(f"a card of {vram_gb:g} GB", size, size, is_here=False)
 
 
