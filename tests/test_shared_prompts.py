@@ -6,16 +6,18 @@ from conftest import REPO
 from families import COMMON, FAMILIES
 from peft import LoraConfig, get_peft_model
 from small_run import make_trainer
+from test_activations import measured
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from trainers.attention import attention_of
 from trainers.checks import load_options
 from trainers.config import compose_run
-from trainers.plan.activations import kept_bytes
+from trainers.plan.activations import activations, kept_bytes
 from trainers.plan.model_shapes import model_shape
 from trainers.plan.workload import Workload
-from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
+from trainers.rollout.shared_prompts import can_share, lay_out, let_share, rows_of, shared_prompt_outputs
+from trainers.weights.adapters import add_adapters, base_model
 
 KEEP = 10
 
@@ -49,7 +51,9 @@ def outcome(model, ids, mask, share):
     """Log-probabilities, entropies, and the gradients of a loss that weighs each token in its own way."""
     model.zero_grad()
     if share:
-        logps, entropy = shared_prompt_outputs(model, ids, mask, KEEP, *distinct_prompts(ids, mask, KEEP))
+        let_share(model)
+        assert can_share(model)
+        logps, entropy = shared_prompt_outputs(model, lay_out(ids, mask, KEEP), KEEP)
     else:
         logps, entropy = masked_rows(model, ids, mask)
     return learned(model, logps, entropy)
@@ -80,9 +84,13 @@ def equal(apart, shared):
         assert (gradient - shared[2][name]).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_numbers_and_gradients_are_those_of_whole_rows(family):
-    same(make(family), *batch())
+def test_numbers_and_gradients_are_those_of_whole_rows(family, checkpointing):
+    model = make(family)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    same(model, *batch())
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
@@ -96,25 +104,35 @@ def test_adapters_learn_the_same():
 
 
 def test_what_cannot_be_shared_is_not():
+    model = make("qwen2")
+    assert not can_share(model)
+    let_share(model)
+    assert can_share(model)
+    assert not can_share(torch.nn.DataParallel(model))
+    routed = make("qwen2")
+    routed.config = AutoConfig.for_model("mixtral", attn_implementation="sdpa")  # TRL's loss of its routers wants rows
+    let_share(routed)
+    assert not can_share(routed)
+
+
+def test_tokens_are_read_once_and_padding_is_not():
     ids, mask = batch()
-    first, of_row = distinct_prompts(ids, mask, KEEP)
-    assert len(first) == 3 and torch.equal(ids[first][of_row][:, :-KEEP], ids[:, :-KEEP])
-    assert distinct_prompts(ids[first], mask[first], KEEP) is None  # each prompt once
-    assert distinct_prompts(ids[:, -KEEP - 1 :], mask[:, -KEEP - 1 :], KEEP) is None  # of one token
+    layout = lay_out(ids, mask, KEEP)
+    prompts = {tuple(row[real].tolist()) for row, real in zip(ids[:, :-KEEP], mask[:, :-KEEP].bool(), strict=True)}
+    completions = int(mask[:, -KEEP:].sum())
+    assert len(layout.ids) == sum(len(prompt) - 1 for prompt in prompts) + completions
+    assert len(layout.own) == len(layout.labels) == completions
+    assert layout.is_worthwhile
+    assert torch.equal(layout.labels, ids[:, -KEEP:][mask[:, -KEEP:].bool()])
+
+    first = [ids[:, :-KEEP].tolist().index(row) for row in ids[:, :-KEEP].unique(dim=0).tolist()]
+    apart = lay_out(ids[first], torch.ones_like(ids[first]), KEEP)
+    assert len(apart.ids) == 3 * 33 and not apart.is_worthwhile  # each prompt once, and no padding
     padded = mask.clone()
     padded[:, 0] = torch.arange(len(mask)) % 2  # the same tokens, one of them padding in some rows
-    assert len(distinct_prompts(ids, padded, KEEP)[0]) > 3
-
-    model = make("qwen2")
-    assert can_share(model)
-    model.gradient_checkpointing_enable()
-    assert not can_share(model)
-    assert can_share(model.eval())
-    assert not can_share(torch.nn.DataParallel(make("qwen2")))
-    model.config = AutoConfig.for_model(
-        "mixtral", output_router_logits=True
-    )  # TRL's loss of its routers wants whole rows
-    assert not can_share(model)
+    assert lay_out(ids, padded, KEEP).ids.numel() > len(layout.ids)
+    padded[:, -KEEP:] = 0
+    assert not lay_out(ids, padded, KEEP).is_worthwhile  # as where mask_truncated_completions leaves none
 
 
 LONG = {"factor": 4.0, "original_max_position_embeddings": 28, "rope_theta": 10000.0}
@@ -128,12 +146,10 @@ LONG = {"factor": 4.0, "original_max_position_embeddings": 28, "rope_theta": 100
     ],
 )
 def test_positions_that_depend_on_the_length_are_not_shared(family, rope):
-    """A prompt of 24 tokens is read with other frequencies than rows of 34 are."""
+    """Their frequencies are those of the longest row, of which one token fewer would be read."""
     lengths = {"max_position_embeddings": 28, "original_max_position_embeddings": 28}
     model = make(family, rope_parameters=rope | LONG, **lengths)
-    ids, mask = batch()
-    apart, shared = outcome(model, ids, mask, False), outcome(model, ids, mask, True)
-    assert (apart[0] - shared[0]).abs().max() > 1e-4
+    let_share(model)
     assert not can_share(model)
     saved = model.config.to_dict()
     old = {k: v for k, v in saved.items() if k != "rope_parameters"} | {"rope_scaling": {"type": rope["rope_type"]}}
@@ -171,13 +187,13 @@ def test_a_run_learns_the_same(renderer, model_dir, tmp_path):
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def planned(questions, group, prompt, completion, **overrides):
+def planned(questions, group, prompt, completion, family="qwen2", **overrides):
     rows = questions * group
     chosen = {"train_batch_size": rows, "per_device_train_batch_size": rows, "num_generations": group}
     chosen |= {"max_prompt_length": prompt, "max_completion_length": completion} | overrides
     words = [f"{key}={str(value).lower()}" for key, value in chosen.items()]
     options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
-    shape = model_shape({"model_type": "qwen2"} | COMMON | WIDE | {"num_hidden_layers": 4})
+    shape = model_shape({"model_type": family} | COMMON | FAMILIES[family] | WIDE | {"num_hidden_layers": 4})
     return Workload(options, shape, None, "cpu", "fp32", 0)
 
 
@@ -187,6 +203,7 @@ def planned(questions, group, prompt, completion, **overrides):
 def test_what_it_keeps_is_planned(questions, group, prompt, completion):
     """Bytes that the forward pass leaves for the backward pass, as torch's allocator sees them."""
     model = make("qwen2", **WIDE, num_hidden_layers=4)
+    let_share(model)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 470, (questions, prompt), generator=generator).repeat_interleave(group, 0)
     completions = torch.randint(3, 470, (questions * group, completion), generator=generator)
@@ -195,7 +212,7 @@ def test_what_it_keeps_is_planned(questions, group, prompt, completion):
     mask[:group, 0] = 0  # as a batch of prompts of several lengths has it
 
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        loss = shared_prompt_outputs(model, ids, mask, completion, *distinct_prompts(ids, mask, completion))[0].sum()
+        loss = shared_prompt_outputs(model, lay_out(ids, mask, completion), completion)[0].sum()
     kept = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     assert loss.requires_grad
     # What the head keeps are hidden states of the completions, once as they are and once for the gradient.
@@ -203,9 +220,36 @@ def test_what_it_keeps_is_planned(questions, group, prompt, completion):
     assert kept_bytes(planned(questions, group, prompt, completion)) + head == pytest.approx(kept, rel=0.06)
 
 
+@pytest.mark.parametrize("use_peft", [False, True], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "without"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(("questions", "group", "prompt", "completion"), [(2, 4, 96, 96), (1, 8, 512, 32)])
+def test_what_layers_take_is_planned(family, checkpointing, use_peft, questions, group, prompt, completion):
+    """With plain attention, with eager attention, and with the masks of a window; the head aside."""
+    chosen = {"gradient_checkpointing": checkpointing, "use_peft": use_peft}
+    work = planned(questions, group, prompt, completion, family, **chosen)
+    model = make(family, **WIDE, num_hidden_layers=4, max_position_embeddings=1024)
+    if use_peft:
+        model = add_adapters(model, work.options)
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    let_share(model)
+    prompts = torch.randint(3, 470, (questions, prompt)).repeat_interleave(group, 0)
+    ids = torch.cat((prompts, torch.randint(3, 470, (questions * group, completion))), 1)
+    layout = lay_out(ids, torch.ones_like(ids), completion)
+
+    def step():
+        states = base_model(model).base_model(**rows_of(model, layout), use_cache=False).last_hidden_state
+        states.pow(2).mean().backward()
+
+    assert activations(work)[1]["activations"] == pytest.approx(measured(step), rel=0.1)
+
+
 def test_the_plan_knows_when_prompts_are_shared():
     assert planned(2, 4, 96, 96).shared_prompts == 2
     assert planned(2, 4, 96, 96, per_device_train_batch_size=4).shared_prompts == 2  # shuffled: of both questions
     assert planned(4, 2, 96, 96, per_device_train_batch_size=2).shared_prompts is None
-    assert planned(2, 4, 96, 96, gradient_checkpointing=True).shared_prompts is None
+    assert planned(2, 4, 96, 96, gradient_checkpointing=True).shared_prompts == 2
+    assert planned(2, 4, 96, 96, attn_implementation="flash_attention_2").shared_prompts is None
     assert planned(2, 4, 96, 96, share_prompts=False).shared_prompts is None

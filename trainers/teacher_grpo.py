@@ -21,7 +21,7 @@ from trainers.options import RLOptions
 from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
 from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import LEAST_TOKENS
-from trainers.rollout.shared_prompts import can_share, distinct_prompts, shared_prompt_outputs
+from trainers.rollout.shared_prompts import can_share, lay_out, let_share, shared_prompt_outputs
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.evaluation import HELD_OUT, Evaluation, HeldOutFiles
 from trainers.scoring.frozen import FrozenModel
@@ -71,7 +71,6 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         self._evaluation = Evaluation()
         read = partial(sampled_explanation, sampler.renderer)
         self._held_out = HeldOutFiles(Path(args.output_dir) / HELD_OUT, read)
-        self.share_prompts = options.share_prompts
         # What the engine tells of a reshaped distribution is not the teacher's.
         self._to_compare = sampler.sentinel is not None and not any(reshaping(options))
         self._logged_step = 0
@@ -80,6 +79,8 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         with _no_reference_of_trl(args):
             super().__init__(args=args, rollout_func=sampler, **kwargs)
         self.beta, self.ref_model = args.beta, reference
+        if options.share_prompts:
+            let_share(self.model)
         self.watch_updates()
         # As in TRL's SFTTrainer, whose option this is; after the engine, so that shared weights are known as weights.
         self._offloading = get_act_offloading_ctx_manager(self.model) if options.activation_offloading else None
@@ -186,12 +187,12 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         if compute_aux_loss or not can_align(model):
             kwargs = images | {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return super()._get_per_token_logps_and_entropies(model, *batch, **kwargs)
-        prompts = distinct_prompts(*batch) if self.share_prompts and can_share(model) else None
+        layout = lay_out(*batch) if can_share(model) else None
         with self.accelerator.autocast():
-            if prompts is None:
-                logps, entropies = whole_row_outputs(model, *batch)
+            if layout is not None and layout.is_worthwhile:
+                logps, entropies = shared_prompt_outputs(model, layout, logits_to_keep)
             else:
-                logps, entropies = shared_prompt_outputs(model, *batch, *prompts)
+                logps, entropies = whole_row_outputs(model, *batch)
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:

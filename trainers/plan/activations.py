@@ -65,24 +65,24 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     """What the backward pass holds at its begin (all layers, and the head's work) and in its course (all layers'
     inputs, and one layer's work)."""
     teacher, size, o = work.teacher, work.itemsize, work.options
-    completions, prompts = _update_tokens(work)
-    at_once = max(completions, prompts)
+    read, in_rows = _update_tokens(work)
     inner, hidden, queries, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
     ranks = rank[0] * work.adapter.rank if rank else 0
     inner += WITHOUT_BF16 if work.converts_bf16 and not work.use_peft else 0
     norms = _family(FAMILY_LORA_PEAK if work.use_peft else FAMILY_PEAK, work)
     each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
-    each += 0 if work.reads_without_mask else mask * work.length
-    layer = int(at_once * (each - _not_repeated(work) + ranks + _dropout_by_token(work)[1]))
+    layer = int(read * (each - _not_repeated(work) + ranks + _dropout_by_token(work)[1]) + _laid_out(work))
+    layer += 0 if work.reads_without_mask else int(in_rows * mask * work.length)
     held = others = kept_bytes(work)
     if work.is_eager(teacher):
-        at_peak, kept_scores = _eager_peak(work, norms, at_once)
-        layer = max(layer + kept_scores * at_once, at_peak)
+        at_peak, kept_scores = _eager_peak(work, norms)
+        layer = max(layer + kept_scores * in_rows, at_peak)
     if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
-        own = _left_by_token(work) if _offloads(work) else _kept_by_token(work)
-        others = max(0, others - int(at_once * own))
-    scored = completions
-    if work.device == "cuda" and work.is_rl:  # there TRL's head reads the completions only
+        own = read * _left_by_token(work) if _offloads(work) else _kept_by_layer(work)
+        others = max(0, others - int(own))
+    scored = read
+    # The completions only: on a GPU TRL's head picks them out.
+    if work.is_rl and (work.device == "cuda" or work.shared_prompts is not None):
         scored = work.micro_batch * o.max_completion_length
     positions, width = min(scored, HEAD_TOKENS), min(HEAD_WIDTH, teacher.vocab)
     head = positions * HEAD_WIDTH * size + scored * teacher.hidden * (4 + 2 * size)
@@ -113,12 +113,19 @@ def _family(table: dict[str, dict[int, tuple[float, float]]], work: Workload) ->
 
 
 def _update_tokens(work: Workload) -> tuple[int, int]:
-    """Tokens of a micro-batch that the update reads to the end, and those of prompts that it reads apart, once for
-    all their completions."""
+    """Tokens of a micro-batch that the update reads, and those of its rows: they differ where prompts are read once
+    for all their completions, and only attention has rows (rollout/shared_prompts.py)."""
     o, shared = work.options, work.shared_prompts
-    if shared is None:
-        return work.micro_batch * work.length, 0
-    return work.micro_batch * o.max_completion_length, shared * o.max_prompt_length
+    in_rows = work.micro_batch * work.length
+    return in_rows if shared is None else in_rows - (work.micro_batch - shared) * o.max_prompt_length, in_rows
+
+
+def _laid_out(work: Workload) -> int:
+    """Bytes that attention keeps of the tokens that are in its rows alone: queries, keys, values and what it makes."""
+    teacher = work.teacher
+    read, in_rows = _update_tokens(work)
+    keys = _queries(teacher) if work.repeats_keys else teacher.num_kv_heads * teacher.head_dim
+    return (in_rows - read) * 2 * (_queries(teacher) + keys) * work.itemsize
 
 
 def _kept_widths(work: Workload) -> list[tuple[float, int]]:
@@ -132,7 +139,7 @@ def _kept_widths(work: Workload) -> list[tuple[float, int]]:
     widths += [(rank[0], work.adapter.rank)] if rank else []
     dropped = _dropout_by_token(work)[0]
     widths += [(dropped, 1)] if dropped else []
-    return widths + ([(_eager_peak(work, 0, 0)[1], 1)] if work.is_eager(teacher) else [])
+    return widths
 
 
 def _dropout_by_token(work: Workload) -> tuple[float, float]:
@@ -151,9 +158,13 @@ def _dropout_by_token(work: Workload) -> tuple[float, float]:
     return kept, kept
 
 
-def _kept_by_token(work: Workload) -> float:
-    """Bytes of all that."""
-    return sum(each * width for each, width in _kept_widths(work)) - _not_repeated(work)
+def _kept_by_layer(work: Workload) -> float:
+    """Bytes of all that, of a micro-batch."""
+    read, in_rows = _update_tokens(work)
+    each = sum(each * width for each, width in _kept_widths(work)) - _not_repeated(work)
+    scores = 0 if work.reads_without_mask else work.itemsize * work.length  # of each text's mask, as numbers
+    scores = _eager_peak(work, 0)[1] if work.is_eager(work.teacher) else scores
+    return read * each + _laid_out(work) + in_rows * scores
 
 
 def _offloads(work: Workload) -> bool:
@@ -177,31 +188,29 @@ def _left_by_token(work: Workload) -> float:
 def _left_bytes(work: Workload) -> int:
     """Bytes that stay on the device when the forward pass is over and activations were offloaded."""
     teacher, size = work.teacher, work.itemsize
-    completions, prompts = _update_tokens(work)
+    read, _ = _update_tokens(work)
     if work.options.gradient_checkpointing is not False:  # inputs of the last layers, and the last norm's
         inputs = min(STASHED_INPUTS[work.use_peft], teacher.num_layers)
-        return completions * teacher.hidden * (inputs * size + 4)
+        return read * teacher.hidden * (inputs * size + 4)
     last = (4 + size) * teacher.hidden + (4 * teacher.intermediate if work.use_peft else size * teacher.hidden)
-    each = _left_by_token(work)
-    return int(completions * (each * teacher.num_layers + last) + prompts * each * (teacher.num_layers - 1))
+    return int(read * (_left_by_token(work) * teacher.num_layers + last))
 
 
 def offloaded_bytes(work: Workload) -> int:
     """Pinned memory of the host for what all layers keep: every tensor moves there by itself."""
     teacher, size, o = work.teacher, work.itemsize, work.options
-    completions, prompts = _update_tokens(work)
+    read, in_rows = _update_tokens(work)
     if o.gradient_checkpointing is not False:
-        return _pinned(completions * teacher.hidden * size) * teacher.num_layers
-
-    def layer(tokens: int) -> int:
-        # As if each width's bytes were those of tensors of the weights' type; one of fp32 is as much as two.
-        return sum(int(each / size * _pinned(tokens * width * size)) for each, width in _kept_widths(work))
-
-    own = layer(completions) * teacher.num_layers
-    if not prompts:
-        return own
-    handed_out = 2 * _pinned(work.micro_batch * o.max_prompt_length * _queries(teacher) * size)  # see kept_bytes
-    return own + layer(prompts) * (teacher.num_layers - 1) + handed_out * teacher.num_layers
+        return _pinned(read * teacher.hidden * size) * teacher.num_layers
+    # As if each width's bytes were those of tensors of the weights' type; one of fp32 is as much as two.
+    layer = sum(int(each / size * _pinned(read * width * size)) for each, width in _kept_widths(work))
+    if work.is_eager(teacher):
+        layer += _pinned(in_rows * _eager_peak(work, 0)[1])
+    elif not work.reads_without_mask:
+        layer += _pinned(in_rows * work.length * size)
+    if laid_out := _laid_out(work):
+        layer += _pinned(laid_out)
+    return layer * teacher.num_layers
 
 
 def _pinned(size: int) -> int:
@@ -211,26 +220,20 @@ def _pinned(size: int) -> int:
 
 def kept_bytes(work: Workload) -> int:
     """Bytes that all layers keep for the backward pass."""
-    teacher, size, o = work.teacher, work.itemsize, work.options
-    completions, prompts = _update_tokens(work)
+    teacher = work.teacher
     if _offloads(work):
         return _left_bytes(work)
-    if o.gradient_checkpointing is not False:
-        return completions * teacher.hidden * size * teacher.num_layers
-    each = _kept_by_token(work)
-    # Of a prompt that is read apart only keys and values matter: nothing follows its last layer's. Each completion
-    # gets them, once for each head.
-    handed_out = work.micro_batch * o.max_prompt_length * 2 * _queries(teacher) * size
-    own = int(completions * each) * teacher.num_layers
-    return own + (int(prompts * each) * (teacher.num_layers - 1) + handed_out * teacher.num_layers if prompts else 0)
+    if work.options.gradient_checkpointing is not False:
+        return _update_tokens(work)[0] * teacher.hidden * work.itemsize * teacher.num_layers
+    return int(_kept_by_layer(work)) * teacher.num_layers
 
 
-def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
-    """Bytes that eager attention needs at the peak of its backward pass, and those of each token that it keeps for it.
+def _eager_peak(work: Workload, norms: float) -> tuple[int, int]:
+    """Bytes that eager attention needs at the peak of its backward pass, and those of each token of its rows that it
+    keeps for it.
 
     Args:
         norms: Bytes that the family adds for a token at the peak of the whole layer.
-        tokens: That a layer reads at once.
     """
     teacher, size = work.teacher, work.itemsize
     scores = teacher.num_heads * work.length  # of each token
@@ -238,8 +241,9 @@ def _eager_peak(work: Workload, norms: float, tokens: int) -> tuple[int, int]:
     _, peak, kept = EAGER_SCORES[size]
     hidden, rank = EAGER_LORA_PEAK[size] if work.use_peft else (EAGER_PEAK[size], 0)
     hidden = hidden * teacher.hidden + min(norms, EAGER_FAMILY * teacher.hidden)
-    each = (peak + capped) * scores + hidden + mask_elements(work, teacher) * size + rank * work.adapter.rank
-    return int(tokens * each), (kept + capped) * scores
+    read, in_rows = _update_tokens(work)
+    each = (peak + capped) * scores + mask_elements(work, teacher) * size
+    return int(in_rows * each + read * (hidden + rank * work.adapter.rank)), (kept + capped) * scores
 
 
 def mask_elements(work: Workload, shape: ModelShape) -> int:

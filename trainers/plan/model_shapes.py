@@ -48,10 +48,10 @@ MLP_BIAS = ("llama",)
 
 
 def can_share_prompts(config: dict[str, Any]) -> bool:
-    """Whether a prompt can be read apart from the completions that continue it (trainers/rollout/shared_prompts.py).
+    """Whether a prompt can be read once for the completions that continue it (trainers/rollout/shared_prompts.py).
 
-    It is tested with the families above; and rotary embeddings that depend on how much is read at once (of the kinds
-    `longrope` and `dynamic`, for long contexts) would not be the same.
+    It is tested with the families above; and rotary embeddings that depend on how long the longest row is (of the kinds
+    `longrope` and `dynamic`, for long contexts) might not be the same, as the last token of a row is not read.
     """
     if config.get("model_type") not in FAMILY_DEFAULTS:
         return False

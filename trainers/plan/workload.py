@@ -129,7 +129,7 @@ class Workload:
         """Prompts that a forward pass of the update reads once for all their completions (rollout/shared_prompts.py);
         None where it reads whole rows."""
         o = self.options
-        if not self.is_rl or not o.share_prompts or o.gradient_checkpointing is not False:
+        if not self.is_rl or not o.share_prompts or o.attn_implementation not in (None, "sdpa", "eager"):
             return None
         if not self.teacher.can_share_prompts or getattr(o, "torch_compile", False):
             return None
@@ -146,7 +146,7 @@ class Workload:
     def reads_without_mask(self) -> bool:
         """Whether the update's rows begin at their first token, so that plain causal attention serves them
         (rollout/whole_rows.py)."""
-        whole = self.is_rl and self.shared_prompts is None and not getattr(self.options, "torch_compile", False)
+        whole = self.is_rl and not getattr(self.options, "torch_compile", False)
         teacher, window = self.teacher, self.teacher.window
         # One that is not longer than the rows takes a mask.
         return whole and not self.is_eager(teacher) and (window is None or window > self.length)

@@ -1,78 +1,233 @@
 """Log-probabilities of completions whose prompts are read once for all completions of a question.
 
-GRPO puts several completions of one prompt into a batch, and a forward pass over whole rows reads the prompt again for
-each. Here it is read once, and its keys and values serve every row that continues it; gradients of all of them flow
-back through them (as in Prefix Grouper, arXiv 2506.05433). The numbers are the same, but for dropout: what it drops of
-a prompt is then the same for all its completions. TRL's fused head sees the completions only, also where it has no
-kernel that picks them out (on a CPU).
+GRPO puts several completions of one prompt into a batch, and a forward pass over whole rows computes the prompt again
+for each. Here the tokens of a batch are one long row without padding, every prompt once (as in Prefix Grouper, arXiv
+2506.05433); only within attention are they rows again, of plain causal attention, in which a prompt's queries, keys
+and values stand before each of its completions. Gradients of all of them add up there. The model's layers know nothing
+of it, so they may be computed again for the backward pass (gradient checkpointing). The numbers are the same, but for
+dropout: what it drops of a prompt is then the same for all its completions. TRL's fused head sees the completions only,
+also where it has no kernel that picks them out (on a CPU).
 """
 
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
+from trainers.attention import REPEATED_KEYS
 from trainers.plan.model_shapes import can_share_prompts
+from trainers.weights.adapters import base_model
+
+KINDS = ("sdpa", "eager", REPEATED_KEYS)
+OF_ROWS = "_of_rows"
 
 
-def distinct_prompts(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> tuple[Tensor, Tensor] | None:
-    """Which rows of a batch continue the same prompt.
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a batch stand in one row.
+
+    Attributes:
+        ids, positions: `[tokens]`, those that are read, and where in its own row each stands.
+        own: `[completion tokens]`, where among them those are from which a completion's tokens are to be told.
+        labels: `[completion tokens]`, these tokens.
+        columns: `[completion tokens]`, their places in the rows' completions, `[rows * logits_to_keep]`.
+        places: `[rows * width]`, for each token of each row where among `ids` it is; of what is padding, 0.
+        slots: `[tokens]`, where among `places` each was taken from.
+        shared: `[prompt tokens]`, those of `ids` that several rows begin with.
+        copies: `[prompt tokens, rows of a prompt]`, where among `places` they are; -1 where a prompt has fewer rows.
+        rows: Number of rows.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    own: Tensor
+    labels: Tensor
+    columns: Tensor
+    places: Tensor
+    slots: Tensor
+    shared: Tensor
+    copies: Tensor
+    rows: int
+
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether fewer tokens are read than in rows that are padded to the longest, and any completion's."""
+        return 0 < len(self.own) and len(self.ids) < len(self.places)
+
+
+def lay_out(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Layout:
+    """One row of the tokens of a batch, each prompt's once.
 
     Args:
         input_ids, attention_mask: `[rows, tokens]`, prompts padded on the left, completions on the right.
         logits_to_keep: The last so many columns are the completions.
+    """
+    rows, device = len(input_ids), input_ids.device
+    before = input_ids.size(1) - logits_to_keep
+    prompts = attention_mask[:, :before].sum(1, keepdim=True)
+    lengths = attention_mask.sum(1, keepdim=True)
+    width = int(lengths.max()) - 1  # a row's last token tells of none
+    order = attention_mask.argsort(dim=1, descending=True, stable=True)[
+        :, : width + 1
+    ]  # columns, those of the row first
+    tokens = input_ids.gather(1, order)
+    slot = torch.arange(width, device=device).expand(rows, width)
+    in_prompt, in_row = slot < prompts - 1, slot < lengths - 1  # the prompt's last token is read for each completion
+
+    _, of_row = torch.unique(torch.stack((input_ids, attention_mask))[:, :, :before], dim=1, return_inverse=True)
+    row = torch.arange(rows, device=device)
+    first = torch.full((rows,), rows, device=device).scatter_reduce(0, of_row, row, "amin")  # of each prompt
+    is_read = in_row & (~in_prompt | (first[of_row] == row)[:, None])
+    place = is_read.flatten().cumsum(0).view(rows, width) - 1
+    place = torch.where(in_prompt, place[first[of_row]], place).masked_fill(~in_row, 0)
+
+    slots = is_read.flatten().nonzero()[:, 0]
+    own = (is_read & ~in_prompt).flatten()
+    columns = order[:, 1:] - before + row[:, None] * logits_to_keep
+    shared = in_prompt.flatten()[slots].nonzero()[:, 0]
+    # Rows of each prompt, in any order: the n-th of a prompt in column n.
+    count = (of_row[:, None] == of_row[None, :]).tril(-1).sum(1)
+    rows_of = torch.full((rows, int(count.max()) + 1), -1, device=device)
+    rows_of[of_row, count] = row
+    of_shared = rows_of[of_row[slots[shared] // width]]
+    copies = torch.where(of_shared < 0, -1, of_shared * width + slot.flatten()[slots[shared]][:, None])
+    return Layout(
+        ids=tokens[:, :width].flatten()[slots],
+        positions=slot.flatten()[slots],
+        own=own[slots].nonzero()[:, 0],
+        labels=tokens[:, 1:].flatten()[own],
+        columns=columns.flatten()[own],
+        places=place.flatten(),
+        slots=slots,
+        shared=shared,
+        copies=copies,
+        rows=rows,
+    )
+
+
+class _ToRows(torch.autograd.Function):
+    """`[tokens, ...]` to `[rows * width, ...]`; backward, copies of a prompt add up as torch sums, in fp32 and in one
+    order, where `index_select`'s own gradient would add one after the other, rounded, on a GPU in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return values.index_select(0, layout.places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        layout, copies = ctx.layout, ctx.layout.copies
+        values = grad.index_select(0, layout.slots)
+        if len(copies):
+            each = grad.index_select(0, copies.clamp(0).flatten()).view(*copies.shape, *grad.shape[1:])
+            each.masked_fill_((copies < 0)[(..., *[None] * (grad.dim() - 1))], 0)
+            values[layout.shared] = each.sum(1)
+        return values, None
+
+
+def _in_rows(
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """The attention of that name, `[1, heads, tokens, width]` laid out in rows meanwhile; without a layout, itself.
 
     Returns:
-        `[prompts]`: for each distinct prompt a row that has it; `[rows]`: the prompt of each row. None where sharing
-        saves nothing.
+        `[1, tokens, heads, width]`, and no scores.
     """
-    length = input_ids.size(1) - logits_to_keep
-    if length < 2:  # the last token of a prompt is read with each completion
-        return None
-    prompts = torch.stack((input_ids[:, :length], attention_mask[:, :length]), dim=2)
-    distinct, of_row = torch.unique(prompts, dim=0, return_inverse=True)
-    if len(distinct) == len(prompts):
-        return None
-    first = torch.full((len(distinct),), len(prompts), device=input_ids.device)
-    rows = torch.arange(len(prompts), device=input_ids.device)
-    return first.scatter_reduce(0, of_row, rows, "amin"), of_row
+    own = sys.modules[type(module).__module__]  # as transformers has it: eager attention is each model's own
+    attend: Callable = AttentionInterface().get(name) or own.eager_attention_forward
+    if layout is None:
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    query, key, value = (
+        _ToRows.apply(states[0].transpose(0, 1), layout).unflatten(0, (layout.rows, -1)).transpose(1, 2)
+        for states in (query, key, value)
+    )
+    mask = attention_mask if attention_mask is not None and attention_mask.numel() else None
+    out, _ = attend(module, query, key, value, mask, *args, **kwargs)
+    return out.flatten(0, 1).index_select(0, layout.slots)[None], None
+
+
+for _name in KINDS:
+    AttentionInterface.register(_name + OF_ROWS, partial(_in_rows, _name))
+    AttentionMaskInterface.register(_name + OF_ROWS, AttentionMaskInterface()[_name])
+
+
+def let_share(model: PreTrainedModel | PeftModel) -> None:
+    """Have a model's attention know layouts, where `can_share_prompts` says that it is seen to work."""
+    base = base_model(model)
+    if can_share_prompts(base.config.to_dict()) and base.config._attn_implementation in KINDS:
+        base.set_attn_implementation(base.config._attn_implementation + OF_ROWS)
 
 
 def can_share(model: Any) -> bool:
-    """Whether it is seen to work: a model of `can_share_prompts`, whose layers hand on their keys and values.
+    """Whether a model knows layouts (`let_share`), and is not in a wrapper (`torch.compile`)."""
+    return isinstance(model, PreTrainedModel | PeftModel) and model.config._attn_implementation.endswith(OF_ROWS)
 
-    Those that are computed again for the backward pass do not; nor does a model in a wrapper (`torch.compile`).
+
+def _masks(model: PreTrainedModel, layout: Layout) -> Tensor | dict[str, Tensor]:
+    """The masks of the rows, as the model makes them; an empty one where attention is told by itself to be causal.
+
+    Given none, the model would make one of `[tokens, tokens]`.
     """
-    if not isinstance(model, PreTrainedModel | PeftModel) or (model.training and model.is_gradient_checkpointing):
-        return False
-    return can_share_prompts(model.config.to_dict())
+    embeddings = model.get_input_embeddings().weight
+    rows = embeddings.new_empty(layout.rows, len(layout.places) // layout.rows, 0)
+    masks = create_masks_for_generate(model.config, rows, attention_mask=None, past_key_values=None)
+    empty = embeddings.new_empty(1, 1, 0, 0)
+    if isinstance(masks, dict):
+        return {kind: empty if mask is None else mask for kind, mask in masks.items()}
+    return empty if masks is None else masks
+
+
+def rows_of(model: PreTrainedModel | PeftModel, layout: Layout) -> dict[str, Any]:
+    """What a model's forward is given to read these rows as one, `[1, tokens]`."""
+    masks = _masks(base_model(model), layout)
+    ids, positions = layout.ids[None], layout.positions[None]
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": masks, "layout": layout}
+
+
+@contextmanager
+def _states_picked(backbone: nn.Module, places: Tensor):
+    """Let the head see the states of these tokens only."""
+
+    def pick(module: nn.Module, args: tuple, outputs: Any) -> Any:
+        outputs.last_hidden_state = outputs.last_hidden_state[:, places]
+        return outputs
+
+    handle = backbone.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def shared_prompt_outputs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, first: Tensor, of_row: Tensor
+    model: PreTrainedModel | PeftModel, layout: Layout, logits_to_keep: int
 ) -> tuple[Tensor, Tensor]:
     """TRL's fused output (`add_fused_lm_head`) for the completions of a batch.
 
-    Args:
-        first, of_row: What `distinct_prompts` returns.
-
     Returns:
-        Log-probabilities and entropies, `[rows, logits_to_keep]`, 0 where `attention_mask` is.
+        Log-probabilities and entropies, `[rows, logits_to_keep]`, 0 where nothing is told.
     """
-    read = input_ids.size(1) - logits_to_keep - 1
-    cache = model(
-        input_ids=input_ids[first, :read],
-        attention_mask=attention_mask[first, :read],
-        use_cache=True,
-        logits_to_keep=1,
-    ).past_key_values
-    for layer in cache.layers:  # each row gets those of its prompt
-        layer.keys, layer.values = layer.keys.index_select(0, of_row), layer.values.index_select(0, of_row)
-    rest = input_ids[:, read:]
-    labels = rest.masked_fill(attention_mask[:, read:] == 0, -100)
-    outputs = model(
-        input_ids=rest, attention_mask=attention_mask, past_key_values=cache, labels=labels, fused_lm_head=True
-    )
-    return outputs.log_probs[:, -logits_to_keep:], outputs.entropy[:, -logits_to_keep:]
+    with _states_picked(base_model(model).base_model, layout.own):
+        outputs = model(**rows_of(model, layout), shift_labels=layout.labels[None], fused_lm_head=True)
+
+    def put_back(values: Tensor) -> Tensor:
+        found = values.new_zeros(layout.rows * logits_to_keep)
+        return found.scatter(0, layout.columns, values[0]).view(layout.rows, logits_to_keep)
+
+    return put_back(outputs.log_probs), put_back(outputs.entropy)
