@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from small_run import make_trainer
 from test_activations import measured
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, split_tensor_dict
 
 from trainers.attention import attention_of
 from trainers.checks import load_options
@@ -16,7 +16,15 @@ from trainers.config import compose_run
 from trainers.plan.activations import activations, kept_bytes
 from trainers.plan.model_shapes import model_shape
 from trainers.plan.workload import Workload
-from trainers.rollout.shared_prompts import can_share, lay_out, let_share, rows_of, shared_prompt_outputs
+from trainers.rollout.shared_prompts import (
+    can_share,
+    lay_out,
+    let_share,
+    prompts_together,
+    rows_of,
+    shared_prompt_outputs,
+)
+from trainers.settings.batch import BatchPlan
 from trainers.weights.adapters import add_adapters, base_model
 
 KEEP = 10
@@ -159,12 +167,46 @@ def test_positions_that_depend_on_the_length_are_not_shared(family, rope):
     assert model_shape(saved | plain).can_share_prompts
 
 
-def test_a_run_learns_the_same(renderer, model_dir, tmp_path):
-    """Three steps on the engine; the completions of later ones depend on the updates before."""
+@pytest.mark.parametrize(
+    ("rows", "group", "at_once"), [(8, 4, 2), (4, 4, 1), (2, 4, 1), (3, 24, 1), (6, 4, 2), (12, 8, 2), (1, 4, 1)]
+)
+def test_prompts_that_a_micro_batch_holds_at_most(rows, group, at_once):
+    plan = BatchPlan(96, rows, group, 24 // rows)
+    assert plan.generation_batch == 24 and plan.prompts_at_once(together=True) == at_once
+    assert plan.prompts_at_once(together=False) == min(rows, 24 // group)
+
+
+def test_completions_of_a_prompt_come_into_one_micro_batch():
+    ids, mask = batch(questions=3, group=4)
+    rows = {"prompt_ids": ids[:, :-KEEP], "prompt_mask": mask[:, :-KEEP], "completion_ids": ids[:, -KEEP:]}
+    rows |= {"advantages": torch.arange(12.0), "names": [f"row {i}" for i in range(12)], "none": None}
+    rows |= {"num_items_in_batch": torch.tensor(7)}
+    micro_batches = split_tensor_dict(rows, 3)
+    assert max(len(one["prompt_ids"].unique(dim=0)) for one in micro_batches) > 1
+    found = prompts_together(micro_batches)
+    assert [len(one["prompt_ids"].unique(dim=0)) for one in found] == [1, 1, 1]
+    order = torch.cat([one["advantages"] for one in found]).long()
+    assert sorted(order.tolist()) == list(range(12))
+    for name in ("prompt_ids", "prompt_mask", "completion_ids"):
+        assert torch.equal(torch.cat([one[name] for one in found]), rows[name][order])
+    assert [name for one in found for name in one["names"]] == [f"row {i}" for i in order.tolist()]
+    assert all(one["none"] is None and one["num_items_in_batch"] == 7 for one in found)
+
+
+@pytest.mark.parametrize("loss", ["dapo", "bnpo"])
+def test_a_run_learns_the_same(renderer, model_dir, tmp_path, loss):
+    """Three steps on the engine; the completions of later ones depend on the updates before. A loss that is a mean of
+    each micro-batch finds the same rows in it."""
 
     def train(share):
         trainer = make_trainer(
-            renderer, model_dir, tmp_path / str(share), share_prompts=share, per_device_train_batch_size=4
+            renderer,
+            model_dir,
+            tmp_path / str(share),
+            share_prompts=share,
+            per_device_train_batch_size=4,
+            gradient_checkpointing=True,
+            loss_type=loss,
         )
         read, forward = [], trainer.model.forward
 
@@ -248,8 +290,11 @@ def test_what_layers_take_is_planned(family, checkpointing, use_peft, questions,
 
 def test_the_plan_knows_when_prompts_are_shared():
     assert planned(2, 4, 96, 96).shared_prompts == 2
-    assert planned(2, 4, 96, 96, per_device_train_batch_size=4).shared_prompts == 2  # shuffled: of both questions
-    assert planned(4, 2, 96, 96, per_device_train_batch_size=2).shared_prompts is None
+    halves = {"per_device_train_batch_size": 4}
+    assert planned(2, 4, 96, 96, **halves).shared_prompts == 1
+    for by_itself in ({"loss_type": "bnpo"}, {"top_entropy_quantile": 0.5}):  # shuffled: of both questions
+        assert planned(2, 4, 96, 96, **halves, **by_itself).shared_prompts == 2
+    assert planned(4, 2, 96, 96, per_device_train_batch_size=2, loss_type="bnpo").shared_prompts is None
     assert planned(2, 4, 96, 96, gradient_checkpointing=True).shared_prompts == 2
     assert planned(2, 4, 96, 96, attn_implementation="flash_attention_2").shared_prompts is None
     assert planned(2, 4, 96, 96, share_prompts=False).shared_prompts is None

@@ -21,12 +21,13 @@ from trainers.options import RLOptions
 from trainers.rollout.importance_sampling import Mismatch, importance_sampling_ratio
 from trainers.rollout.sampler import RolloutSampler
 from trainers.rollout.sentinel import LEAST_TOKENS
-from trainers.rollout.shared_prompts import can_share, lay_out, let_share, shared_prompt_outputs
+from trainers.rollout.shared_prompts import can_share, lay_out, let_share, prompts_together, shared_prompt_outputs
 from trainers.rollout.whole_rows import can_align, whole_row_outputs
 from trainers.scoring.evaluation import HELD_OUT, Evaluation, HeldOutFiles
 from trainers.scoring.frozen import FrozenModel
 from trainers.scoring.probes import Evaluated, Probes
 from trainers.scoring.reward_funcs import StudentReward, without_unscored
+from trainers.settings.batch import keeps_groups_together
 from trainers.settings.engine_specs import reshaping
 from trainers.watch.extremes import keep_extremes
 from trainers.watch.phases import PhaseTimer
@@ -194,6 +195,15 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
             else:
                 logps, entropies = whole_row_outputs(model, *batch)
         return logps, entropies if compute_entropy else None, None
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """As TRL's, which shuffles what was sampled; completions of one prompt meet in a micro-batch again."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before or not keeps_groups_together(self.options):
+            return inputs
+        self._buffered_inputs = prompts_together(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """As TRL's; the importance-sampling ratio is computed on the way where it was put off until here."""

@@ -7,7 +7,7 @@ from math import prod
 from trainers.options import TRAINING, CommonOptions
 from trainers.plan.hardware import cpu_converts_bf16
 from trainers.plan.model_shapes import AdapterShape, ModelShape
-from trainers.settings.batch import batch_plan
+from trainers.settings.batch import batch_plan, keeps_groups_together
 from trainers.settings.engine_specs import bridge_name, has_engine
 from trainers.settings.evaluation import scores_probes
 from trainers.settings.optim_specs import OptimizerBytes, optimizer_bytes
@@ -133,8 +133,7 @@ class Workload:
             return None
         if not self.teacher.can_share_prompts or getattr(o, "torch_compile", False):
             return None
-        batch = batch_plan(o).generation_batch  # which is shuffled, if it is more than a micro-batch
-        prompts = min(self.micro_batch, -(-batch // o.num_generations))
+        prompts = batch_plan(o, self.devices).prompts_at_once(keeps_groups_together(o))
         return prompts if prompts < self.micro_batch else None
 
     @property

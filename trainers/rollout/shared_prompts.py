@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
+from trl.trainer.utils import split_tensor_dict
 
 from trainers.attention import REPEATED_KEYS
 from trainers.plan.model_shapes import can_share_prompts
@@ -111,6 +112,25 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> L
         copies=copies,
         rows=rows,
     )
+
+
+def prompts_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows in micro-batches of the same size, those of one prompt one after the other.
+
+    Args:
+        batches: As TRL's trainer buffers them: tensors and lists of rows, numbers of the whole, and None.
+    """
+    prompts = torch.stack([torch.cat([batch[f"prompt_{kind}"] for batch in batches]) for kind in ("ids", "mask")])
+    order = torch.unique(prompts, dim=1, return_inverse=True)[1].argsort(stable=True)
+
+    def arranged(parts: list[Any]) -> Any:
+        if isinstance(parts[0], list):
+            return [[row for part in parts for row in part][i] for i in order.tolist()]
+        if isinstance(parts[0], Tensor) and parts[0].dim():
+            return torch.cat(parts)[order.to(parts[0].device)]
+        return parts[0]
+
+    return split_tensor_dict({key: arranged([batch[key] for batch in batches]) for key in batches[0]}, len(batches))
 
 
 class _ToRows(torch.autograd.Function):

@@ -39,6 +39,18 @@ class BatchPlan:
             and self.generation_batch % self.num_generations == 0
         )
 
+    def prompts_at_once(self, together: bool) -> int:
+        """Distinct prompts that a micro-batch holds at most.
+
+        Args:
+            together: Whether the completions of a prompt stand one after the other (`keeps_groups_together`).
+        """
+        own, group = self.per_device * self.aggregation, self.num_generations
+        if not together or own % group:  # of several devices each may have parts of groups
+            return min(self.per_device, -(-self.generation_batch // group))
+        starts = range(0, own, self.per_device)
+        return max((start + self.per_device - 1) // group - start // group + 1 for start in starts)
+
     def equation(self) -> str:
         """The plan as one line for the start of a run."""
         return (
@@ -58,6 +70,16 @@ def batch_plan(options: RLOptions, num_devices: int = 1) -> BatchPlan:
     whole_step = max(1, options.train_batch_size // (per_device * num_devices))
     aggregation = options.generation_aggregation_steps or whole_step
     return BatchPlan(options.train_batch_size, per_device, options.num_generations, aggregation, num_devices)
+
+
+def keeps_groups_together(options: RLOptions) -> bool:
+    """Whether the completions of a prompt come into one micro-batch, as far as they go, so that it is read once.
+
+    A rollout is always for one optimizer step, in which the order of micro-batches says nothing; but where something is
+    computed of each micro-batch by itself, what it holds must be left to chance.
+    """
+    by_itself = options.loss_type == "bnpo" or options.top_entropy_quantile < 1
+    return options.share_prompts and not by_itself
 
 
 def legal_aggregations(batch: int, per_device: int, generations: int, devices: int) -> list[int]:
