@@ -30,7 +30,7 @@ def asked(run, there, *overrides):
 
 def test_a_smaller_micro_batch_and_a_resident_reference_are_found_together():
     """By itself the one leaves the host short, and the other the card."""
-    there = asked("teacher_rlt_mono_96gb", machine(96, 24), "per_device_train_batch_size=4", "optim=adamw_8bit")
+    there = asked("teacher_rlt_mono_96gb", machine(96, 24), "per_device_train_batch_size=8", "optim=adamw_8bit")
     change = nearest_fit(there)
     assert change.settings == {"per_device_train_batch_size": "auto", "reference_mode": "resident"}
     for key, value in change.settings.items():

@@ -39,11 +39,11 @@ def test_what_is_offered_would_be_taken(run, words, gb):
 
 
 def test_activations_rest_on_the_host_where_no_micro_batch_fits_without():
-    """A card of 40 GB would keep 7.7 percent free with one text at a time; one of 80 GB has room for four."""
+    """A card of 40 GB would keep 7.7 percent free with one text at a time; one of 80 GB has room for eight."""
     asked = "activation_offloading=auto"
     small, large = (planned("teacher_rlt_mono", asked, gb=gb)[0] for gb in (40, 80))
     assert small.options.activation_offloading is True and small.peak <= 0.92 * small.available
-    assert large.options.activation_offloading is False and large.options.per_device_train_batch_size == 4
+    assert large.options.activation_offloading is False and large.options.per_device_train_batch_size == 8
     for given, decided in (("false", False), ("true", True)):
         for plan in (planned("teacher_rlt_mono", f"activation_offloading={given}", gb=gb)[0] for gb in (40, 80)):
             assert plan.options.activation_offloading is decided

@@ -259,8 +259,8 @@ class RLOptions(TrainOptions, RewardOptions):
     )
     share_prompts: bool = opt(
         True,
-        "in a forward pass, read the prompt that several completions continue once for all of them: the same numbers "
-        "(dropout aside); not where gradient checkpointing computes layers again, nor in untested families",
+        "in a forward pass, read the prompt that several completions continue once for all of them, and bring those "
+        "into one micro-batch: the same numbers (dropout aside); not in untested families, nor with flash_attention_2",
     )
     sentinel_tolerance: float | None = opt(
         None,
