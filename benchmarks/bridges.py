@@ -22,9 +22,8 @@ Ways:
 Every way samples as many tokens from the same prompts (end of turn ignored), earns the same kind of reward (score ways
 aside), and updates with the same optimizer. TRL's engine gets this project's engine arguments (on a CPU fp32, eager,
 where it would otherwise compile, and blocks of the prefix cache as small); on a CPU both need the live linear weights
-of trainers/weights/cpu_kernels.py. Where nothing is computed again for the backward pass (on a CPU unless told
-`--checkpointing`), this project's ways read the prompt of a group once (`share_prompts`), which is part of what is
-compared. `sentinel` is the trainer's part; the engine's is in `generate`.
+of trainers/weights/cpu_kernels.py. This project's ways read the prompt of a group once (`share_prompts`), which is part
+of what is compared. `sentinel` is the trainer's part; the engine's is in `generate`.
 
 Each way runs in a process of its own: one step that is not counted, then `--steps` that are. The ways take turns step
 by step, so that what else happens on the machine meets them alike; with `--one-by-one` (always on a GPU, which would
