@@ -76,7 +76,8 @@ def masked_rows(model, ids, mask):
 
 
 def learned(model, logps, entropy):
-    (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+    weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+    (logps * weights + entropy * weights.flip(0)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return logps.detach(), entropy.detach(), gradients
 
@@ -139,8 +140,22 @@ def test_tokens_are_read_once_and_padding_is_not():
     padded = mask.clone()
     padded[:, 0] = torch.arange(len(mask)) % 2  # the same tokens, one of them padding in some rows
     assert lay_out(ids, padded, KEEP).ids.numel() > len(layout.ids)
-    padded[:, -KEEP:] = 0
-    assert not lay_out(ids, padded, KEEP).is_worthwhile  # as where mask_truncated_completions leaves none
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_batch_without_completions_reads_its_prompts_once_and_learns_nothing(checkpointing):
+    """As where mask_truncated_completions leaves none."""
+    ids, mask = batch()
+    mask[:, -KEEP:] = 0
+    layout = lay_out(ids, mask, KEEP)
+    assert layout.is_worthwhile and len(layout.ids) == 3 * 23 - 5 - 11
+    model = make("qwen2")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    logps, entropy, gradients = outcome(model, ids, mask, share=True)
+    assert logps.shape == (9, KEEP) and not logps.any() and not entropy.any()
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in gradients.values())
 
 
 LONG = {"factor": 4.0, "original_max_position_embeddings": 28, "rope_theta": 10000.0}
@@ -229,13 +244,19 @@ def test_a_run_learns_the_same(renderer, model_dir, tmp_path, loss):
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+def wide(family):
+    """Qwen3's heads are wider than its hidden states."""
+    narrow = {"intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    return WIDE | (narrow if family == "qwen3" else {})
+
+
 def planned(questions, group, prompt, completion, family="qwen2", **overrides):
     rows = questions * group
     chosen = {"train_batch_size": rows, "per_device_train_batch_size": rows, "num_generations": group}
     chosen |= {"max_prompt_length": prompt, "max_completion_length": completion} | overrides
     words = [f"{key}={str(value).lower()}" for key, value in chosen.items()]
     options = load_options(compose_run("teacher_rlt_tiny", words), repo=REPO)
-    shape = model_shape({"model_type": family} | COMMON | FAMILIES[family] | WIDE | {"num_hidden_layers": 4})
+    shape = model_shape({"model_type": family} | COMMON | FAMILIES[family] | wide(family) | {"num_hidden_layers": 4})
     return Workload(options, shape, None, "cpu", "fp32", 0)
 
 
@@ -264,13 +285,14 @@ def test_what_it_keeps_is_planned(questions, group, prompt, completion):
 
 @pytest.mark.parametrize("use_peft", [False, True], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "without"])
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize(("questions", "group", "prompt", "completion"), [(2, 4, 96, 96), (1, 8, 512, 32)])
 def test_what_layers_take_is_planned(family, checkpointing, use_peft, questions, group, prompt, completion):
-    """With plain attention, with eager attention, and with the masks of a window; the head aside."""
+    """With plain attention, also where that takes more than a narrow feed-forward part, with eager attention, and with
+    the masks of a window; the head aside."""
     chosen = {"gradient_checkpointing": checkpointing, "use_peft": use_peft}
     work = planned(questions, group, prompt, completion, family, **chosen)
-    model = make(family, **WIDE, num_hidden_layers=4, max_position_embeddings=1024)
+    model = make(family, **wide(family), num_hidden_layers=4, max_position_embeddings=1024)
     if use_peft:
         model = add_adapters(model, work.options)
         model.enable_input_require_grads()
@@ -292,7 +314,12 @@ def test_the_plan_knows_when_prompts_are_shared():
     assert planned(2, 4, 96, 96).shared_prompts == 2
     halves = {"per_device_train_batch_size": 4}
     assert planned(2, 4, 96, 96, **halves).shared_prompts == 1
-    for by_itself in ({"loss_type": "bnpo"}, {"top_entropy_quantile": 0.5}):  # shuffled: of both questions
+    for by_itself in (  # shuffled: of both questions
+        {"loss_type": "bnpo"},
+        {"top_entropy_quantile": 0.5},
+        {"entropy_coef": 0.01},
+        {"use_adaptive_entropy": True},
+    ):
         assert planned(2, 4, 96, 96, **halves, **by_itself).shared_prompts == 2
     assert planned(4, 2, 96, 96, per_device_train_batch_size=2, loss_type="bnpo").shared_prompts is None
     assert planned(2, 4, 96, 96, gradient_checkpointing=True).shared_prompts == 2

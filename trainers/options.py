@@ -260,7 +260,8 @@ class RLOptions(TrainOptions, RewardOptions):
     share_prompts: bool = opt(
         True,
         "in a forward pass, read the prompt that several completions continue once for all of them, and bring those "
-        "into one micro-batch: the same numbers (dropout aside); not in untested families, nor with flash_attention_2",
+        "into one micro-batch: the same numbers (dropout aside); not in untested families, nor with other attention "
+        "than sdpa and eager",
     )
     sentinel_tolerance: float | None = opt(
         None,

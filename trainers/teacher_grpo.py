@@ -200,7 +200,8 @@ class TeacherGRPOTrainer(OwnOptimizer, OwnSaving, GRPOTrainer):
         """As TRL's, which shuffles what was sampled; completions of one prompt meet in a micro-batch again."""
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if not self.model.training or self._buffered_inputs is before or not keeps_groups_together(self.options):
+        is_new = self.model.training and self._buffered_inputs is not before
+        if not is_new or not can_share(self.model) or not keeps_groups_together(self.options):
             return inputs
         self._buffered_inputs = prompts_together(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]

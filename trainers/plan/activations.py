@@ -65,18 +65,9 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     """What the backward pass holds at its begin (all layers, and the head's work) and in its course (all layers'
     inputs, and one layer's work)."""
     teacher, size, o = work.teacher, work.itemsize, work.options
-    read, in_rows = _update_tokens(work)
-    inner, hidden, queries, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[size]
-    ranks = rank[0] * work.adapter.rank if rank else 0
-    inner += WITHOUT_BF16 if work.converts_bf16 and not work.use_peft else 0
-    norms = _family(FAMILY_LORA_PEAK if work.use_peft else FAMILY_PEAK, work)
-    each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
-    layer = int(read * (each - _not_repeated(work) + ranks + _dropout_by_token(work)[1]) + _laid_out(work))
-    layer += 0 if work.reads_without_mask else int(in_rows * mask * work.length)
+    read, _ = _update_tokens(work)
+    layer = _layer_peak(work)
     held = others = kept_bytes(work)
-    if work.is_eager(teacher):
-        at_peak, kept_scores = _eager_peak(work, norms)
-        layer = max(layer + kept_scores * in_rows, at_peak)
     if held and o.gradient_checkpointing is False:  # what the layer itself keeps is in its peak
         own = read * _left_by_token(work) if _offloads(work) else _kept_by_layer(work)
         others = max(0, others - int(own))
@@ -91,6 +82,26 @@ def activations(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     if not work.use_peft:
         head += teacher.vocab * teacher.hidden * (4 + (size if size < 4 else 0))
     return {"activations": held, "head": head}, {"activations": others + layer}
+
+
+def _layer_peak(work: Workload) -> int:
+    """Bytes of one layer at the peak of its backward pass: in its feed-forward part, while what attention keeps is
+    there, or in attention."""
+    teacher = work.teacher
+    read, in_rows = _update_tokens(work)
+    inner, hidden, queries, mask, *rank = (LORA_PEAK if work.use_peft else LAYER_PEAK)[work.itemsize]
+    ranks = rank[0] * work.adapter.rank if rank else 0
+    inner += WITHOUT_BF16 if work.converts_bf16 and not work.use_peft else 0
+    norms = _family(FAMILY_LORA_PEAK if work.use_peft else FAMILY_PEAK, work)
+    each = inner * teacher.intermediate + hidden * teacher.hidden + queries * _queries(teacher) + norms
+    masks = 0 if work.reads_without_mask else in_rows * mask * work.length
+    forward = read * (each - _not_repeated(work) + ranks + _dropout_by_token(work)[1]) + _laid_out(work) + masks
+    if work.is_eager(teacher):
+        at_peak, kept_scores = _eager_peak(work, norms)
+        return max(int(forward) + kept_scores * in_rows, at_peak)
+    # In rows: queries, keys, values, what is made of them, and the gradient of each.
+    attention = in_rows * 4 * _attended(work) * work.itemsize + read * (hidden * teacher.hidden + norms) + masks
+    return int(max(forward, attention))
 
 
 def _queries(shape: ModelShape) -> int:
@@ -122,10 +133,14 @@ def _update_tokens(work: Workload) -> tuple[int, int]:
 
 def _laid_out(work: Workload) -> int:
     """Bytes that attention keeps of the tokens that are in its rows alone: queries, keys, values and what it makes."""
-    teacher = work.teacher
     read, in_rows = _update_tokens(work)
-    keys = _queries(teacher) if work.repeats_keys else teacher.num_kv_heads * teacher.head_dim
-    return (in_rows - read) * 2 * (_queries(teacher) + keys) * work.itemsize
+    return (in_rows - read) * 2 * _attended(work) * work.itemsize
+
+
+def _attended(work: Workload) -> int:
+    """Elements of a token's queries and keys, as attention has them."""
+    teacher = work.teacher
+    return _queries(teacher) + (_queries(teacher) if work.repeats_keys else teacher.num_kv_heads * teacher.head_dim)
 
 
 def _kept_widths(work: Workload) -> list[tuple[float, int]]:
@@ -159,12 +174,14 @@ def _dropout_by_token(work: Workload) -> tuple[float, float]:
 
 
 def _kept_by_layer(work: Workload) -> float:
-    """Bytes of all that, of a micro-batch."""
+    """Bytes that a layer keeps of a micro-batch, where nothing is computed again."""
     read, in_rows = _update_tokens(work)
     each = sum(each * width for each, width in _kept_widths(work)) - _not_repeated(work)
-    scores = 0 if work.reads_without_mask else work.itemsize * work.length  # of each text's mask, as numbers
-    scores = _eager_peak(work, 0)[1] if work.is_eager(work.teacher) else scores
-    return read * each + _laid_out(work) + in_rows * scores
+    if work.is_eager(work.teacher):
+        of_keys = _eager_peak(work, 0)[1]
+    else:  # each text's mask, as numbers
+        of_keys = 0 if work.reads_without_mask else work.itemsize * work.length
+    return read * each + _laid_out(work) + in_rows * of_keys
 
 
 def _offloads(work: Workload) -> bool:

@@ -37,13 +37,14 @@ class Layout:
 
     Attributes:
         ids, positions: `[tokens]`, those that are read, and where in its own row each stands.
-        own: `[completion tokens]`, where among them those are from which a completion's tokens are to be told.
-        labels: `[completion tokens]`, these tokens.
+        own: `[completion tokens]`, where among them those are from which a completion's tokens are to be told; where
+            there are none, one, so that there is something to differentiate.
+        labels: `[completion tokens]`, the tokens to tell; -100 for that one.
         columns: `[completion tokens]`, their places in the rows' completions, `[rows * logits_to_keep]`.
-        places: `[rows * width]`, for each token of each row where among `ids` it is; of what is padding, 0.
-        slots: `[tokens]`, where among `places` each was taken from.
-        shared: `[prompt tokens]`, those of `ids` that several rows begin with.
-        copies: `[prompt tokens, rows of a prompt]`, where among `places` they are; -1 where a prompt has fewer rows.
+        packed_at: `[rows * width]`, for each token of each row where among `ids` it is; for what is padding, 0.
+        taken: `[tokens]`, where in `[rows * width]` each of `ids` was taken from.
+        shared: `[prompt tokens]`, those of `ids` that rows of a prompt begin with.
+        copies: `[prompt tokens, rows of a prompt]`, where in `[rows * width]` they are; -1 where there are fewer rows.
         rows: Number of rows.
     """
 
@@ -52,16 +53,16 @@ class Layout:
     own: Tensor
     labels: Tensor
     columns: Tensor
-    places: Tensor
-    slots: Tensor
+    packed_at: Tensor
+    taken: Tensor
     shared: Tensor
     copies: Tensor
     rows: int
 
     @property
     def is_worthwhile(self) -> bool:
-        """Whether fewer tokens are read than in rows that are padded to the longest, and any completion's."""
-        return 0 < len(self.own) and len(self.ids) < len(self.places)
+        """Whether fewer tokens are read than in rows that are padded to the longest."""
+        return 0 < len(self.ids) < len(self.packed_at)
 
 
 def lay_out(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Layout:
@@ -75,39 +76,44 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> L
     before = input_ids.size(1) - logits_to_keep
     prompts = attention_mask[:, :before].sum(1, keepdim=True)
     lengths = attention_mask.sum(1, keepdim=True)
-    width = int(lengths.max()) - 1  # a row's last token tells of none
-    order = attention_mask.argsort(dim=1, descending=True, stable=True)[
-        :, : width + 1
-    ]  # columns, those of the row first
+    longest = int(lengths.max())
+    order = attention_mask.argsort(dim=1, descending=True, stable=True)[:, :longest]  # columns, those of the row first
     tokens = input_ids.gather(1, order)
-    slot = torch.arange(width, device=device).expand(rows, width)
-    in_prompt, in_row = slot < prompts - 1, slot < lengths - 1  # the prompt's last token is read for each completion
+    width = longest - 1  # a row's last token tells of none
+    position = torch.arange(width, device=device).expand(rows, width)
+    # The prompt's last token is read for each completion.
+    in_prompt, in_row = position < prompts - 1, position < lengths - 1
 
-    _, of_row = torch.unique(torch.stack((input_ids, attention_mask))[:, :, :before], dim=1, return_inverse=True)
+    _, prompt_of = torch.unique(torch.stack((input_ids, attention_mask))[:, :, :before], dim=1, return_inverse=True)
     row = torch.arange(rows, device=device)
-    first = torch.full((rows,), rows, device=device).scatter_reduce(0, of_row, row, "amin")  # of each prompt
-    is_read = in_row & (~in_prompt | (first[of_row] == row)[:, None])
-    place = is_read.flatten().cumsum(0).view(rows, width) - 1
-    place = torch.where(in_prompt, place[first[of_row]], place).masked_fill(~in_row, 0)
+    first = torch.full((rows,), rows, device=device).scatter_reduce(0, prompt_of, row, "amin")  # row of each prompt
+    reader = first[prompt_of]
+    is_read = in_row & (~in_prompt | (reader == row)[:, None])
+    packed_at = is_read.flatten().cumsum(0).view(rows, width) - 1
+    packed_at = torch.where(in_prompt, packed_at[reader], packed_at).masked_fill(~in_row, 0)
 
-    slots = is_read.flatten().nonzero()[:, 0]
+    taken = is_read.flatten().nonzero()[:, 0]
     own = (is_read & ~in_prompt).flatten()
     columns = order[:, 1:] - before + row[:, None] * logits_to_keep
-    shared = in_prompt.flatten()[slots].nonzero()[:, 0]
-    # Rows of each prompt, in any order: the n-th of a prompt in column n.
-    count = (of_row[:, None] == of_row[None, :]).tril(-1).sum(1)
-    rows_of = torch.full((rows, int(count.max()) + 1), -1, device=device)
-    rows_of[of_row, count] = row
-    of_shared = rows_of[of_row[slots[shared] // width]]
-    copies = torch.where(of_shared < 0, -1, of_shared * width + slot.flatten()[slots[shared]][:, None])
+    shared = in_prompt.flatten()[taken].nonzero()[:, 0]
+    # Rows of each prompt: the n-th of a prompt in column n.
+    earlier = (prompt_of[:, None] == prompt_of[None, :]).tril(-1).sum(1)
+    rows_by_prompt = torch.full((rows, int(earlier.max()) + 1), -1, device=device)
+    rows_by_prompt[prompt_of, earlier] = row
+    sharing = rows_by_prompt[prompt_of[taken[shared] // width]]
+    copies = torch.where(sharing < 0, -1, sharing * width + position.flatten()[taken[shared]][:, None])
+    at, labels, columns = own[taken].nonzero()[:, 0], tokens[:, 1:].flatten()[own], columns.flatten()[own]
+    if not len(at):  # as where mask_truncated_completions leaves none: what is told of no token still learns nothing
+        at, columns = at.new_zeros(1), columns.new_zeros(1)
+        labels = labels.new_full((1,), -100)
     return Layout(
-        ids=tokens[:, :width].flatten()[slots],
-        positions=slot.flatten()[slots],
-        own=own[slots].nonzero()[:, 0],
-        labels=tokens[:, 1:].flatten()[own],
-        columns=columns.flatten()[own],
-        places=place.flatten(),
-        slots=slots,
+        ids=tokens[:, :width].flatten()[taken],
+        positions=position.flatten()[taken],
+        own=at,
+        labels=labels,
+        columns=columns,
+        packed_at=packed_at.flatten(),
+        taken=taken,
         shared=shared,
         copies=copies,
         rows=rows,
@@ -140,12 +146,12 @@ class _ToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
-        return values.index_select(0, layout.places)
+        return values.index_select(0, layout.packed_at)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         layout, copies = ctx.layout, ctx.layout.copies
-        values = grad.index_select(0, layout.slots)
+        values = grad.index_select(0, layout.taken)
         if len(copies):
             each = grad.index_select(0, copies.clamp(0).flatten()).view(*copies.shape, *grad.shape[1:])
             each.masked_fill_((copies < 0)[(..., *[None] * (grad.dim() - 1))], 0)
@@ -177,9 +183,9 @@ def _in_rows(
         _ToRows.apply(states[0].transpose(0, 1), layout).unflatten(0, (layout.rows, -1)).transpose(1, 2)
         for states in (query, key, value)
     )
-    mask = attention_mask if attention_mask is not None and attention_mask.numel() else None
+    mask = attention_mask if attention_mask.numel() else None  # see _masks
     out, _ = attend(module, query, key, value, mask, *args, **kwargs)
-    return out.flatten(0, 1).index_select(0, layout.slots)[None], None
+    return out.flatten(0, 1).index_select(0, layout.taken)[None], None
 
 
 for _name in KINDS:
@@ -200,12 +206,12 @@ def can_share(model: Any) -> bool:
 
 
 def _masks(model: PreTrainedModel, layout: Layout) -> Tensor | dict[str, Tensor]:
-    """The masks of the rows, as the model makes them; an empty one where attention is told by itself to be causal.
+    """The masks of the rows, as the model makes them; an empty one where rows need none.
 
-    Given none, the model would make one of `[tokens, tokens]`.
+    Were the model given none, it would make one of `[tokens, tokens]`.
     """
     embeddings = model.get_input_embeddings().weight
-    rows = embeddings.new_empty(layout.rows, len(layout.places) // layout.rows, 0)
+    rows = embeddings.new_empty(layout.rows, len(layout.packed_at) // layout.rows, 0)
     masks = create_masks_for_generate(model.config, rows, attention_mask=None, past_key_values=None)
     empty = embeddings.new_empty(1, 1, 0, 0)
     if isinstance(masks, dict):
@@ -225,7 +231,7 @@ def _states_picked(backbone: nn.Module, places: Tensor):
     """Let the head see the states of these tokens only."""
 
     def pick(module: nn.Module, args: tuple, outputs: Any) -> Any:
-        outputs.last_hidden_state = outputs.last_hidden_state[:, places]
+        outputs.last_hidden_state = outputs.last_hidden_state.index_select(1, places)
         return outputs
 
     handle = backbone.register_forward_hook(pick)

@@ -75,11 +75,11 @@ def batch_plan(options: RLOptions, num_devices: int = 1) -> BatchPlan:
 def keeps_groups_together(options: RLOptions) -> bool:
     """Whether the completions of a prompt come into one micro-batch, as far as they go, so that it is read once.
 
-    A rollout is always for one optimizer step, in which the order of micro-batches says nothing; but where something is
-    computed of each micro-batch by itself, what it holds must be left to chance.
+    A rollout is always for one optimizer step, in which the order of rows says nothing; unless the loss has a mean, or
+    a quantile, of each micro-batch's tokens: what it holds is left to chance then.
     """
-    by_itself = options.loss_type == "bnpo" or options.top_entropy_quantile < 1
-    return options.share_prompts and not by_itself
+    of_entropies = options.top_entropy_quantile < 1 or options.entropy_coef != 0 or options.use_adaptive_entropy
+    return options.share_prompts and options.loss_type != "bnpo" and not of_entropies
 
 
 def legal_aggregations(batch: int, per_device: int, generations: int, devices: int) -> list[int]:
