@@ -10,7 +10,7 @@ also where it has no kernel that picks them out (on a CPU).
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -140,8 +140,11 @@ def prompts_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class _ToRows(torch.autograd.Function):
-    """`[tokens, ...]` to `[rows * width, ...]`; backward, copies of a prompt add up as torch sums, in fp32 and in one
-    order, where `index_select`'s own gradient would add one after the other, rounded, on a GPU in any order."""
+    """`[tokens, heads, head width]` to `[rows * width, heads, head width]`.
+
+    Backward, copies of a prompt add up as torch sums: in fp32 and in one order. `index_select`'s own gradient would add
+    one after the other, rounded, on a GPU in any order.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, layout: Layout) -> Tensor:
@@ -154,7 +157,7 @@ class _ToRows(torch.autograd.Function):
         values = grad.index_select(0, layout.taken)
         if len(copies):
             each = grad.index_select(0, copies.clamp(0).flatten()).view(*copies.shape, *grad.shape[1:])
-            each.masked_fill_((copies < 0)[(..., *[None] * (grad.dim() - 1))], 0)
+            each.masked_fill_((copies < 0)[:, :, None, None], 0)
             values[layout.shared] = each.sum(1)
         return values, None
 
@@ -227,7 +230,7 @@ def rows_of(model: PreTrainedModel | PeftModel, layout: Layout) -> dict[str, Any
 
 
 @contextmanager
-def _states_picked(backbone: nn.Module, places: Tensor):
+def _states_picked(backbone: nn.Module, places: Tensor) -> Iterator[None]:
     """Let the head see the states of these tokens only."""
 
     def pick(module: nn.Module, args: tuple, outputs: Any) -> Any:
