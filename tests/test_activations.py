@@ -55,6 +55,7 @@ def work(given, precision, mode="resident", tokens=TOKENS, **overrides):
     lengths = {"max_prompt_length": tokens // 2, "max_completion_length": tokens - tokens // 2}
     chosen = (
         {"attn_implementation": "eager", "gradient_checkpointing": True, "student_tokens_per_pass": 4 * tokens}
+        | {"share_prompts": False}
         | {"optim": "adamw_torch", "student_mode": mode, "beta": 0}
         | batch
         | lengths
@@ -108,7 +109,7 @@ DEEP |= {"num_key_value_heads": 4, "head_dim": 64}
 @pytest.mark.parametrize("family", FAMILY_DEFAULTS)
 def test_what_all_layers_keep_is_planned_for_each_family(family, precision, use_peft):
     given = config(family, **DEEP)
-    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": False, "share_prompts": False}
+    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": False}
     planned = activations(work(given, precision, use_peft=use_peft, **chosen))
     taken = backward_peak(given, precision, use_peft, checkpointing=False, attention="sdpa", masked=False)
     assert planned == pytest.approx(taken, rel=0.05)
@@ -126,7 +127,7 @@ WIDTHS = {
 
 def planned_and_taken(name, precision, checkpointing, use_peft, masked):
     given = WIDTHS[name] | {"head_dim": 64}
-    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing, "share_prompts": False}
+    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing}
     chosen |= {"torch_compile": masked}  # which keeps the rows as TRL pads them
     planned = activations(work(given, precision, use_peft=use_peft, **chosen))
     return planned, backward_peak(given, precision, use_peft, checkpointing, "sdpa", masked)
@@ -155,7 +156,7 @@ def test_rows_with_a_mask_are_planned(precision, checkpointing, use_peft):
 def test_dropout_before_adapters_is_planned(precision, checkpointing):
     """On a CPU its masks are fp32, and it is up to half as much again."""
     given = WIDTHS["Qwen2.5-7B"] | {"head_dim": 64}
-    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing, "share_prompts": False}
+    chosen = {"attn_implementation": "sdpa", "gradient_checkpointing": checkpointing}
     planned = activations(work(given, precision, use_peft=True, lora_dropout=0.1, **chosen))
     taken = backward_peak(given, precision, True, checkpointing, "sdpa", masked=False, dropout=0.1)
     assert planned == pytest.approx(taken, rel=0.06)
@@ -164,7 +165,7 @@ def test_dropout_before_adapters_is_planned(precision, checkpointing):
 def test_a_window_shorter_than_the_rows_is_planned_with_its_mask():
     def planned(window):
         given = config("mistral", sliding_window=window)
-        return activations(work(given, "fp32", attn_implementation="sdpa", share_prompts=False))
+        return activations(work(given, "fp32", attn_implementation="sdpa"))
 
     assert planned(None) == planned(TOKENS + 1) < planned(TOKENS)
     assert model_shape(config("qwen2", sliding_window=8)).window is None

@@ -162,7 +162,7 @@ OFFERED = (
         "teacher_rlt_mono_80gb",
         "update",
         [],
-        ["activation_offloading=true", "per_device_train_batch_size=1", "max_completion_length=4096"],
+        ["activation_offloading=true", "per_device_train_batch_size=2", "max_completion_length=4096"],
     ),
     ("teacher_rlt_mono_24gb", "update", ["activation_offloading=true"], ["max_completion_length=2048"]),
     (
@@ -184,7 +184,7 @@ def test_what_is_offered_applies_to_the_run_in_order(run, phase, words, offered)
     ("card", "gb", "offloads"),
     [
         *((card, None, False) for card in ("12gb", "24gb", "48gb", "80gb", "96gb", "sft_16gb")),
-        *(("sft_24gb", None, True), ("96gb", 80, True)),
+        *(("sft_24gb", None, True), ("96gb", 76, True)),
     ],
 )
 def test_what_is_offered_makes_the_phase_as_small_as_it_says_once_it_is_pasted(card, gb, offloads):
